@@ -1,0 +1,66 @@
+"""audioldm2: the AudioLDM 2 text-to-audio pipeline in plain PyTorch.
+
+    from audioldm2 import AudioLDM2Pipeline
+
+    pipe = AudioLDM2Pipeline.from_pretrained("cvssp/audioldm2")
+    audio = pipe("A hammer hits a wooden surface.").audios[0]  # numpy, 16 kHz
+
+Every stage can be had alone (`UNet`, `VAE`, ...). Names are imported when they are first used, so that
+importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AudioLDM2Pipeline": "audioldm2.pipeline",
+    "AudioPipelineOutput": "audioldm2.pipeline",
+    "CheckpointError": "audioldm2.checkpoints.errors",
+    "ClapFeatureExtractor": "audioldm2.audio.log_mel",
+    "ClapModel": "audioldm2.models.clap",
+    "DDIMScheduler": "audioldm2.schedulers",
+    "DPMSolverMultistepScheduler": "audioldm2.schedulers",
+    "GPT2": "audioldm2.models.gpt2",
+    "HifiGan": "audioldm2.models.hifigan",
+    "LogMel": "audioldm2.audio.log_mel",
+    "ProjectionModel": "audioldm2.models.projection",
+    "T5Encoder": "audioldm2.models.t5",
+    "UNet": "audioldm2.models.unet",
+    "VAE": "audioldm2.models.vae",
+    "VitsTextEncoder": "audioldm2.models.vits",
+    "read_wav": "audioldm2.audio.wav",
+    "write_wav": "audioldm2.audio.wav",
+}
+
+__all__ = [*_HOMES]
+
+if TYPE_CHECKING:
+    from audioldm2.audio.log_mel import ClapFeatureExtractor, LogMel
+    from audioldm2.audio.wav import read_wav, write_wav
+    from audioldm2.checkpoints.errors import CheckpointError
+    from audioldm2.models.clap import ClapModel
+    from audioldm2.models.gpt2 import GPT2
+    from audioldm2.models.hifigan import HifiGan
+    from audioldm2.models.projection import ProjectionModel
+    from audioldm2.models.t5 import T5Encoder
+    from audioldm2.models.unet import UNet
+    from audioldm2.models.vae import VAE
+    from audioldm2.models.vits import VitsTextEncoder
+    from audioldm2.pipeline import AudioLDM2Pipeline, AudioPipelineOutput
+    from audioldm2.schedulers import DDIMScheduler, DPMSolverMultistepScheduler
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'audioldm2' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,141 @@
+"""Finding a checkpoint: a local folder, or a repository on the Hugging Face Hub, of which only what is needed
+is
+downloaded: the configs, the tokenizers, and one weight format.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Collection, Sequence
+from pathlib import Path, PurePosixPath
+
+from audioldm2.checkpoints.errors import CheckpointError
+from audioldm2.checkpoints.tensors import shard_names, weights_file
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_SMALL = (".json", ".txt", ".model")  # configs, tokenizers and their vocabularies
+
+
+def needed_files(names: Collection[str], folders: Sequence[str], variant: str | None = None) -> list[str]:
+    """Which of a repository's files are needed: the small ones of the folders, and one weights file each.
+
+    Args:
+        names: the repository's files, as paths with forward slashes.
+        folders: the subfolders that are wanted ("" is the top).
+        variant: as in `WeightFiles`.
+    """
+    needed = []
+    for folder in folders:
+        inside = {p.name: str(p) for p in map(PurePosixPath, names) if str(p.parent) == (folder or ".")}
+        needed += [
+            path
+            for name, path in inside.items()
+            if name.endswith(_SMALL) and not name.endswith(".index.json")
+        ]
+        weights = weights_file(inside, variant)
+        if weights is not None:
+            needed.append(inside[weights])
+    return sorted(needed)
+
+
+def checkpoint_folder(
+    repo_or_folder: str | Path,
+    folders: Sequence[str],
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The local folder of a checkpoint, downloaded first where `repo_or_folder` is a repository on the Hub.
+
+    Args:
+        repo_or_folder: a folder, or "owner/name" on the Hub. A folder that exists wins.
+        folders: the subfolders that are needed ("" is the top).
+        variant: weights of a variant, such as "fp16".
+        revision: branch, tag or commit on the Hub.
+        cache_dir: where downloads are kept; None is the Hub client's own place.
+        token: for private repositories; None uses the stored login.
+        local_files_only: use what was downloaded before, without asking the Hub.
+
+    Raises:
+        CheckpointError: no such folder or repository, or the Hub is out of reach and nothing was downloaded
+            before.
+    """
+    local = Path(repo_or_folder).expanduser()
+    if local.is_dir():
+        return local
+    name = str(repo_or_folder)
+    if local.exists():
+        raise CheckpointError(f"{name} is a file; pass the folder that holds model_index.json")
+    if not _REPOSITORY.fullmatch(name):
+        raise CheckpointError(f"{name!r} is neither a folder here nor a repository on the Hub (owner/name)")
+
+    # The Hub's client is slow to import and not needed for a local folder.
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    def downloaded() -> Path | None:
+        try:
+            return Path(
+                snapshot_download(
+                    name, revision=revision, cache_dir=cache_dir, token=token, local_files_only=True
+                )
+            )
+        except (LocalEntryNotFoundError, FileNotFoundError):
+            return None
+
+    if local_files_only:
+        folder = downloaded()
+        if folder is None:
+            raise CheckpointError(f"{name} was not downloaded before; run once without local_files_only")
+        return folder
+
+    try:
+        info = HfApi(token=token).model_info(name, revision=revision)
+        commit = info.sha
+        files = needed_files([entry.rfilename for entry in info.siblings or []], folders, variant)
+        # An index says which shards there are, so it comes first.
+        for index in [file for file in files if file.endswith((".index.json", f".index.{variant}.json"))]:
+            path = hf_hub_download(name, index, revision=commit, cache_dir=cache_dir, token=token)
+            parent = PurePosixPath(index).parent
+            files += sorted({str(parent / shard) for shard in shard_names(Path(path)).values()})
+        return Path(
+            snapshot_download(name, revision=commit, cache_dir=cache_dir, token=token, allow_patterns=files)
+        )
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{name} is gated on the Hub; ask for access there and log in (hf auth login)"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{name} is neither a folder here nor a repository on the Hub (a private one needs a token)"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"{name} on the Hub has no revision {revision!r}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:
+        # The client's transport has changed over its releases (requests, httpx, httpx2), each with errors of
+        # its own; whatever fails here, the Hub did not deliver.
+        folder = downloaded()
+        if folder is not None:
+            warnings.warn(
+                f"the Hub is out of reach; using what was downloaded of {name} before", stacklevel=3
+            )
+            return folder
+        raise CheckpointError(
+            f"{name} is no folder here, and the Hub is out of reach ({_first_line(error)}); "
+            "pass the path of a local folder that holds the checkpoint"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,404 @@
+"""UNet: the denoiser, with two cross-attentions.
+
+In: noisy latents x_t (B, 8, T/4, F/4) with T frames and F mel bands, the step t, and two conditions: the
+vectors that GPT-2 wrote (B, N, 768) and the states of T5's encoder (B, M, 1024) with their mask. Out: what
+the scheduler wants predicted, for AudioLDM 2 the noise epsilon(x_t, t, conditions), of the shape of x_t.
+
+This is the "transformer UNet" of AudioLDM 2 (Liu et al. 2023, arXiv:2308.05734): a U-Net (Ronneberger et al.
+2015) of ResNet blocks that are told the time (Ho et al. 2020, appendix B), most of them followed by
+transformers that attend to the conditions (Rombach et al. 2022, section 3.3).
+
+Where it differs from the textbook: after a ResNet block comes not one transformer but a run of them, one for
+each entry of `cross_attention_dim`. An entry that is null attends only to the feature map itself, twice; any
+other attends to GPT-2's vectors if it is the first or second of the run, to T5's states if it comes later.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from audioldm2.models.layers import (
+    ResNetBlock,
+    TransformerBlock,
+    Upsample,
+    activation,
+    as_tuples,
+    mask_bias,
+    refuse_unsupported,
+)
+
+MASKED = -10_000.0  # added to the scores of padding; finite, so that a row of padding alone is no NaN
+
+DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
+UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
+# Keys of diffusers' config that would change the result, and the values that they may have here.
+SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "downsample_padding": (1,),
+    "mid_block_scale_factor": (1,),
+    "num_attention_heads": (None,),
+    "use_linear_projection": (False,),
+    "dual_cross_attention": (False, None),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "class_embeddings_concat": (False,),
+    "resnet_time_scale_shift": ("default",),
+    "time_embedding_type": ("positional",),
+    "time_embedding_act_fn": (None,),
+    "timestep_post_act": (None,),
+    "time_cond_proj_dim": (None,),
+}
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The keys of the Hub's unet/config.json that matter; defaults are those of diffusers.
+
+    `attention_head_dim` is the *number* of heads: the key was misnamed when it was introduced. A key that may
+    hold one value or one a level is kept as it stood, and read through `per_level` or `attends_to`.
+
+    Raises:
+        ValueError: counts of levels that differ, or a block type, activation or entry that is not supported.
+    """
+
+    sample_size: int | tuple[int, ...] | None = None
+    in_channels: int = 4
+    out_channels: int = 4
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int | tuple[int, ...] = 2
+    act_fn: str = "silu"
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int | tuple[int | tuple[int | None, ...] | None, ...] = 1280
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    attention_head_dim: int | tuple[int, ...] = 8
+    time_embedding_dim: int | None = None
+    conv_in_kernel: int = 3
+    conv_out_kernel: int = 3
+
+    def __post_init__(self) -> None:
+        levels = len(self.block_out_channels)
+        by_level = ("layers_per_block", "transformer_layers_per_block", "attention_head_dim")
+        for key in ("down_block_types", "up_block_types", "cross_attention_dim", *by_level):
+            value = getattr(self, key)
+            if isinstance(value, tuple) and len(value) != levels:
+                raise ValueError(f"{key} has {len(value)} entries, block_out_channels {levels} levels")
+            if key in by_level and not all(isinstance(n, int) and n > 0 for n in self.per_level(key)):
+                raise ValueError(f"{key} = {value!r} is not supported; it has to be a count, or one a level")
+        kinds = zip(self.down_block_types, reversed(self.up_block_types), strict=True)
+        for level, (down, up) in enumerate(kinds):
+            blocks = {"down_block_types": down, "up_block_types": up}
+            refuse_unsupported(blocks, {"down_block_types": DOWN_BLOCKS, "up_block_types": UP_BLOCKS})
+            attends = "CrossAttn" in down + up or level == levels - 1  # the middle belongs to the last level
+            if attends and self.attends_to(level) is None:
+                raise ValueError(f"cross_attention_dim is null at level {level}, which has attention")
+        activation(self.act_fn)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> UNetConfig:
+        """From a Hub config; keys that change nothing here are ignored.
+
+        Raises:
+            ValueError: a value that is not supported, by name.
+        """
+        refuse_unsupported(content, SUPPORTED)
+        only_cross = content.get("only_cross_attention", False)
+        if any(only_cross) if isinstance(only_cross, list | tuple) else only_cross:
+            raise ValueError(f"only_cross_attention = {only_cross!r} is not supported; it has to be False")
+        known = {field.name for field in fields(cls)}
+        return cls(**{key: as_tuples(value) for key, value in content.items() if key in known})
+
+    def per_level(self, key: str) -> tuple[int, ...]:
+        """One entry a level, of a key whose value is for all levels or has an entry for each."""
+        value = getattr(self, key)
+        return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
+
+    def attends_to(self, level: int) -> tuple[int | None, ...] | None:
+        """The run of transformers after each ResNet block of a level: the width of what each attends to."""
+        widths = self.cross_attention_dim
+        entry = widths[level] if isinstance(widths, tuple) else widths
+        return (entry,) if isinstance(entry, int) else entry
+
+    @property
+    def time_width(self) -> int:
+        """Width of the time embedding."""
+        return self.time_embedding_dim or 4 * self.block_out_channels[0]
+
+
+class Condition(NamedTuple):
+    """States to attend to, (B, M, C), and the bias of their mask, (B, 1, 1, M), or None where all count."""
+
+    states: Tensor
+    bias: Tensor | None
+
+
+class Context(NamedTuple):
+    """What one cross-attention attends to: keys and values (B, M, 2C), and the bias as in `Condition`."""
+
+    kv: Tensor
+    bias: Tensor | None
+
+
+# By transformer of a level, by block of a transformer; None where a block attends to no condition.
+Contexts = list[list[Context | None]]
+
+
+class Transformer(nn.Module):
+    """Transformer blocks over the H·W places of a feature map, added to it: (B, C, H, W) -> (B, C, H, W)."""
+
+    blocks: Sequence[TransformerBlock]
+
+    def __init__(self, channels: int, heads: int, depth: int, groups: int, context_width: int | None):
+        super().__init__()
+        width = heads * (channels // heads)
+        self.context_width = context_width
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, width)
+        blocks = (TransformerBlock(width, heads, context_width) for _ in range(depth))
+        self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
+        self.proj_out = nn.Linear(width, channels)
+
+    def contexts(self, condition: Condition) -> list[Context | None]:
+        """For each block what it attends to. Raises ValueError where the states are of another width."""
+        if self.context_width is None:
+            return [None] * len(self.blocks)
+        width = condition.states.shape[-1]
+        if width != self.context_width:
+            raise ValueError(
+                f"the encoder's states are {width} wide, but a cross-attention over them is for "
+                f"{self.context_width} (cross_attention_dim in the UNet's config)"
+            )
+        return [Context(block.cross_attention.kv(condition.states), condition.bias) for block in self.blocks]
+
+    def forward(self, x: Tensor, contexts: Sequence[Context | None]) -> Tensor:
+        tokens = self.proj_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))
+        for block, context in zip(self.blocks, contexts, strict=True):
+            tokens = block(tokens) if context is None else block(tokens, context.kv, context.bias)
+        return x + rearrange(self.proj_out(tokens), "b (h w) c -> b c h w", h=x.shape[2])
+
+
+class Level(nn.Module):
+    """One level of the UNet: ResNet blocks, the first `runs` of them followed by a run of transformers.
+
+    Args:
+        config: the UNet's.
+        level: which entry of the config's per-level values to read.
+        channels_in: for each ResNet block the channels that come in, skip connection included.
+        runs: how many of the ResNet blocks are followed by transformers; 0 in a block without attention.
+        resample: what leads to the next level, or None.
+    """
+
+    transformers: Sequence[Transformer]
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        level: int,
+        channels_in: Sequence[int],
+        runs: int,
+        resample: nn.Module | None,
+    ):
+        super().__init__()
+        channels, groups = config.block_out_channels[level], config.norm_num_groups
+        heads = config.per_level("attention_head_dim")[level]
+        depth = config.per_level("transformer_layers_per_block")[level]
+        widths = (config.attends_to(level) or ()) if runs else ()
+        self.run = len(widths)
+        self.resnets = nn.ModuleList(
+            ResNetBlock(c_in, channels, groups, config.norm_eps, config.act_fn, config.time_width)
+            for c_in in channels_in
+        )
+        transformers = (Transformer(channels, heads, depth, groups, w) for _ in range(runs) for w in widths)
+        self.transformers = nn.ModuleList(transformers)  # type: ignore[assignment]
+        self.resample = resample
+
+    def contexts(self, gpt2: Condition, t5: Condition) -> Contexts:
+        """For each transformer what it attends to: the first two of a run to `gpt2`, later ones to `t5`."""
+        return [
+            transformer.contexts(gpt2 if index % self.run <= 1 else t5)
+            for index, transformer in enumerate(self.transformers)
+        ]
+
+    def layer(self, index: int, x: Tensor, time: Tensor, contexts: Contexts) -> Tensor:
+        """One ResNet block and its run of transformers: (B, C_in, H, W) -> (B, C, H, W)."""
+        x = self.resnets[index](x, time)
+        run = slice(index * self.run, (index + 1) * self.run)
+        for transformer, context in zip(self.transformers[run], contexts[run], strict=True):
+            x = transformer(x, context)
+        return x
+
+
+def down_levels(config: UNetConfig) -> list[Level]:
+    """From the widest feature map to the narrowest; each level but the last ends in a halving."""
+    channels = config.block_out_channels
+    layers = config.per_level("layers_per_block")
+    levels = []
+    for i, kind in enumerate(config.down_block_types):
+        # The first layer takes what the level above gave, each other one what the layer before it gave.
+        channels_in = [channels[max(i - 1, 0)]] + [channels[i]] * (layers[i] - 1)
+        last = i == len(channels) - 1
+        halve = None if last else nn.Conv2d(channels[i], channels[i], 3, stride=2, padding=1)
+        levels.append(Level(config, i, channels_in, layers[i] if "CrossAttn" in kind else 0, halve))
+    return levels
+
+
+def up_levels(config: UNetConfig) -> list[Level]:
+    """From the narrowest feature map to the widest; each level but the last ends in a doubling."""
+    channels = config.block_out_channels
+    layers = config.per_level("layers_per_block")
+    levels = []
+    for i, kind in zip(reversed(range(len(channels))), config.up_block_types, strict=True):
+        before = [channels[min(i + 1, len(channels) - 1)]] + [channels[i]] * layers[i]
+        # The way down left one feature map a layer here; before those, the one the level above handed on.
+        skips = [channels[i]] * layers[i] + [channels[max(i - 1, 0)]]
+        channels_in = [x + skip for x, skip in zip(before, skips, strict=True)]
+        double = None if i == 0 else Upsample(channels[i])
+        levels.append(Level(config, i, channels_in, layers[i] + 1 if "CrossAttn" in kind else 0, double))
+    return levels
+
+
+class UNet(nn.Module):
+    """The denoiser of AudioLDM 2, see the module's docstring.
+
+    Args:
+        config: sizes; kept as `unet.config`.
+    """
+
+    down: Sequence[Level]
+    up: Sequence[Level]
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        first, last, width = config.block_out_channels[0], config.block_out_channels[-1], config.time_width
+        into, out = config.conv_in_kernel, config.conv_out_kernel
+        self.act = activation(config.act_fn)
+        self.time_1 = nn.Linear(first, width)
+        self.time_2 = nn.Linear(width, width)
+        self.conv_in = nn.Conv2d(config.in_channels, first, into, padding=(into - 1) // 2)
+        self.down = nn.ModuleList(down_levels(config))  # type: ignore[assignment]
+        self.middle = Level(config, -1, [last, last], runs=1, resample=None)
+        self.up = nn.ModuleList(up_levels(config))  # type: ignore[assignment]
+        self.norm_out = nn.GroupNorm(config.norm_num_groups, first, config.norm_eps)
+        self.conv_out = nn.Conv2d(first, config.out_channels, out, padding=(out - 1) // 2)
+
+    def time_embedding(self, timestep: Tensor) -> Tensor:
+        """Embed steps, (S,) -> (S, time width): sinusoids (Vaswani et al. 2017, section 3.5), two layers.
+
+        The steps of a whole generation can be embedded at once. The activation that every ResNet block begins
+        with is applied here, once.
+        """
+        width = self.config.block_out_channels[0]
+        half = width // 2
+        exponent = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=timestep.device)
+        angle = timestep.float()[:, None] * torch.exp(exponent / (half - self.config.freq_shift))  # (S, half)
+        waves = [angle.cos(), angle.sin()] if self.config.flip_sin_to_cos else [angle.sin(), angle.cos()]
+        wave = F.pad(torch.cat(waves, dim=-1), (0, width % 2)).to(self.time_1.weight.dtype)
+        return self.act(self.time_2(self.act(self.time_1(wave))))
+
+    def contexts(
+        self,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_1: Tensor | None = None,
+        encoder_attention_mask_1: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+    ) -> list[Contexts]:
+        """Keys and values of every cross-attention, by level (down, middle, up).
+
+        They are the same at every step of a generation. Arguments and errors are those of `forward`.
+        """
+        gpt2 = _condition(encoder_hidden_states, encoder_attention_mask)
+        if encoder_hidden_states_1 is None:
+            encoder_hidden_states_1 = encoder_hidden_states
+        t5 = _condition(encoder_hidden_states_1, encoder_attention_mask_1)
+        return [level.contexts(gpt2, t5) for level in (*self.down, self.middle, *self.up)]
+
+    def denoise(self, sample: Tensor, time: Tensor, contexts: Sequence[Contexts]) -> Tensor:
+        """One step, given the embedded time, (B, time width) or (1, time width), and the contexts."""
+        levels = len(self.down)
+        down, middle, up = contexts[:levels], contexts[levels], contexts[levels + 1 :]
+        x = self.conv_in(sample)
+        skips = [x]
+        for level, context in zip(self.down, down, strict=True):
+            for i in range(len(level.resnets)):
+                x = level.layer(i, x, time, context)
+                skips.append(x)
+            if level.resample is not None:
+                x = level.resample(x)
+                skips.append(x)
+
+        x = self.middle.layer(0, x, time, middle)
+        x = self.middle.layer(1, x, time, middle)
+
+        for level, context in zip(self.up, up, strict=True):
+            for i in range(len(level.resnets)):
+                x = level.layer(i, torch.cat([x, skips.pop()], dim=1), time, context)
+            if level.resample is not None:
+                # A map of odd size was rounded up on the way down, so doubling it would overshoot.
+                x = level.resample(x, size=skips[-1].shape[2:])
+        return self.conv_out(self.act(self.norm_out(x)))
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_1: Tensor | None = None,
+        encoder_attention_mask_1: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the noise in `sample`.
+
+        Args:
+            sample: noisy latents, (B, in_channels, T/4, F/4); any height and width.
+            timestep: the step, 0 to 999 for AudioLDM 2: a number, a scalar tensor, or (B,), one an example.
+            encoder_hidden_states: GPT-2's vectors, (B, N, 768).
+            encoder_hidden_states_1: T5's states, (B, M, 1024); where None, GPT-2's vectors stand in for them
+                (under `encoder_attention_mask_1` all the same, as in diffusers).
+            encoder_attention_mask_1: (B, M), 1 for T5's tokens and 0 for padding; None attends to all.
+            encoder_attention_mask: (B, N), the same for GPT-2's vectors.
+
+        Returns:
+            (B, out_channels, T/4, F/4).
+
+        Raises:
+            ValueError: a shape that does not fit.
+        """
+        batch = len(sample)
+        if sample.dim() != 4 or sample.shape[1] != self.config.in_channels:
+            wanted = f"(batch, {self.config.in_channels}, time, frequency)"
+            raise ValueError(f"sample has shape {tuple(sample.shape)}; it should be {wanted}")
+        timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1)
+        if len(timestep) not in (1, batch):
+            raise ValueError(f"{len(timestep)} timesteps for a batch of {batch}; pass one, or one for each")
+        for states in (encoder_hidden_states, encoder_hidden_states_1):
+            if states is not None and (states.dim() != 3 or len(states) != batch):
+                raise ValueError(
+                    f"encoder states of shape {tuple(states.shape)}, not ({batch}, tokens, width)"
+                )
+        contexts = self.contexts(
+            encoder_hidden_states, encoder_hidden_states_1, encoder_attention_mask_1, encoder_attention_mask
+        )
+        return self.denoise(sample, self.time_embedding(timestep), contexts)
+
+
+def _condition(states: Tensor, mask: Tensor | None) -> Condition:
+    if mask is None:
+        return Condition(states, None)
+    if mask.shape != states.shape[:2]:
+        raise ValueError(
+            f"a mask has shape {tuple(mask.shape)}, its states {tuple(states.shape)}; they differ"
+        )
+    return Condition(states, mask_bias(mask, states.dtype, MASKED))

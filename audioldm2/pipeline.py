@@ -1,0 +1,785 @@
+"""AudioLDM2Pipeline: a prompt walks in, sound walks out (Liu et al. 2023, "AudioLDM 2", figure 1).
+
+    text --CLAP--> one vector -------+
+         --Flan-T5--> states --------+--projection--> sequence --GPT-2--> 8 vectors, the "language of audio"
+                                                                               |
+    noise --UNet, again and again, attending to GPT-2's vectors and T5's states--> latents
+    latents --VAE decoder--> log-mel spectrogram --HiFi-GAN--> waveform, 16 kHz
+
+Names and arguments are diffusers', so that a script changes only its import; the same seed gives the same
+sound.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from audioldm2.arguments import as_negatives, as_texts, check_choice, check_count, check_length
+from audioldm2.audio.log_mel import ClapFeatureExtractor, ClapFeatureExtractorConfig
+from audioldm2.audio.resample import resample
+from audioldm2.checkpoints.errors import CheckpointError
+from audioldm2.checkpoints.hub import checkpoint_folder
+from audioldm2.checkpoints.stage import load_stage, save_stage, write_json
+from audioldm2.checkpoints.tensors import read_json
+from audioldm2.models import PARTS, format_of
+from audioldm2.models.clap import ClapModel
+from audioldm2.models.gpt2 import GPT2
+from audioldm2.models.hifigan import HifiGan
+from audioldm2.models.projection import ProjectionModel
+from audioldm2.models.t5 import T5Encoder
+from audioldm2.models.unet import UNet
+from audioldm2.models.vae import VAE
+from audioldm2.models.vits import VitsTextEncoder
+from audioldm2.runtime.device import available_device
+from audioldm2.runtime.offload import Offload
+from audioldm2.runtime.precision import cast, stage_device, stage_dtype
+from audioldm2.schedulers import SCHEDULERS, DDIMScheduler, DPMSolverMultistepScheduler
+from audioldm2.schedulers.noise_schedule import randn
+
+StageT = TypeVar("StageT", bound=nn.Module)
+Generator = torch.Generator | Sequence[torch.Generator] | None
+Text = str | Sequence[str]
+Encoded = tuple[Tensor, Tensor, Tensor]  # T5's states, their mask, GPT-2's vectors
+
+# VITS's tokenizer writes no end of sequence; the speech checkpoints were trained with this token there.
+VITS_END_TOKEN = 182
+
+
+class AudioPipelineOutput(NamedTuple):
+    """What a pipeline returns: `audios`, (B, samples) in [-1, 1], or latents where those were asked for."""
+
+    audios: Any
+
+
+class AudioLDM2Pipeline:
+    """The seven stages and what joins them. Every part can be replaced: `pipe.unet = mine`.
+
+    Args:
+        vae: mel <-> latent.
+        text_encoder: CLAP; its text tower encodes the prompt, both towers rank candidates.
+        text_encoder_2: Flan-T5's encoder, or VITS's in the speech checkpoints.
+        projection_model: joins what the two encoders say into one sequence.
+        language_model: GPT-2, which generates the conditioning vectors.
+        tokenizer: RoBERTa's, for `text_encoder` (transformers).
+        tokenizer_2: T5's or VITS's, for `text_encoder_2` (transformers).
+        feature_extractor: the log-mel front end of CLAP's audio tower.
+        unet: the denoiser.
+        scheduler: DDIM or DPM-Solver++.
+        vocoder: mel -> waveform.
+    """
+
+    def __init__(
+        self,
+        vae: VAE,
+        text_encoder: ClapModel,
+        text_encoder_2: T5Encoder | VitsTextEncoder,
+        projection_model: ProjectionModel,
+        language_model: GPT2,
+        tokenizer: Any,
+        tokenizer_2: Any,
+        feature_extractor: ClapFeatureExtractor,
+        unet: UNet,
+        scheduler: DDIMScheduler | DPMSolverMultistepScheduler,
+        vocoder: HifiGan,
+    ):
+        self.vae = vae
+        self.text_encoder = text_encoder
+        self.text_encoder_2 = text_encoder_2
+        self.projection_model = projection_model
+        self.language_model = language_model
+        self.tokenizer = tokenizer
+        self.tokenizer_2 = tokenizer_2
+        self.feature_extractor = feature_extractor
+        self.unet = unet
+        self.scheduler = scheduler
+        self.vocoder = vocoder
+        self._offload: Offload | None = None
+        self._progress: dict[str, Any] = {}
+
+    # --- loading and saving
+    # ------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_or_folder: str | Path,
+        *,
+        torch_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> AudioLDM2Pipeline:
+        """Load a checkpoint in the Hub's layout: a subfolder a part, and model_index.json.
+
+        Args:
+            repo_or_folder: a folder, or "owner/name" on the Hub, of which only what is needed is downloaded.
+            torch_dtype: None keeps the checkpoint's own.
+            device: where the parts go; None is the CPU.
+            variant: weights of a variant, such as "fp16".
+            revision: branch, tag or commit on the Hub.
+            cache_dir: where downloads are kept; None is the Hub client's own place.
+            token: for private repositories; None uses the stored login.
+            local_files_only: use what was downloaded before, without asking the Hub.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be found, read, trusted or fitted; the message says which
+                file.
+        """
+        others = ("tokenizer", "tokenizer_2", "feature_extractor", "scheduler")
+        folder = checkpoint_folder(
+            repo_or_folder,
+            ["", *PARTS, *others],
+            variant=variant,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+        )
+        classes = _check_index(folder)
+        parts: dict[str, Any] = {}
+        for name, forms in PARTS.items():
+            form = next(f for f in forms if classes[name] in (f.class_name, *f.aliases))
+            parts[name] = load_stage(folder / name, form, torch_dtype, device or "cpu", variant)
+        for name in ("tokenizer", "tokenizer_2"):
+            parts[name] = _load_tokenizer(folder / name, classes[name])
+        for name, build in (("feature_extractor", _build_feature_extractor), ("scheduler", _build_scheduler)):
+            path = folder / name / _CONFIG_NAMES[name]
+            try:
+                parts[name] = build(read_json(path), classes[name])
+            except (ValueError, TypeError) as error:
+                raise CheckpointError(f"{path}: {error}") from error
+        return cls(**parts)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write all parts into `folder`, such that diffusers and this package load them."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        index: dict[str, Any] = {"_class_name": "AudioLDM2Pipeline", "_diffusers_version": "0.21.0"}
+        for name in PARTS:
+            stage = getattr(self, name)
+            form = format_of(stage)
+            save_stage(stage, folder / name, form)
+            index[name] = [_LIBRARIES.get(form.class_name, "transformers"), form.class_name]
+        for name in ("tokenizer", "tokenizer_2"):
+            tokenizer = getattr(self, name)
+            tokenizer.save_pretrained(folder / name)
+            index[name] = ["transformers", type(tokenizer).__name__]
+        configs = {
+            "feature_extractor": self.feature_extractor.config.to_dict(),
+            "scheduler": self.scheduler.config_dict(),
+        }
+        for name, config in configs.items():
+            (folder / name).mkdir(exist_ok=True)
+            write_json(folder / name / _CONFIG_NAMES[name], config)
+        index["feature_extractor"] = ["transformers", "ClapFeatureExtractor"]
+        index["scheduler"] = ["diffusers", type(self.scheduler).__name__]
+        write_json(folder / "model_index.json", index)
+
+    # --- where and how it runs
+    # ---------------------------------------------------------------------------------
+
+    @property
+    def stages(self) -> dict[str, nn.Module]:
+        """The parts that have weights, by name."""
+        return {name: getattr(self, name) for name in PARTS}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the stages work."""
+        return self._offload.device if self._offload else stage_device(self.unet)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the UNet works in."""
+        return stage_dtype(self.unet)
+
+    def to(
+        self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None
+    ) -> AudioLDM2Pipeline:
+        """Move every stage to a device, turn it into a dtype, or both; `to("cuda")`, `to(torch.float16)`.
+
+        Parameters that lose in float16 stay float32 (see `runtime.precision`).
+
+        Raises:
+            ValueError: the device is not there, or `enable_model_cpu_offload` decides where stages are.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        if device is not None and self._offload is not None:
+            raise ValueError(
+                "the parts move by themselves after enable_model_cpu_offload(); do not call to()"
+            )
+        if device is not None:
+            device = available_device(device)
+        for stage in self.stages.values():
+            if dtype is not None:
+                cast(stage, dtype)
+            if device is not None:
+                stage.to(device)
+        return self
+
+    def enable_model_cpu_offload(self, gpu_id: int = 0, device: torch.device | str = "cuda") -> None:
+        """Keep the stages in main memory, and each on the device only while it works.
+
+        Args:
+            gpu_id: which GPU, where `device` does not say.
+            device: where stages work.
+
+        Raises:
+            ValueError: the device is not there.
+        """
+        device = available_device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", gpu_id)
+        self.to("cpu")
+        self._offload = Offload(device)
+
+    def compile(self, mode: str | None = None) -> None:
+        """Compile the UNet, in which nearly all the time goes; the first call after it is slow.
+
+        Args:
+            mode: as torch.compile's: None, "reduce-overhead" or "max-autotune".
+        """
+        self.unet.compile(fullgraph=True, mode=mode)
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Options for the progress bars, as tqdm takes them: `disable=True` for none."""
+        self._progress = options
+
+    def _bar(self, what: str, total: int) -> tqdm:
+        return tqdm(**{"desc": what, "total": total, **self._progress})
+
+    def _ready(self, stage: StageT) -> StageT:
+        """The stage, on the device where it works."""
+        if self._offload is not None:
+            self._offload.take(stage)
+        return stage
+
+    # --- text to conditions
+    # ------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: Text | None,
+        device: torch.device | str | None = None,
+        num_waveforms_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        transcription: Text | None = None,
+        negative_prompt: Text | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        generated_prompt_embeds: Tensor | None = None,
+        negative_generated_prompt_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        negative_attention_mask: Tensor | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Encoded:
+        """Encode prompts into what the UNet attends to. B is prompts times waveforms a prompt, doubled by
+        guidance.
+
+        Args:
+            prompt: one or several; None where the embeddings are given.
+            device: where the results are wanted; None is the pipeline's.
+            num_waveforms_per_prompt: each prompt's rows are repeated so often.
+            do_classifier_free_guidance: put the negative prompts' rows before the prompts'.
+            transcription: what is to be said, for the speech checkpoints.
+            negative_prompt: what to steer away from: one for all, or one a prompt; None is "". Like
+                diffusers, it is padded or cut to the length of the prompt.
+            prompt_embeds, attention_mask, generated_prompt_embeds: instead of a prompt, what this method
+                returned
+                for it without guidance.
+            negative_prompt_embeds, negative_attention_mask, negative_generated_prompt_embeds: instead of a
+                negative prompt, likewise.
+            max_new_tokens: vectors that GPT-2 generates; None is what its config says (8).
+
+        Returns:
+            prompt_embeds: the second encoder's states, (B, tokens, width).
+            attention_mask: (B, tokens), 0 for padding.
+            generated_prompt_embeds: GPT-2's vectors, (B, max_new_tokens, width).
+
+        Raises:
+            ValueError, TypeError: prompts that are empty, no text, of differing number, or given twice.
+        """
+        device = torch.device(device) if device is not None else self.device
+        with self._bar("Encoding text", 1 + do_classifier_free_guidance) as bar:
+            positive = _given(
+                "prompt", prompt, prompt_embeds, generated_prompt_embeds, attention_mask, self.text_encoder_2
+            )
+            if positive is None:
+                texts = as_texts("prompt", prompt)
+                spoken = _spoken(transcription, len(texts), self.text_encoder_2)
+                positive = self._encode(texts, spoken, max_new_tokens)
+            bar.update()
+            batch, length = positive[0].shape[:2]
+            conditions = [positive]
+            if do_classifier_free_guidance:
+                negative = _given(
+                    "negative_prompt",
+                    negative_prompt,
+                    negative_prompt_embeds,
+                    negative_generated_prompt_embeds,
+                    negative_attention_mask,
+                    self.text_encoder_2,
+                )
+                if negative is None:
+                    texts = as_negatives(negative_prompt, batch)
+                    negative = self._encode(texts, None, max_new_tokens, length)
+                conditions = _aligned(negative, positive)
+                bar.update()
+        rows = [
+            [repeat(x.to(device), "b ... -> (b n) ...", n=num_waveforms_per_prompt) for x in condition]
+            for condition in conditions
+        ]
+        prompt_embeds, attention_mask, generated_prompt_embeds = (
+            torch.cat(parts) for parts in zip(*rows, strict=True)
+        )
+        return (
+            prompt_embeds.to(stage_dtype(self.text_encoder_2)),
+            attention_mask,
+            generated_prompt_embeds.to(stage_dtype(self.language_model)),
+        )
+
+    def _encode(
+        self,
+        texts: list[str],
+        spoken: list[str] | None,
+        max_new_tokens: int | None,
+        length: int | None = None,
+    ) -> Encoded:
+        """Both encoders, the projection and GPT-2 for B texts; `length` makes the negative side as long as
+        that.
+        """
+        ids, mask = self._tokenize(self.tokenizer, texts)
+        clap = self._ready(self.text_encoder).text_features(ids, mask)  # (B, 512)
+
+        if isinstance(self.text_encoder_2, T5Encoder):
+            ids, mask = self._tokenize(self.tokenizer_2, texts, length)
+            states = self._ready(self.text_encoder_2)(ids, mask)  # (B, N, 1024)
+        elif spoken is not None:
+            ids, mask = _end_of_speech(*self._tokenize(self.tokenizer_2, spoken, pad_to_limit=True))
+            states = self._ready(self.text_encoder_2)(ids, mask)  # (B, N, 192)
+        else:
+            # The speech checkpoints' unconditional side: nothing is said.
+            width = self.text_encoder_2.config.hidden_size
+            states = clap.new_zeros(len(texts), self.tokenizer_2.model_max_length, width)
+            mask = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
+
+        dtype = stage_dtype(self.projection_model)
+        sequence, seen = self._ready(self.projection_model)(
+            clap[:, None].to(dtype), states.to(dtype), mask.new_ones(len(texts), 1), mask
+        )
+        sequence = sequence.to(stage_dtype(self.language_model))
+        vectors = self._ready(self.language_model).generate(sequence, seen, max_new_tokens)  # (B, 8, 768)
+        return states, mask, vectors
+
+    def _tokenize(
+        self, tokenizer: Any, texts: list[str], length: int | None = None, pad_to_limit: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Texts as ids and mask, (B, N), padded to the longest or to `length`; warns of what does not fit."""
+        limit = length or self._token_limit(tokenizer)
+        whole = tokenizer(texts, verbose=False).input_ids
+        for text, ids in zip(texts, whole, strict=True):
+            if len(ids) > limit:
+                # The last place is the end token's, which stays.
+                removed = tokenizer.decode(ids[limit - 1 : -1])
+                reason = f"the prompt has {limit} tokens" if length else f"the model reads {limit} tokens"
+                warnings.warn(f"cut from {text!r}, for {reason}: {removed!r}", stacklevel=2)
+        tokens = tokenizer(
+            texts,
+            padding="max_length" if length or pad_to_limit else True,
+            max_length=limit,
+            truncation=True,
+            return_tensors="pt",
+        )
+        return tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
+
+    def _token_limit(self, tokenizer: Any) -> int:
+        """The most tokens a text may have: what the tokenizer says, and no more than there are positions."""
+        limit: int = tokenizer.model_max_length
+        if tokenizer is self.tokenizer:
+            text = self.text_encoder.config.text_config
+            limit = min(limit, text.max_position_embeddings - text.pad_token_id - 1)
+        return limit
+
+    # --- conditions to sound
+    # -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: Text | None = None,
+        transcription: Text | None = None,
+        audio_length_in_s: float | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 3.5,
+        negative_prompt: Text | None = None,
+        num_waveforms_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: Generator = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        generated_prompt_embeds: Tensor | None = None,
+        negative_generated_prompt_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        negative_attention_mask: Tensor | None = None,
+        max_new_tokens: int | None = None,
+        return_dict: bool = True,
+        callback: Callable[[int, Tensor, Tensor], None] | None = None,
+        callback_steps: int = 1,
+        output_type: str = "np",
+    ) -> AudioPipelineOutput | tuple[Any]:
+        """Make sound from text.
+
+        Args:
+            prompt: one or several descriptions; None where embeddings are given (see `encode_prompt`).
+            transcription: what is to be said, for the speech checkpoints.
+            audio_length_in_s: seconds; None is what the checkpoint was trained on (10.24).
+            num_inference_steps: None is what the scheduler needs: 200 for DDIM, 20 for DPM-Solver++.
+            guidance_scale: the weight w of classifier-free guidance (Ho and Salimans 2021): the noise is
+                e(nothing) + w (e(prompt) - e(nothing)); 1 or less is no guidance, at half the cost.
+            negative_prompt: what to steer away from, in place of "nothing": one for all, or one a prompt.
+            num_waveforms_per_prompt: candidates a prompt; CLAP puts the one that fits best first.
+            eta: how much noise a DDIM step adds (Song et al. 2021, eq. 16); other samplers take no notice.
+            generator: where random numbers come from; a list has one for each of the B waveforms.
+            latents: the starting noise, (B, channels, frames/4, mels/4), in place of drawing it.
+            prompt_embeds, negative_prompt_embeds, generated_prompt_embeds, negative_generated_prompt_embeds,
+                attention_mask, negative_attention_mask: see `encode_prompt`.
+            max_new_tokens: vectors that GPT-2 generates; None is what its config says (8).
+            return_dict: False returns a plain tuple.
+            callback: called as callback(step, timestep, latents) after every `callback_steps`-th step.
+            callback_steps: see `callback`.
+            output_type: "np" or "pt" for waveforms, (B, samples), 16 kHz, float32, in main memory; "latent"
+                for the latents before decoding.
+
+        Returns:
+            `.audios`: B waveforms, those of one prompt together, the best candidate of each first.
+
+        Raises:
+            ValueError, TypeError: an argument that cannot be used; the message names it.
+        """
+        frames, samples = self._lengths(audio_length_in_s)
+        steps = getattr(self.scheduler, "default_num_inference_steps", 200)
+        steps = steps if num_inference_steps is None else num_inference_steps
+        check_choice("output_type", output_type, ("np", "pt", "latent"))
+        check_count("num_waveforms_per_prompt", num_waveforms_per_prompt)
+        check_count("callback_steps", callback_steps)
+        device, guided = self.device, guidance_scale > 1
+        self.scheduler.set_timesteps(steps, device=device)
+
+        prompt_embeds, attention_mask, generated_prompt_embeds = self.encode_prompt(
+            prompt,
+            device,
+            num_waveforms_per_prompt,
+            guided,
+            transcription,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            generated_prompt_embeds,
+            negative_generated_prompt_embeds,
+            attention_mask,
+            negative_attention_mask,
+            max_new_tokens,
+        )
+        batch = len(prompt_embeds) // (2 if guided else 1)
+        latents = self.prepare_latents(batch, frames, prompt_embeds.dtype, generator, latents)
+        conditions = (generated_prompt_embeds, prompt_embeds, attention_mask)
+        latents = self._denoise(latents, conditions, guidance_scale, eta, generator, callback, callback_steps)
+        if output_type == "latent":
+            audio = latents
+        else:
+            mel = self._decode(latents)
+            audio = self._vocode(mel)[:, :samples]
+            if num_waveforms_per_prompt > 1 and prompt is not None:
+                audio = self._rank(as_texts("prompt", prompt), audio, num_waveforms_per_prompt, generator)
+        if self._offload is not None:
+            self._offload.release()
+        result = audio.numpy() if output_type == "np" else audio
+        return AudioPipelineOutput(result) if return_dict else (result,)
+
+    def prepare_latents(
+        self,
+        batch: int,
+        frames: int,
+        dtype: torch.dtype,
+        generator: Generator = None,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """The noise that denoising starts from, (batch, channels, frames/4, mels/4): drawn, or `latents`
+        checked.
+
+        Raises:
+            ValueError: a list of generators or given latents that do not match the batch; latents of another
+                number of channels or mel bands. Their length is free.
+        """
+        scale = self.vae.downsampling
+        shape = (
+            batch,
+            self.unet.config.in_channels,
+            frames // scale,
+            self.vocoder.config.model_in_dim // scale,
+        )
+        if isinstance(generator, Sequence) and len(generator) != batch:
+            raise ValueError(
+                f"{len(generator)} generators for {batch} waveforms; give one, or one a waveform"
+            )
+        if latents is None:
+            latents = randn(shape, generator, self.device, dtype)
+        elif latents.dim() != 4 or (*latents.shape[:2], latents.shape[3]) != (*shape[:2], shape[3]):
+            raise ValueError(
+                f"latents of shape {tuple(latents.shape)}; ({batch}, {shape[1]}, any, {shape[3]}) is needed"
+            )
+        return latents.to(self.device, dtype) * self.scheduler.init_noise_sigma
+
+    def _denoise(
+        self,
+        latents: Tensor,
+        conditions: Encoded,
+        guidance_scale: float,
+        eta: float,
+        generator: Generator,
+        callback: Callable[[int, Tensor, Tensor], None] | None,
+        callback_steps: int,
+    ) -> Tensor:
+        """From noise to latents, one step of the scheduler after the other."""
+        unet = self._ready(self.unet)
+        dtype = stage_dtype(unet)
+        vectors, states, mask = (x.to(dtype) if x.is_floating_point() else x for x in conditions)
+        # Any sampler with this interface will do. Not every one adds noise, and takes these.
+        scheduler: Any = self.scheduler
+        takes = inspect.signature(scheduler.step).parameters
+        options = {k: v for k, v in {"eta": eta, "generator": generator}.items() if k in takes}
+        guided = guidance_scale > 1
+        timesteps = scheduler.timesteps
+        with self._bar("Denoising", len(timesteps)) as bar:
+            for step, t in enumerate(timesteps):
+                x = torch.cat([latents, latents]) if guided else latents
+                x = scheduler.scale_model_input(x, t).to(dtype)
+                noise = unet(x, t, vectors, states, mask)
+                if guided:
+                    nothing, prompted = noise.chunk(2)
+                    noise = nothing + guidance_scale * (prompted - nothing)
+                latents = scheduler.step(noise, t, latents, **options).prev_sample
+                if callback is not None and step % callback_steps == 0:
+                    callback(step, t, latents)
+                bar.update()
+        return latents
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, 8, T/4, F/4) -> log-mel spectrogram (B, 1, T, F)."""
+        with self._bar("Decoding", 1) as bar:
+            vae = self._ready(self.vae)
+            mel = vae.decode((latents / vae.config.scaling_factor).to(stage_dtype(vae)))
+            bar.update()
+        return mel
+
+    def _vocode(self, mel: Tensor) -> Tensor:
+        """Log-mel spectrogram (B, 1, T, F) -> waveform (B, samples), float32, in main memory."""
+        with self._bar("Vocoding", 1) as bar:
+            vocoder = self._ready(self.vocoder)
+            waveform = vocoder(rearrange(mel, "b 1 t f -> b t f").to(stage_dtype(vocoder)))
+            bar.update()
+        return waveform.float().cpu()
+
+    def _rank(self, texts: list[str], audio: Tensor, candidates: int, generator: Generator) -> Tensor:
+        """Sort each prompt's candidates by how well CLAP thinks they fit, best first; (B, samples) in and
+        out.
+
+        diffusers sorts over the whole batch, which can hand a prompt another prompt's waveform; here
+        candidates stay with their prompt.
+        """
+        with self._bar("Ranking", 1) as bar:
+            clap = self._ready(self.text_encoder)
+            heard = resample(
+                audio.to(self.device),
+                self.vocoder.config.sampling_rate,
+                self.feature_extractor.config.sampling_rate,
+            )
+            first = generator[0] if isinstance(generator, Sequence) else generator
+            features = self.feature_extractor(heard, self.feature_extractor.config.sampling_rate, first)
+            sound = clap.audio_features(features.to(stage_dtype(clap)))  # (prompts · candidates, P)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what was cut from the prompt was said when it was encoded
+                text = clap.text_features(*self._tokenize(self.tokenizer, texts))  # (prompts, P)
+            sound = rearrange(sound, "(b n) p -> b n p", n=candidates)
+            fit = torch.einsum("bnp,bp->bn", sound, text)
+            order = fit.argsort(dim=1, descending=True, stable=True).cpu()
+            bar.update()
+        rows = rearrange(torch.arange(len(audio)), "(b n) -> b n", n=candidates).gather(1, order)
+        return audio[rows.flatten()]
+
+    def _lengths(self, audio_length_in_s: float | None) -> tuple[int, int]:
+        """Seconds -> mel frames, a multiple of the VAE's factor, and samples kept of what they give."""
+        vocoder, scale = self.vocoder.config, self.vae.downsampling
+        seconds_a_frame = math.prod(vocoder.upsample_rates) / vocoder.sampling_rate
+        if audio_length_in_s is None:
+            size = self.unet.config.sample_size
+            size = size[0] if isinstance(size, tuple) else size
+            if size is None:
+                raise ValueError(
+                    "pass audio_length_in_s: this checkpoint does not say how long its sounds are"
+                )
+            audio_length_in_s = size * scale * seconds_a_frame
+        check_length(audio_length_in_s, shortest=scale * seconds_a_frame)
+        frames = math.ceil(int(audio_length_in_s / seconds_a_frame) / scale) * scale
+        return frames, int(audio_length_in_s * vocoder.sampling_rate)
+
+
+# --- arguments ---
+
+
+def _spoken(value: Any, batch: int, encoder: nn.Module) -> list[str] | None:
+    """The transcriptions, checked against what the checkpoint can do."""
+    if not isinstance(encoder, VitsTextEncoder):
+        if value is not None:
+            raise ValueError("transcription is for the speech checkpoints; this one only takes a prompt")
+        return None
+    if value is None:
+        raise ValueError("this checkpoint speaks: pass transcription, the words to say")
+    texts = as_texts("transcription", value)
+    if len(texts) != batch:
+        raise ValueError(f"{len(texts)} transcriptions for {batch} prompts; give one a prompt")
+    return texts
+
+
+def _given(
+    name: str,
+    text: Any,
+    states: Tensor | None,
+    vectors: Tensor | None,
+    mask: Tensor | None,
+    encoder: nn.Module,
+) -> Encoded | None:
+    """Embeddings that were passed in place of a text, checked; None where there are none."""
+    prefix = name.removesuffix("prompt")
+    names = [f"{prefix}prompt_embeds", f"{prefix}generated_prompt_embeds", f"{prefix}attention_mask"]
+    if states is None and vectors is None and mask is None:
+        if text is None and name == "prompt":
+            raise ValueError("pass prompt, or prompt_embeds and generated_prompt_embeds")
+        return None
+    if text is not None:
+        raise ValueError(f"pass {name} or its embeddings ({', '.join(names)}), not both")
+    if states is None or vectors is None:
+        raise ValueError(f"{names[0]} and {names[1]} go together; one is missing")
+    if mask is None:
+        mask = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
+    if (
+        states.dim() != 3
+        or vectors.dim() != 3
+        or len(states) != len(vectors)
+        or mask.shape != states.shape[:2]
+    ):
+        raise ValueError(
+            f"{names[0]} {tuple(states.shape)}, {names[1]} {tuple(vectors.shape)} and {names[2]} "
+            f"{tuple(mask.shape)} do not match; (B, N, width), (B, 8, width) and (B, N) do"
+        )
+    return states, mask, vectors
+
+
+def _aligned(negative: Encoded, positive: Encoded) -> list[Encoded]:
+    """Both sides of guidance as one batch needs them: of one length, the shorter padded where the mask hides
+    it.
+    """
+    if len(negative[0]) != len(positive[0]) or negative[2].shape != positive[2].shape:
+        raise ValueError(
+            f"negative embeddings {tuple(negative[0].shape)} and {tuple(negative[2].shape)} do not go "
+            f"with the prompt's, {tuple(positive[0].shape)} and {tuple(positive[2].shape)}"
+        )
+    length = max(negative[0].shape[1], positive[0].shape[1])
+
+    def padded(side: Encoded) -> Encoded:
+        states, mask, vectors = side
+        missing = length - mask.shape[1]
+        return nn.functional.pad(states, (0, 0, 0, missing)), nn.functional.pad(mask, (0, missing)), vectors
+
+    return [padded(negative), padded(positive)]
+
+
+def _end_of_speech(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Put VITS's end token in the place of each row's first padding, which is 0; (B, N) both."""
+    padding = ids == 0
+    first = padding & (padding.cumsum(dim=1) == 1)
+    return ids.masked_fill(first, VITS_END_TOKEN), mask.masked_fill(first, 1)
+
+
+# --- the checkpoint's small parts ---
+
+_CONFIG_NAMES = {"scheduler": "scheduler_config.json", "feature_extractor": "preprocessor_config.json"}
+_LIBRARIES = {
+    "AutoencoderKL": "diffusers",
+    "AudioLDM2ProjectionModel": "audioldm2",
+    "AudioLDM2UNet2DConditionModel": "audioldm2",
+}
+_TOKENIZERS = {
+    "tokenizer": ("RobertaTokenizer", "RobertaTokenizerFast"),
+    "tokenizer_2": ("T5Tokenizer", "T5TokenizerFast", "VitsTokenizer"),
+}
+
+
+def _check_index(folder: Path) -> dict[str, str]:
+    """The class of each part, as model_index.json says.
+
+    Raises:
+        CheckpointError: another pipeline's checkpoint, a part that is missing or of a class that is not
+            known.
+    """
+    index = read_json(folder / "model_index.json")
+    pipeline = index.get("_class_name")
+    if pipeline != "AudioLDM2Pipeline":
+        raise CheckpointError(f"{folder} holds a {pipeline}; this package runs AudioLDM2Pipeline only")
+    known: dict[str, tuple[str, ...]] = {
+        name: tuple(c for form in forms for c in (form.class_name, *form.aliases))
+        for name, forms in PARTS.items()
+    }
+    known |= _TOKENIZERS | {"feature_extractor": ("ClapFeatureExtractor",), "scheduler": tuple(SCHEDULERS)}
+    wrong = []
+    for name, classes in known.items():
+        entry = index.get(name)
+        if not isinstance(entry, list) or len(entry) != 2 or entry[1] is None:
+            wrong.append(f"{name} is missing")
+        elif entry[1] not in classes:
+            wrong.append(f"{name} is a {entry[1]}, not a {' or '.join(classes)}")
+        elif not (folder / name).is_dir():
+            wrong.append(f"the folder {name} is missing")
+    if wrong:
+        raise CheckpointError(f"{folder / 'model_index.json'}: {'; '.join(wrong)}")
+    return {name: index[name][1] for name in known}
+
+
+def _load_tokenizer(folder: Path, class_name: str) -> Any:
+    # transformers takes a second to import; only its tokenizers are used.
+    import transformers
+
+    # The fast kind is read from tokenizer.json and needs no sentencepiece; VITS has only the one.
+    fast = class_name if class_name.endswith("Fast") else f"{class_name}Fast"
+    tokenizer = getattr(transformers, fast, None) or getattr(transformers, class_name)
+    try:
+        return tokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        # transformers documents no errors of its own here: a broken tokenizer.json raises a bare Exception.
+        raise CheckpointError(f"{folder}: the tokenizer cannot be read: {error}") from error
+
+
+def _build_feature_extractor(content: Mapping[str, Any], class_name: str) -> ClapFeatureExtractor:
+    return ClapFeatureExtractor(ClapFeatureExtractorConfig.from_dict(content))
+
+
+def _build_scheduler(
+    content: Mapping[str, Any], class_name: str
+) -> DDIMScheduler | DPMSolverMultistepScheduler:
+    return SCHEDULERS[class_name].from_config(content)

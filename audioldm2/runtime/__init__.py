@@ -1,0 +1,1 @@
+"""How stages run (precision, offload, compile), never what they compute."""

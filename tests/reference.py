@@ -1,0 +1,283 @@
+"""Random-weight checkpoints and stages made with diffusers and transformers: what the tests compare with."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from audioldm2.checkpoints.stage import TensorDict, fill
+from audioldm2.checkpoints.weight_map import weight_map
+from scripts.tiny_tokenizers import write_roberta_tokenizer, write_t5_tokenizer
+
+
+def randomize(module: nn.Module, seed: int = 0, gain: float = 1.0) -> nn.Module:
+    """Draw *all* parameters and float buffers of a module at random: dropping any one changes the output.
+
+    Matrices and kernels keep the scale of what passes through (std = gain / sqrt(fan in)); vectors that are
+    gains (norm weights, running variances) lie about 1, other vectors (biases, embeddings) about 0.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    with torch.no_grad():
+        for name, tensor in sorted(tensors.items()):
+            if not tensor.is_floating_point():
+                continue
+            noise = torch.randn(tensor.shape, generator=generator)
+            last = name.rsplit(".", 1)[-1]
+            if tensor.dim() == 0:
+                value = 1.0 + 0.2 * noise
+            elif "running_var" in last or last in ("scale", "weight_g", "original0"):
+                value = (1.0 + 0.2 * noise).abs() + 0.1
+            elif tensor.dim() == 1:
+                value = 1.0 + 0.2 * noise if last == "weight" else 0.2 * noise
+            elif "embed" in name or "wte" in name or "wpe" in name or "shared" in name:
+                value = 0.5 * noise
+            else:
+                value = noise * gain / math.sqrt(tensor[0].numel())
+            tensor.copy_(value.to(tensor.dtype))
+    return module.eval()
+
+
+def ours(
+    stage_class: type, config_class: type, map_name: str, reference: nn.Module, config: dict
+) -> nn.Module:
+    """Our stage with a reference module's weights, through the map that loads a checkpoint."""
+    with torch.device("meta"):
+        stage = stage_class(config_class.from_dict(config))
+    tensors = {name: tensor.detach().clone() for name, tensor in reference.state_dict().items()}
+    return fill(stage, weight_map(map_name), TensorDict(tensors))
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
+    """Shapes equal; the largest difference at most `tolerance` times the expected output's largest value."""
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    assert torch.isfinite(actual).all(), "NaN or inf"
+    scale = expected.abs().max().item()
+    assert scale > 0, "the reference is all zeros: the comparison would say nothing"
+    difference = (actual.float() - expected.float()).abs().max().item()
+    assert difference <= tolerance * scale, f"differs by {difference:.3g} at a scale of {scale:.3g}"
+
+
+# --- whole checkpoints
+# -----------------------------------------------------------------------------------------
+
+# Small, but shaped like the real thing: uneven widths, the three kinds of transformer at each level, a T5
+# whose heads do not divide its width, a vocoder with the real hop of 160 samples.
+TINY: dict[str, dict] = {
+    "vae": {
+        "in_channels": 1,
+        "out_channels": 1,
+        "down_block_types": ["DownEncoderBlock2D"] * 3,
+        "up_block_types": ["UpDecoderBlock2D"] * 3,
+        "block_out_channels": [8, 12, 16],
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+        "sample_size": 128,
+        "scaling_factor": 0.41,
+    },
+    "text_encoder": {
+        "projection_dim": 12,
+        "text_config": {
+            "vocab_size": 400,
+            "hidden_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 3,
+            "intermediate_size": 40,
+            "max_position_embeddings": 66,
+            "projection_dim": 12,
+        },
+        "audio_config": {
+            "patch_embeds_hidden_size": 8,
+            "hidden_size": 16,
+            "depths": [2, 2],
+            "num_attention_heads": [2, 4],
+            "patch_size": 16,
+            "patch_stride": [16, 16],
+            "projection_dim": 12,
+        },
+    },
+    "text_encoder_2": {
+        "vocab_size": 160,
+        "d_model": 20,
+        "d_kv": 8,
+        "d_ff": 36,
+        "num_layers": 2,
+        "num_heads": 3,
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 20,
+        "feed_forward_proj": "gated-gelu",
+    },
+    "projection_model": {"text_encoder_dim": 12, "text_encoder_1_dim": 20, "langauge_model_dim": 16},
+    "language_model": {
+        "vocab_size": 32,
+        "n_positions": 80,
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "max_new_tokens": 8,
+    },
+    "unet": {
+        "sample_size": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "block_out_channels": [8, 16, 24],
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "cross_attention_dim": [[None, 16, 20]] * 3,
+        "attention_head_dim": 4,
+    },
+    "vocoder": {
+        "model_in_dim": 16,
+        "sampling_rate": 16000,
+        "upsample_initial_channel": 32,
+        "upsample_rates": [5, 4, 4, 2],
+        "upsample_kernel_sizes": [16, 16, 8, 4],
+        "resblock_kernel_sizes": [3, 7],
+        "resblock_dilation_sizes": [[1, 3], [1, 3]],
+        "normalize_before": False,
+    },
+    "feature_extractor": {"truncation": "rand_trunc", "padding": "repeatpad", "frequency_max": 14000},
+    "scheduler": {
+        "beta_start": 0.0015,
+        "beta_end": 0.0195,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+    },
+}
+
+
+def _changed(sizes: dict[str, dict], **parts: dict) -> dict[str, dict]:
+    return {name: {**config, **parts.get(name, {})} for name, config in sizes.items()}
+
+
+# As -large: four transformers a layer, the first and the last with no cross-attention, two blocks in each;
+# heads a level of their own.
+TINY_LARGE = _changed(
+    TINY,
+    unet={
+        "cross_attention_dim": [[None, 16, 20, None]] * 3,
+        "transformer_layers_per_block": 2,
+        "attention_head_dim": [2, 4, 6],
+        "layers_per_block": 2,
+    },
+)
+
+BASE: dict[str, dict] = {
+    "vae": {
+        **TINY["vae"],
+        "block_out_channels": [128, 256, 512],
+        "layers_per_block": 2,
+        "latent_channels": 8,
+        "norm_num_groups": 32,
+        "sample_size": 1024,
+    },
+    "text_encoder": {
+        "projection_dim": 512,
+        "text_config": {},
+        "audio_config": {
+            "patch_embeds_hidden_size": 128,
+            "hidden_size": 1024,
+            "depths": [2, 2, 12, 2],
+            "num_attention_heads": [4, 8, 16, 32],
+        },
+    },
+    "text_encoder_2": {
+        "vocab_size": 32128,
+        "d_model": 1024,
+        "d_kv": 64,
+        "d_ff": 2816,
+        "num_layers": 24,
+        "num_heads": 16,
+        "feed_forward_proj": "gated-gelu",
+    },
+    "projection_model": {"text_encoder_dim": 512, "text_encoder_1_dim": 1024, "langauge_model_dim": 768},
+    "language_model": {"max_new_tokens": 8},
+    "unet": {
+        "sample_size": 256,
+        "in_channels": 8,
+        "out_channels": 8,
+        "down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * 3],
+        "up_block_types": [*["CrossAttnUpBlock2D"] * 3, "UpBlock2D"],
+        "block_out_channels": [128, 256, 384, 640],
+        "layers_per_block": 2,
+        "cross_attention_dim": [[None, 768, 1024]] * 4,
+        "attention_head_dim": [4, 8, 12, 20],
+    },
+    "vocoder": {
+        "model_in_dim": 64,
+        "sampling_rate": 16000,
+        "upsample_initial_channel": 1024,
+        "upsample_rates": [5, 4, 2, 2, 2],
+        "upsample_kernel_sizes": [16, 16, 8, 4, 4],
+        "resblock_kernel_sizes": [3, 7, 11],
+        "resblock_dilation_sizes": [[1, 3, 5]] * 3,
+        "normalize_before": False,
+    },
+    "feature_extractor": TINY["feature_extractor"],
+    "scheduler": TINY["scheduler"],
+}
+LARGE = _changed(
+    BASE,
+    unet={"cross_attention_dim": [[None, 768, 1024, None]] * 4, "transformer_layers_per_block": 2},
+)
+
+
+def reference_pipeline(folder: str | Path, **options: object):
+    """diffusers' pipeline on a checkpoint, its language model wrapped as current transformers needs it."""
+    import diffusers
+    import transformers
+
+    pipe = diffusers.AudioLDM2Pipeline.from_pretrained(str(folder), **options)
+    if not isinstance(pipe.language_model, transformers.GPT2LMHeadModel):
+        with torch.device("meta"):
+            wrapper = transformers.GPT2LMHeadModel(pipe.language_model.config)
+        wrapper.transformer = pipe.language_model
+        wrapper.lm_head = torch.nn.Identity()  # nothing reads the logits
+        pipe.language_model = wrapper
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make_checkpoint(folder: str | Path, sizes: dict[str, dict] = TINY, seed: int = 0) -> Path:
+    """Write a checkpoint with diffusers and transformers, in the Hub's layout, all parameters random."""
+    import diffusers
+    import transformers
+
+    folder = Path(folder)
+    write_roberta_tokenizer(folder / "tokenizer")
+    write_t5_tokenizer(folder / "tokenizer_2")
+    text = sizes["text_encoder"]
+    parts = {
+        "vae": diffusers.AutoencoderKL(**sizes["vae"]),
+        "text_encoder": transformers.ClapModel(
+            transformers.ClapConfig(
+                text_config=text["text_config"],
+                audio_config=text["audio_config"],
+                projection_dim=text["projection_dim"],
+            )
+        ),
+        "text_encoder_2": transformers.T5EncoderModel(transformers.T5Config(**sizes["text_encoder_2"])),
+        "projection_model": diffusers.AudioLDM2ProjectionModel(**sizes["projection_model"]),
+        "language_model": transformers.GPT2Model(transformers.GPT2Config(**sizes["language_model"])),
+        "unet": diffusers.AudioLDM2UNet2DConditionModel(**sizes["unet"]),
+        "vocoder": transformers.SpeechT5HifiGan(transformers.SpeechT5HifiGanConfig(**sizes["vocoder"])),
+    }
+    for number, part in enumerate(parts.values()):
+        randomize(part, seed=100 * seed + number)
+    pipe = diffusers.AudioLDM2Pipeline(
+        **parts,
+        tokenizer=transformers.RobertaTokenizerFast.from_pretrained(folder / "tokenizer"),
+        tokenizer_2=transformers.T5TokenizerFast.from_pretrained(folder / "tokenizer_2"),
+        feature_extractor=transformers.ClapFeatureExtractor(**sizes["feature_extractor"]),
+        scheduler=diffusers.DDIMScheduler(**sizes["scheduler"]),
+    )
+    pipe.save_pretrained(folder)
+    return folder
