@@ -253,6 +253,8 @@ class AudioLDM2Pipeline:
         Args:
             mode: as torch.compile's: None, "reduce-overhead" or "max-autotune".
         """
+        # Without this the compiler traces through einops itself, which takes longer than all the rest.
+        torch.compiler.allow_in_graph(rearrange)
         self.unet.compile(fullgraph=True, mode=mode)
 
     def set_progress_bar_config(self, **options: Any) -> None:
@@ -391,13 +393,15 @@ class AudioLDM2Pipeline:
     ) -> tuple[Tensor, Tensor]:
         """Texts as ids and mask, (B, N), padded to the longest or to `length`; warns of what does not fit."""
         limit = length or self._token_limit(tokenizer)
-        whole = tokenizer(texts, verbose=False).input_ids
-        for text, ids in zip(texts, whole, strict=True):
+        for text in texts:
+            ids = tokenizer(text, verbose=False).input_ids
             if len(ids) > limit:
-                # The last place is the end token's, which stays.
-                removed = tokenizer.decode(ids[limit - 1 : -1])
-                reason = f"the prompt has {limit} tokens" if length else f"the model reads {limit} tokens"
-                warnings.warn(f"cut from {text!r}, for {reason}: {removed!r}", stacklevel=2)
+                kept = tokenizer(text, max_length=limit, truncation=True).input_ids
+                # The end token stays, where there is one: what was cut lies before it.
+                start = next((i for i, (a, b) in enumerate(zip(ids, kept, strict=False)) if a != b), limit)
+                removed = tokenizer.decode(ids[start : len(ids) - (limit - start)])
+                most = f"the prompt's {limit} tokens" if length else f"the {limit} tokens that are read"
+                warnings.warn(f"{text!r} is longer than {most}; cut off: {removed!r}", stacklevel=2)
         tokens = tokenizer(
             texts,
             padding="max_length" if length or pad_to_limit else True,

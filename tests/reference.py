@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -33,7 +34,12 @@ def randomize(module: nn.Module, seed: int = 0, gain: float = 1.0) -> nn.Module:
                 value = (1.0 + 0.2 * noise).abs() + 0.1
             elif tensor.dim() == 1:
                 value = 1.0 + 0.2 * noise if last == "weight" else 0.2 * noise
-            elif "embed" in name or "wte" in name or "wpe" in name or "shared" in name:
+            elif (
+                ("embed" in name and "time_embedding" not in name)
+                or "wte" in name
+                or "wpe" in name
+                or "shared" in name
+            ):
                 value = 0.5 * noise
             else:
                 value = noise * gain / math.sqrt(tensor[0].numel())
@@ -170,6 +176,34 @@ TINY_LARGE = _changed(
     },
 )
 
+# As the speech checkpoints: VITS's text encoder in T5's place, and a learned position for each of its tokens.
+TINY_SPEECH = _changed(
+    TINY,
+    projection_model={"use_learned_position_embedding": True, "max_seq_length": 24},
+    language_model={"n_positions": 120},
+)
+TINY_SPEECH["text_encoder_2"] = {
+    "model_type": "vits",
+    "vocab_size": 200,
+    "hidden_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "ffn_dim": 28,
+    "window_size": 3,
+    # What the pipeline never runs, as small as it can be.
+    "flow_size": 4,
+    "spectrogram_bins": 5,
+    "upsample_initial_channel": 8,
+    "upsample_rates": [2],
+    "upsample_kernel_sizes": [4],
+    "duration_predictor_filter_channels": 4,
+    "prior_encoder_num_flows": 1,
+    "prior_encoder_num_wavenet_layers": 1,
+    "posterior_encoder_num_wavenet_layers": 1,
+    "depth_separable_num_layers": 1,
+    "duration_predictor_num_flows": 1,
+}
+
 BASE: dict[str, dict] = {
     "vae": {
         **TINY["vae"],
@@ -230,6 +264,20 @@ LARGE = _changed(
 )
 
 
+def _vits_tokenizer(folder: Path, max_length: int):
+    """Letters as tokens; 0 is the padding, as VITS has it."""
+    import transformers
+
+    path = folder / "vocab.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({c: i for i, c in enumerate("_ abcdefghijklmnopqrstuvwxyz'")}))
+    tokenizer = transformers.VitsTokenizer(
+        path, pad_token="_", unk_token=" ", add_blank=False, phonemize=False, model_max_length=max_length
+    )
+    path.unlink()
+    return tokenizer
+
+
 def reference_pipeline(folder: str | Path, **options: object):
     """diffusers' pipeline on a checkpoint, its language model wrapped as current transformers needs it."""
     import diffusers
@@ -253,7 +301,14 @@ def make_checkpoint(folder: str | Path, sizes: dict[str, dict] = TINY, seed: int
 
     folder = Path(folder)
     write_roberta_tokenizer(folder / "tokenizer")
-    write_t5_tokenizer(folder / "tokenizer_2")
+    second = dict(sizes["text_encoder_2"])
+    if second.pop("model_type", "t5") == "vits":
+        tokenizer_2 = _vits_tokenizer(folder, sizes["projection_model"]["max_seq_length"])
+        text_encoder_2 = transformers.VitsModel(transformers.VitsConfig(**second))
+    else:
+        write_t5_tokenizer(folder / "tokenizer_2")
+        tokenizer_2 = transformers.T5TokenizerFast.from_pretrained(folder / "tokenizer_2")
+        text_encoder_2 = transformers.T5EncoderModel(transformers.T5Config(**second))
     text = sizes["text_encoder"]
     parts = {
         "vae": diffusers.AutoencoderKL(**sizes["vae"]),
@@ -264,7 +319,7 @@ def make_checkpoint(folder: str | Path, sizes: dict[str, dict] = TINY, seed: int
                 projection_dim=text["projection_dim"],
             )
         ),
-        "text_encoder_2": transformers.T5EncoderModel(transformers.T5Config(**sizes["text_encoder_2"])),
+        "text_encoder_2": text_encoder_2,
         "projection_model": diffusers.AudioLDM2ProjectionModel(**sizes["projection_model"]),
         "language_model": transformers.GPT2Model(transformers.GPT2Config(**sizes["language_model"])),
         "unet": diffusers.AudioLDM2UNet2DConditionModel(**sizes["unet"]),
@@ -275,7 +330,7 @@ def make_checkpoint(folder: str | Path, sizes: dict[str, dict] = TINY, seed: int
     pipe = diffusers.AudioLDM2Pipeline(
         **parts,
         tokenizer=transformers.RobertaTokenizerFast.from_pretrained(folder / "tokenizer"),
-        tokenizer_2=transformers.T5TokenizerFast.from_pretrained(folder / "tokenizer_2"),
+        tokenizer_2=tokenizer_2,
         feature_extractor=transformers.ClapFeatureExtractor(**sizes["feature_extractor"]),
         scheduler=diffusers.DDIMScheduler(**sizes["scheduler"]),
     )

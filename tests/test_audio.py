@@ -1,4 +1,4 @@
-"""Front ends against transformers and librosa, resampling against ideal tones, files against other readers."""
+"""Front ends against transformers and librosa, resampling against ideal tones, files by other readers."""
 
 from __future__ import annotations
 
@@ -391,6 +391,21 @@ def test_sixteen_bits_are_rounded_and_clipped_with_a_word(tmp_path):
     assert read_wav(path)[0].tolist() == [[1.5, -7.0]]
 
 
+def test_the_headers_are_the_standards_to_the_byte(tmp_path):
+    path = tmp_path / "a.wav"
+    stereo = torch.tensor([[0.5, 0.0, 0.0], [-0.5, 0.0, 0.25]])
+    write_wav(path, stereo, 16000)
+    header = struct.pack(
+        "<4sI4s4sIHHIIHH4sI", b"RIFF", 48, b"WAVE", b"fmt ", 16, 1, 2, 16000, 64000, 4, 16, b"data", 12
+    )
+    assert path.read_bytes() == header + struct.pack("<6h", 16384, -16384, 0, 0, 0, 8192)
+    write_wav(path, stereo, 16000, format="float32")
+    header = struct.pack("<4sI4s4sIHHIIHHH", b"RIFF", 74, b"WAVE", b"fmt ", 18, 3, 2, 16000, 128000, 8, 32, 0)
+    header += struct.pack("<4sII4sI", b"fact", 4, 3, b"data", 24)
+    assert path.read_bytes() == header + struct.pack("<6f", 0.5, -0.5, 0, 0, 0, 0.25)
+    assert len(path.read_bytes()) == 74 + 8
+
+
 @pytest.mark.parametrize("container", ["WAV", "WAVEX"])
 @pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"])
 @pytest.mark.parametrize("channels", [1, 2])
@@ -528,6 +543,16 @@ def test_the_picture_shows_a_tone_where_it_is():
     assert torch.allclose(heard[10:40], torch.tensor(440.0), rtol=0.05)
     assert torch.allclose(heard[60:90], torch.tensor(3000.0), rtol=0.05)
     assert_close(decibels(torch.zeros(1, 100), rate), torch.full((1, 128), -80.0), 1e-6)
+
+
+def test_low_is_low_and_early_is_left(tmp_path):
+    image = pytest.importorskip("matplotlib.image")
+    time = np.arange(16000) / 16000
+    save_spectrogram(tmp_path / "a.png", np.sin(2 * np.pi * 300 * time) * (time < 0.5), 16000)
+    brightness = image.imread(tmp_path / "a.png")[40:400, 120:900, :3].sum(-1)
+    low, high = brightness[240:], brightness[:120]
+    assert low[:, :300].max() > 2
+    assert max(high[:, :300].max(), low[:, 500:].max()) < 0.5
 
 
 @pytest.mark.parametrize(("shape", "rate"), [((9000,), 16000), ((2, 9000), 48000), ((1,), 8000)])

@@ -144,6 +144,14 @@ def test_text_features_equal_transformers(pair: Pair, batch: int, length: int, p
     assert_close(clap.text_features(ids, mask.bool()), expected)
 
 
+def test_padding_tokens_that_are_not_masked_equal_transformers(pair: Pair) -> None:
+    model, clap = pair
+    for padded in ("right", "left", "middle"):
+        ids, mask = prompts(3, 9, clap.config.text_config.pad_token_id, padded)
+        unmasked = torch.ones_like(mask)
+        assert_close(clap.text_features(ids, unmasked), text_of(model, ids, unmasked))
+
+
 def test_text_features_do_not_depend_on_the_padding(pair: Pair) -> None:
     clap = pair[1]
     pad = clap.config.text_config.pad_token_id

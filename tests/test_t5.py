@@ -151,7 +151,7 @@ def test_float16_survives_feed_forwards_that_overflow_it() -> None:
     encoder = stage(model, GATED, torch.float16)
     assert_close(encoder(ids, mask), exact, 1e-2)
 
-    # All in float16, transformers' clamps keep it finite but the states are wrong: these weights do overflow.
+    # With all weights in float16 transformers gives NaN, or wrong states where it clamps: these do overflow.
     naive = model.half()(input_ids=ids, attention_mask=mask)[0].float()
     assert not torch.allclose(naive, exact, atol=1e-2 * exact.abs().max().item())
 
@@ -169,6 +169,17 @@ def test_float16_survives_gates_and_attention_that_overflow_it() -> None:
     for name in ("v", "o"):  # what leaves the attention is about 1e5 too: clamped, so only roughly right
         tensors[f"encoder.block.0.layer.0.SelfAttention.{name}.weight"].data *= 4e2
     assert torch.isfinite(stage(model, GATED, torch.float16)(ids, mask)).all()
+
+
+def test_float16_survives_embeddings_whose_squares_overflow_it() -> None:
+    model = reference(GATED)
+    model.shared.weight.data *= 1e3
+    tensors = dict(model.named_parameters())
+    for name in ("v", "o"):  # what the attention adds is as large as what it is added to
+        tensors[f"encoder.block.0.layer.0.SelfAttention.{name}.weight"].data *= 30
+    ids, mask = tokens(2, 128), masks(2, 128, "right")
+    exact = model(input_ids=ids, attention_mask=mask)[0]
+    assert_close(stage(model, GATED, torch.float16)(ids, mask), exact, 1e-2)
 
 
 def test_float16_works_whichever_dtype_the_float32_parameters_have() -> None:

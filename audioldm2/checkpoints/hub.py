@@ -1,10 +1,12 @@
-"""Finding a checkpoint: a local folder, or a repository on the Hugging Face Hub, of which only what is needed
-is
-downloaded: the configs, the tokenizers, and one weight format.
+"""Finding a checkpoint: a local folder, or a repository on the Hugging Face Hub.
+
+Of a repository only what is needed is downloaded: the configs, the tokenizers, and one weight format.
 """
 
 from __future__ import annotations
 
+import errno
+import glob
 import re
 import warnings
 from collections.abc import Collection, Sequence
@@ -15,6 +17,8 @@ from audioldm2.checkpoints.tensors import shard_names, weights_file
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SMALL = (".json", ".txt", ".model")  # configs, tokenizers and their vocabularies
+_SHARD_INDEX = re.compile(r".*\.index(\.[^.]+)?\.json")
+_DISK = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EDQUOT)  # what a download dies of here
 
 
 def needed_files(names: Collection[str], folders: Sequence[str], variant: str | None = None) -> list[str]:
@@ -27,11 +31,11 @@ def needed_files(names: Collection[str], folders: Sequence[str], variant: str | 
     """
     needed = []
     for folder in folders:
-        inside = {p.name: str(p) for p in map(PurePosixPath, names) if str(p.parent) == (folder or ".")}
+        inside = {p.name: str(p) for p in map(PurePosixPath, names) if p.parent == PurePosixPath(folder)}
         needed += [
             path
             for name, path in inside.items()
-            if name.endswith(_SMALL) and not name.endswith(".index.json")
+            if name.endswith(_SMALL) and not _SHARD_INDEX.fullmatch(name)
         ]
         weights = weights_file(inside, variant)
         if weights is not None:
@@ -64,68 +68,68 @@ def checkpoint_folder(
         CheckpointError: no such folder or repository, or the Hub is out of reach and nothing was downloaded
             before.
     """
-    local = Path(repo_or_folder).expanduser()
-    if local.is_dir():
-        return local
     name = str(repo_or_folder)
-    if local.exists():
-        raise CheckpointError(f"{name} is a file; pass the folder that holds model_index.json")
+    local = Path(name).expanduser()
+    if name and local.is_dir():
+        return local
+    if name and local.exists():
+        raise CheckpointError(f"{name} is a file; pass the folder that holds it")
+    no_repository = f"{name!r} is neither a folder here nor a repository on the Hub (owner/name)"
     if not _REPOSITORY.fullmatch(name):
-        raise CheckpointError(f"{name!r} is neither a folder here nor a repository on the Hub (owner/name)")
+        raise CheckpointError(no_repository)
 
     # The Hub's client is slow to import and not needed for a local folder.
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        LocalEntryNotFoundError,
+        HFValidationError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    def downloaded() -> Path | None:
-        try:
-            return Path(
-                snapshot_download(
-                    name, revision=revision, cache_dir=cache_dir, token=token, local_files_only=True
-                )
-            )
-        except (LocalEntryNotFoundError, FileNotFoundError):
-            return None
-
-    if local_files_only:
-        folder = downloaded()
-        if folder is None:
-            raise CheckpointError(f"{name} was not downloaded before; run once without local_files_only")
-        return folder
-
+    cache = None if cache_dir is None else Path(cache_dir).expanduser()
     try:
+        if local_files_only:
+            folder = _downloaded(name, folders, revision, cache)
+            if folder is None:
+                raise CheckpointError(f"{name} was not downloaded before; run once without local_files_only")
+            return folder
         info = HfApi(token=token).model_info(name, revision=revision)
-        commit = info.sha
         files = needed_files([entry.rfilename for entry in info.siblings or []], folders, variant)
         # An index says which shards there are, so it comes first.
-        for index in [file for file in files if file.endswith((".index.json", f".index.{variant}.json"))]:
-            path = hf_hub_download(name, index, revision=commit, cache_dir=cache_dir, token=token)
+        for index in filter(_SHARD_INDEX.fullmatch, list(files)):
+            path = hf_hub_download(name, index, revision=info.sha, cache_dir=cache, token=token)
             parent = PurePosixPath(index).parent
             files += sorted({str(parent / shard) for shard in shard_names(Path(path)).values()})
+        # Given the branch rather than its commit, the client notes which commit the branch was at: without
+        # that note it would not find the snapshot when the Hub is out of reach.
         return Path(
-            snapshot_download(name, revision=commit, cache_dir=cache_dir, token=token, allow_patterns=files)
+            snapshot_download(
+                name,
+                revision=revision,
+                cache_dir=cache,
+                token=token,
+                allow_patterns=[glob.escape(file) for file in files],
+            )
         )
+    except HFValidationError as error:
+        raise CheckpointError(no_repository) from error
     except GatedRepoError as error:
         raise CheckpointError(
             f"{name} is gated on the Hub; ask for access there and log in (hf auth login)"
         ) from error
     except RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"{name} is neither a folder here nor a repository on the Hub (a private one needs a token)"
-        ) from error
+        raise CheckpointError(f"{no_repository}; a private one needs a token") from error
     except RevisionNotFoundError as error:
         raise CheckpointError(f"{name} on the Hub has no revision {revision!r}") from error
     except CheckpointError:
         raise
     except Exception as error:
         # The client's transport has changed over its releases (requests, httpx, httpx2), each with errors of
-        # its own; whatever fails here, the Hub did not deliver.
-        folder = downloaded()
+        # its own; whatever fails here, but for the disk, the Hub did not deliver.
+        if isinstance(error, OSError) and error.errno in _DISK:
+            raise CheckpointError(f"{name} cannot be downloaded to this disk: {error}") from error
+        folder = _downloaded(name, folders, revision, cache)
         if folder is not None:
             warnings.warn(
                 f"the Hub is out of reach; using what was downloaded of {name} before", stacklevel=3
@@ -135,6 +139,21 @@ def checkpoint_folder(
             f"{name} is no folder here, and the Hub is out of reach ({_first_line(error)}); "
             "pass the path of a local folder that holds the checkpoint"
         ) from error
+
+
+def _downloaded(name: str, folders: Sequence[str], revision: str | None, cache: Path | None) -> Path | None:
+    """What an earlier download left of a repository, or None; found by the file that loading reads first.
+
+    The client's own search (`snapshot_download(local_files_only=True)`) takes a snapshot that leaves out what
+    is not needed for an interrupted one, and refuses it.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    first = (
+        PurePosixPath("model_index.json") if len(folders) > 1 else PurePosixPath(folders[0], "config.json")
+    )
+    found = try_to_load_from_cache(name, str(first), cache_dir=cache, revision=revision)
+    return Path(found).parents[len(first.parts) - 1] if isinstance(found, str) else None
 
 
 def _first_line(error: Exception) -> str:

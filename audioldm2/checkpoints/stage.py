@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import types
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +17,27 @@ from torch import Tensor, nn
 
 from audioldm2.atomic import replacing
 from audioldm2.checkpoints.errors import CheckpointError
-from audioldm2.checkpoints.tensors import WeightFiles, read_json
+from audioldm2.checkpoints.tensors import FLOATS, WeightFiles, read_json
 from audioldm2.checkpoints.weight_map import WeightMap, apply, weight_map
+from audioldm2.runtime.device import available_device
 from audioldm2.runtime.precision import parameter_dtype
 
 StageT = TypeVar("StageT", bound=nn.Module)
+# The types of a config's values, as a reader of config.json knows them.
+_IN_WORDS = {
+    int: "a whole number from 0 to 2147483647",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    types.NoneType: "null",
+}
 
 
 class TensorSource(Protocol):
-    """Somewhere tensors are read from by name; shapes are known before anything is read."""
+    """Somewhere tensors are read from by name; shapes and types are known before anything is read."""
 
     shapes: dict[str, tuple[int, ...]]
+    types: dict[str, torch.dtype | str]  # a text for what torch has no dtype for, or no stage a use
 
     def read(self, name: str) -> Tensor:
         """A tensor to be worked on and let go."""
@@ -39,6 +52,7 @@ class TensorDict:
     def __init__(self, tensors: Mapping[str, Tensor]):
         self.tensors = tensors
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self.types: dict[str, torch.dtype | str] = {name: tensor.dtype for name, tensor in tensors.items()}
 
     def read(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -71,9 +85,9 @@ def fill(
 ) -> StageT:
     """Give a stage that was built on the `meta` device its tensors; it is returned in eval mode.
 
-    Every shape is checked before the first tensor is read (see `WeightMap.plan`, also for the error raised).
-    Tensors that need no work are used where they lie in the memory-mapped file; the others are read one at a
-    time, so loading peaks at the stage's own size.
+    Every shape and type is checked before the first tensor is read. Tensors that need no work are used where
+    they lie in the memory-mapped file; the others are read one at a time, so loading peaks at the stage's own
+    size.
 
     Args:
         stage: the stage, on `meta`.
@@ -81,19 +95,31 @@ def fill(
         source: the checkpoint's tensors.
         dtype: None keeps the checkpoint's own.
         device: where the stage is to be.
+
+    Raises:
+        CheckpointError: tensors that do not fit (see `WeightMap.plan`), or that do not hold floats.
     """
     state = stage.state_dict()
     targets = {name: tuple(tensor.shape) for name, tensor in state.items() if tensor.is_floating_point()}
+    plan = weights.plan(targets, source.shapes)
+    used = sorted({name for recipe in plan.values() for name in recipe.sources})
+    floats = FLOATS.values()
+    wrong = [
+        f"wrong type: {name} holds {source.types[name]}" for name in used if source.types[name] not in floats
+    ]
+    if wrong:
+        shown = "\n  ".join(wrong)
+        raise CheckpointError(f"{len(wrong)} of the checkpoint's tensors do not fit:\n  {shown}")
+    device = torch.device(device)
     filled = {}
-    for name, recipe in weights.plan(targets, source.shapes).items():
-        tensor = source.map(recipe.sources[0])
-        wanted = parameter_dtype(stage, name, dtype or tensor.dtype)
-        in_place = (
-            recipe.operation == "copy" and tensor.dtype == wanted and torch.device(device).type == "cpu"
-        )
-        if not in_place:
-            tensor = apply(recipe, source.read).to(device=device, dtype=wanted).contiguous()
-        filled[name] = tensor
+    for name, recipe in plan.items():
+        held = source.types[recipe.sources[0]]
+        wanted = parameter_dtype(stage, name, dtype or typing.cast(torch.dtype, held))
+        # A copy or a view of one tensor can stay where it lies. It must not be read through the window of the
+        # file that is soon dropped: it would hold on to all of it.
+        in_place = recipe.operation in ("copy", "squeeze") and held == wanted and device.type == "cpu"
+        tensor = apply(recipe, source.map if in_place else source.read)
+        filled[name] = tensor.to(device=device, dtype=wanted).contiguous()
     # What is no float is a counter of training steps (BatchNorm's), which starts anew.
     filled |= {n: torch.zeros_like(t, device=device) for n, t in state.items() if not t.is_floating_point()}
     stage.load_state_dict(filled, strict=True, assign=True)
@@ -110,33 +136,89 @@ def load_stage(
     """A stage from a folder with a config.json and weights.
 
     Raises:
-        CheckpointError: see `WeightFiles` and `WeightMap.plan`; also a config.json that is missing, is for
-            another
-            class or holds a value that is not supported. The message names the folder.
+        CheckpointError: see `WeightFiles` and `fill`; also a config.json that is missing, is for another
+            class or holds a value that is not supported. The message names the file.
+        ValueError: `dtype` or `device` is none that a stage runs in or on.
     """
-    content = read_json(folder / "config.json")
-    named = content.get("_class_name") or (content.get("architectures") or [form.class_name])[0]
+    if dtype is not None and dtype not in FLOATS.values():
+        supported = ", ".join(map(str, FLOATS.values()))
+        raise ValueError(f"torch_dtype = {dtype!r} is not supported; {supported} are")
+    device = available_device(device)
+    path = folder / "config.json"
+    content = read_json(path)
+    named = content.get("_class_name") or content.get("architectures") or form.class_name
+    named = named[0] if isinstance(named, list) else named
     if named not in (form.class_name, *form.aliases):
-        raise CheckpointError(
-            f"{folder / 'config.json'} is for a {named}; a {form.class_name} is needed here"
-        )
+        raise CheckpointError(f"{path} is for a {named}; a {form.class_name} is needed here")
     try:
+        check_types(typing.get_type_hints(form.config), content)
         config = form.config.from_dict(content)
         with torch.device("meta"):
             stage = form.stage(config)
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except (TypeError, LookupError, ArithmeticError, RuntimeError, AssertionError) as error:
+        # Sizes that a layer, not the config, finds impossible: a division by a size of 0, say.
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(f"{path}: no {form.class_name} has these sizes ({reason})") from error
+    files = WeightFiles(folder, variant)
     try:
-        return fill(stage, weight_map(form.weights), WeightFiles(folder, variant), dtype, device)
+        return fill(stage, weight_map(form.weights), files, dtype, device)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
+
+
+def check_types(hints: Mapping[str, Any], content: Mapping[str, Any], within: str = "") -> None:
+    """Refuse values of a config's JSON whose type is not the hinted one; keys that are absent are fine.
+
+    Args:
+        hints: the type for each key: int, float, str, bool, None, tuple[X, ...], a union or a dataclass.
+        content: what was read from JSON.
+        within: where in the file `content` stands, to be put before a key's name.
+
+    Raises:
+        ValueError: names the key, its value and what is supported.
+    """
+    for key in (key for key in hints if key in content):
+        hint, value = hints[key], content[key]
+        if dataclasses.is_dataclass(hint):
+            if isinstance(value, Mapping):
+                check_types(typing.get_type_hints(hint), value, f"{within}{key}.")
+                continue
+            fits, expected = value is None, "an object or null"
+        else:
+            fits, expected = _fits(value, hint), _in_words(hint)
+        if not fits:
+            raise ValueError(f"{within}{key} = {value!r} is not supported; it has to be {expected}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of a config.json is of a dataclass field's type."""
+    options = typing.get_args(hint)
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, option) for option in options)
+    if options:  # tuple[X, ...], a list in JSON
+        return isinstance(value, list | tuple) and all(_fits(entry, options[0]) for entry in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+    return isinstance(value, hint)
+
+
+def _in_words(hint: Any) -> str:
+    options = typing.get_args(hint)
+    if isinstance(hint, types.UnionType):
+        return " or ".join(map(_in_words, options))
+    return f"a list (of {_in_words(options[0])})" if options else _IN_WORDS.get(hint, hint.__name__)
 
 
 def save_stage(stage: nn.Module, folder: Path, form: Format[Any]) -> None:
     """Write a stage's config.json and weights, such that diffusers and transformers load them.
 
-    What the stage does not hold is not written: GPT-2's word embeddings, for one, which the pipeline never
-    reads. transformers makes those up when it loads the folder, and says so.
+    What the stage does not hold is not written: the buffers that are computed (CLAP's position_ids and such),
+    and what the pipeline never reads (GPT-2's word embeddings). transformers makes those up when it loads the
+    folder, and says so.
     """
     from safetensors.torch import save_file
 

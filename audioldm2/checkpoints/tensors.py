@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,12 @@ STEMS = {
     "safetensors": ("diffusion_pytorch_model", "model"),
     "bin": ("diffusion_pytorch_model", "pytorch_model"),
 }
+# What parameters may be held in, by safetensors' names.
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 # Tensors that need work (another dtype, device or form) are read through a mapping of the file that is
 # dropped after this many bytes, so that the pages that were read do not pile up beside the tensors that were
 # made.
-_WINDOW_BYTES = 64 * 2**20
+_WINDOW_BYTES = 32 * 2**20
 
 
 def weights_file(names: Collection[str], variant: str | None = None) -> str | None:
@@ -52,7 +54,7 @@ def shard_names(index: Path) -> dict[str, str]:
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} is no shard index: it has no 'weight_map'")
-    for name in set(weight_map.values()):
+    for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".", "..") or "\\" in name:
             raise CheckpointError(f"{index} points outside its folder ({name!r}); refused")
     return weight_map
@@ -63,7 +65,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} should hold a JSON object")
@@ -71,7 +73,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class WeightFiles:
-    """The tensors in a folder's weight files, by name; shapes are known before anything is read.
+    """The tensors in a folder's weight files, by name; shapes and types are known before anything is read.
 
     Args:
         folder: where the weight files are.
@@ -99,6 +101,7 @@ class WeightFiles:
         else:
             files = [name]
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.types: dict[str, torch.dtype | str] = {}
         self._file_of: dict[str, Path] = {}
         self._tensors: dict[str, Tensor] = {}  # what a .bin held
         self._mapped: dict[Path, Any] = {}  # open safetensors files whose tensors are used where they lie
@@ -109,12 +112,21 @@ class WeightFiles:
                 with _naming(path):
                     handle = self._mapped[path] = _safe_open(path)
                     for key in handle.keys():  # noqa: SIM118 - not a dict
-                        self.shapes[key] = tuple(handle.get_slice(key).get_shape())
-                        self._file_of[key] = path
+                        part = handle.get_slice(key)
+                        self._found(
+                            path, key, part.get_shape(), FLOATS.get(part.get_dtype(), part.get_dtype())
+                        )
             else:
-                tensors = _read_bin(path)
-                self._tensors.update(tensors)
-                self.shapes.update((key, tuple(tensor.shape)) for key, tensor in tensors.items())
+                for key, tensor in _read_bin(path).items():
+                    self._tensors[key] = tensor
+                    self._found(path, key, tensor.shape, tensor.dtype)
+
+    def _found(self, path: Path, name: str, shape: Sequence[int], held: torch.dtype | str) -> None:
+        if name in self.shapes:
+            raise CheckpointError(f"{path} holds {name}, and so does another shard")
+        self.shapes[name] = tuple(shape)
+        self.types[name] = held
+        self._file_of[name] = path
 
     def read(self, name: str) -> Tensor:
         """One tensor, to be worked on and let go."""
@@ -168,8 +180,17 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
             f"{path} is garbage, or holds more than tensors and would have to run code to be read; refused. "
             "Use safetensors"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is not a whole PyTorch weights file ({error})") from error
-    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+    except Exception as error:
+        # Garbage makes torch.load raise nearly anything: RuntimeError, IndexError, struct.error, BadZipFile.
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(
+            f"{path} is not a whole PyTorch weights file ({reason}); download or copy it again"
+        ) from error
+    if not isinstance(content, dict) or not all(map(_is_named_tensor, content.items())):
         raise CheckpointError(f"{path} is no state dict: it should hold tensors by name")
     return content
+
+
+def _is_named_tensor(item: tuple[Any, Any]) -> bool:
+    name, tensor = item
+    return isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided

@@ -9,7 +9,7 @@ A map is a text file in `weights_map/`, one a stage and source format, to be rea
     optional_prefix transformer.
 
 * `{i}` (any name in braces) stands for a number, `*` for one name without a dot (`weight`, `bias`, ...); both
-  sides take the same value.
+  sides take the same value. In `ignore`, `**` stands for any rest of a name, dots included.
 * `|` parts alternatives, the spelling of today first: loading takes the first whose tensors all exist, saving
   writes the first.
 * An operation turns several tensors, or one of another form, into ours: `concat` (along the first axis, equal
@@ -48,8 +48,8 @@ class Operation:
 
 
 def _concat_shape(shapes: Sequence[Shape]) -> Shape:
-    if len(set(shapes)) != 1:
-        raise ValueError(f"the parts differ in shape: {', '.join(map(str, shapes))}")
+    if len(set(shapes)) != 1 or not shapes[0]:
+        raise ValueError(f"these cannot be joined: {', '.join(map(str, shapes))}")
     return (len(shapes) * shapes[0][0], *shapes[0][1:])
 
 
@@ -69,7 +69,7 @@ def _transpose_shape(shapes: Sequence[Shape]) -> Shape:
 
 def _weight_norm_shape(shapes: Sequence[Shape]) -> Shape:
     gain, direction = shapes
-    if gain != (direction[0],) + (1,) * (len(direction) - 1):
+    if not direction or gain != (direction[0],) + (1,) * (len(direction) - 1):
         raise ValueError(f"the gain {gain} does not go with the direction {direction}")
     return direction
 
@@ -92,6 +92,10 @@ OPERATIONS = {
         _weight_norm_shape, _fold_weight_norm, lambda w, n: [_norm_but_first(w).to(w.dtype), w]
     ),
 }
+
+
+# How many tensors an operation takes, where that is not one.
+_TAKES = {"concat": "2 or more", "fold_weight_norm": "2"}
 
 
 @dataclass(frozen=True)
@@ -125,12 +129,14 @@ class Rule:
 
 
 def _pattern(text: str) -> re.Pattern[str]:
-    pieces = re.split(r"(\{\w+\}|\*)", text)
+    pieces = re.split(r"(\{\w+\}|\*\*|\*)", text)
     seen: set[str] = set()
     regex = ""
     for piece in pieces:
         name = "star" if piece == "*" else piece[1:-1] if piece.startswith("{") else ""
-        if not name:
+        if piece == "**":
+            regex += ".+"
+        elif not name:
             regex += re.escape(piece)
         elif name in seen:
             regex += f"(?P={name})"
@@ -149,7 +155,23 @@ def _recipe(text: str, where: str) -> Recipe:
         return Recipe("copy", (name,))
     if operation not in OPERATIONS:
         raise ValueError(f"{where}: no operation '{operation}'; there are {', '.join(OPERATIONS)}")
-    return Recipe(operation, tuple(part.strip() for part in arguments.split(",")))
+    sources = tuple(part.strip() for part in arguments.split(","))
+    if not all(sources):
+        raise ValueError(f"{where}: cannot read '{text.strip()}'")
+    takes = _TAKES.get(operation, "1")
+    if len(sources) < 2 if takes == "2 or more" else len(sources) != int(takes):
+        raise ValueError(f"{where}: {operation} takes {takes}, not {len(sources)}: '{text.strip()}'")
+    return Recipe(operation, sources)
+
+
+def _rule(target: str, sources: str, where: str) -> Rule:
+    rule = Rule(_pattern(target), tuple(_recipe(part, where) for part in sources.split("|")))
+    known = set(re.findall(r"\{\w+\}|\*", target))
+    for recipe in rule.alternatives:
+        for blank in re.findall(r"\{\w+\}|\*", " ".join(recipe.sources)):
+            if blank not in known:
+                raise ValueError(f"{where}: {blank} is not on the left of '{target} = ...'")
+    return rule
 
 
 class WeightMap:
@@ -174,8 +196,7 @@ class WeightMap:
                 self.prefix = line.split()[1]
             elif "=" in line:
                 target, sources = (side.strip() for side in line.split("=", 1))
-                alternatives = tuple(_recipe(part, where) for part in sources.split("|"))
-                self.rules.append(Rule(_pattern(target), alternatives))
+                self.rules.append(_rule(target, sources, where))
             else:
                 raise ValueError(
                     f"{where}: '{line}' is neither 'ours = theirs', 'ignore' nor 'optional_prefix'"
@@ -195,9 +216,13 @@ class WeightMap:
             CheckpointError: one line a misfit: tensors that are missing, left over or of another shape.
         """
         # The checkpoint's own spelling for each name without the optional prefix.
-        bare = {name.removeprefix(self.prefix) if self.prefix else name: name for name in sources}
-        chosen: dict[str, Recipe] = {}
+        bare: dict[str, str] = {}
         misfits: list[str] = []
+        for name in sources:
+            first = bare.setdefault(name.removeprefix(self.prefix), name)
+            if first != name:
+                misfits.append(f"twice: {first} and {name}")
+        chosen: dict[str, Recipe] = {}
         used: set[str] = set()
         for target, wanted in targets.items():
             alternatives = self._recipes(target)

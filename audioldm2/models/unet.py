@@ -36,7 +36,6 @@ from audioldm2.models.layers import (
 )
 
 MASKED = -10_000.0  # added to the scores of padding; finite, so that a row of padding alone is no NaN
-
 DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
 UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
 # Keys of diffusers' config that would change the result, and the values that they may have here.
@@ -97,7 +96,7 @@ class UNetConfig:
                 raise ValueError(f"{key} has {len(value)} entries, block_out_channels {levels} levels")
             if key in by_level and not all(isinstance(n, int) and n > 0 for n in self.per_level(key)):
                 raise ValueError(f"{key} = {value!r} is not supported; it has to be a count, or one a level")
-        kinds = zip(self.down_block_types, reversed(self.up_block_types), strict=True)
+        kinds = zip(self.down_block_types, self.up_block_types[::-1], strict=True)
         for level, (down, up) in enumerate(kinds):
             blocks = {"down_block_types": down, "up_block_types": up}
             refuse_unsupported(blocks, {"down_block_types": DOWN_BLOCKS, "up_block_types": UP_BLOCKS})
@@ -113,10 +112,8 @@ class UNetConfig:
         Raises:
             ValueError: a value that is not supported, by name.
         """
-        refuse_unsupported(content, SUPPORTED)
-        only_cross = content.get("only_cross_attention", False)
-        if any(only_cross) if isinstance(only_cross, list | tuple) else only_cross:
-            raise ValueError(f"only_cross_attention = {only_cross!r} is not supported; it has to be False")
+        by_level = [False] * len(content.get("down_block_types", ()))
+        refuse_unsupported(content, {**SUPPORTED, "only_cross_attention": (False, by_level)})
         known = {field.name for field in fields(cls)}
         return cls(**{key: as_tuples(value) for key, value in content.items() if key in known})
 
@@ -174,12 +171,8 @@ class Transformer(nn.Module):
         """For each block what it attends to. Raises ValueError where the states are of another width."""
         if self.context_width is None:
             return [None] * len(self.blocks)
-        width = condition.states.shape[-1]
-        if width != self.context_width:
-            raise ValueError(
-                f"the encoder's states are {width} wide, but a cross-attention over them is for "
-                f"{self.context_width} (cross_attention_dim in the UNet's config)"
-            )
+        if (width := condition.states.shape[-1]) != self.context_width:
+            raise ValueError(f"encoder states are {width} wide, {self.context_width} in cross_attention_dim")
         return [Context(block.cross_attention.kv(condition.states), condition.bias) for block in self.blocks]
 
     def forward(self, x: Tensor, contexts: Sequence[Context | None]) -> Tensor:
@@ -248,9 +241,8 @@ def down_levels(config: UNetConfig) -> list[Level]:
     for i, kind in enumerate(config.down_block_types):
         # The first layer takes what the level above gave, each other one what the layer before it gave.
         channels_in = [channels[max(i - 1, 0)]] + [channels[i]] * (layers[i] - 1)
-        last = i == len(channels) - 1
-        halve = None if last else nn.Conv2d(channels[i], channels[i], 3, stride=2, padding=1)
-        levels.append(Level(config, i, channels_in, layers[i] if "CrossAttn" in kind else 0, halve))
+        halve = nn.Conv2d(channels[i], channels[i], 3, stride=2, padding=1) if i + 1 < len(channels) else None
+        levels.append(Level(config, i, channels_in, len(channels_in) if "CrossAttn" in kind else 0, halve))
     return levels
 
 
@@ -260,12 +252,12 @@ def up_levels(config: UNetConfig) -> list[Level]:
     layers = config.per_level("layers_per_block")
     levels = []
     for i, kind in zip(reversed(range(len(channels))), config.up_block_types, strict=True):
-        before = [channels[min(i + 1, len(channels) - 1)]] + [channels[i]] * layers[i]
         # The way down left one feature map a layer here; before those, the one the level above handed on.
         skips = [channels[i]] * layers[i] + [channels[max(i - 1, 0)]]
-        channels_in = [x + skip for x, skip in zip(before, skips, strict=True)]
+        before = [channels[min(i + 1, len(channels) - 1)]] + [channels[i]] * layers[i]
+        both = [x + skip for x, skip in zip(before, skips, strict=True)]
         double = None if i == 0 else Upsample(channels[i])
-        levels.append(Level(config, i, channels_in, layers[i] + 1 if "CrossAttn" in kind else 0, double))
+        levels.append(Level(config, i, both, len(both) if "CrossAttn" in kind else 0, double))
     return levels
 
 
@@ -283,16 +275,15 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         first, last, width = config.block_out_channels[0], config.block_out_channels[-1], config.time_width
-        into, out = config.conv_in_kernel, config.conv_out_kernel
         self.act = activation(config.act_fn)
         self.time_1 = nn.Linear(first, width)
         self.time_2 = nn.Linear(width, width)
-        self.conv_in = nn.Conv2d(config.in_channels, first, into, padding=(into - 1) // 2)
+        self.conv_in = _conv(config.in_channels, first, config.conv_in_kernel)
         self.down = nn.ModuleList(down_levels(config))  # type: ignore[assignment]
         self.middle = Level(config, -1, [last, last], runs=1, resample=None)
         self.up = nn.ModuleList(up_levels(config))  # type: ignore[assignment]
         self.norm_out = nn.GroupNorm(config.norm_num_groups, first, config.norm_eps)
-        self.conv_out = nn.Conv2d(first, config.out_channels, out, padding=(out - 1) // 2)
+        self.conv_out = _conv(first, config.out_channels, config.conv_out_kernel)
 
     def time_embedding(self, timestep: Tensor) -> Tensor:
         """Embed steps, (S,) -> (S, time width): sinusoids (Vaswani et al. 2017, section 3.5), two layers.
@@ -392,6 +383,10 @@ class UNet(nn.Module):
             encoder_hidden_states, encoder_hidden_states_1, encoder_attention_mask_1, encoder_attention_mask
         )
         return self.denoise(sample, self.time_embedding(timestep), contexts)
+
+
+def _conv(channels_in: int, channels_out: int, kernel: int) -> nn.Conv2d:
+    return nn.Conv2d(channels_in, channels_out, kernel, padding=(kernel - 1) // 2)
 
 
 def _condition(states: Tensor, mask: Tensor | None) -> Condition:

@@ -1,0 +1,29 @@
+"""Checkpoints that several test modules load, made once a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.reference import TINY, TINY_LARGE, make_checkpoint
+
+
+def _quietly_made(folder: Path, sizes: dict[str, dict]) -> Path:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return make_checkpoint(folder, sizes)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small checkpoint in the base layout; copy it before writing to it."""
+    return _quietly_made(tmp_path_factory.mktemp("checkpoints") / "tiny", TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small checkpoint in -large's layout; copy it before writing to it."""
+    return _quietly_made(tmp_path_factory.mktemp("checkpoints") / "tiny-large", TINY_LARGE)

@@ -1,0 +1,246 @@
+"""The package is light: what its imports load, told by the modules of a fresh process, and by its source."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from scripts.tiny_checkpoint import write_tiny_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "audioldm2"
+# tqdm comes with huggingface_hub and with transformers.
+RUNTIME = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "einops", "tqdm")
+# Installed beside the package in development, and by users who do other things too.
+FOREIGN = (
+    *("diffusers", "accelerate", "librosa", "scipy", "soundfile", "soxr", "matplotlib", "torchaudio"),
+    *("torchvision", "sentencepiece", "audioread", "numba", "sklearn", "pandas", "PIL", "onnx", "peft"),
+)
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def run_python(code: str, *arguments: str | Path, cwd: Path = ROOT) -> str:
+    """Run code in a fresh process that sees this checkout's package; its standard output."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def loaded_by(code: str) -> set[str]:
+    """All modules that a fresh process holds after running some code."""
+    report = "\nimport json, sys\nprint('\\n' + json.dumps(sorted(sys.modules)))"
+    return set(json.loads(run_python(code + report).splitlines()[-1]))
+
+
+def tops(modules: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in modules}
+
+
+# --- modules loaded
+
+
+def test_importing_the_package_loads_no_third_party_package():
+    before, after = loaded_by("pass"), loaded_by("import audioldm2")
+    third_party = tops(after) - tops(before) - set(sys.stdlib_module_names) - {"audioldm2"}
+    assert third_party == set()
+
+
+def test_importing_the_pipeline_loads_what_its_packages_load_and_no_more():
+    light = [name for name in RUNTIME if name != "transformers"]
+    # What the code imports of them by name, so that what those bring themselves is counted with them.
+    baseline = loaded_by(f"import {', '.join(light)}, safetensors.torch, tqdm.auto")
+    loaded = loaded_by("from audioldm2 import AudioLDM2Pipeline; assert AudioLDM2Pipeline.from_pretrained")
+    extra = tops(loaded) - tops(baseline) - set(sys.stdlib_module_names) - {"audioldm2"}
+    assert extra == set()
+    assert "torch" in loaded, "the pipeline was not imported"
+    assert "transformers" not in loaded, "transformers takes seconds and is needed for tokenizers only"
+    assert not tops(loaded) & set(FOREIGN)
+
+
+def test_every_public_name_is_loaded_without_transformers():
+    loaded = loaded_by("import audioldm2\nfor name in audioldm2.__all__: getattr(audioldm2, name)")
+    assert "audioldm2.models.unet" in loaded
+    assert not tops(loaded) & {"transformers", *FOREIGN}
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version"])
+def test_help_and_version_load_no_third_party_package(argument: str):
+    code = f"""
+import contextlib, io, runpy, sys
+before = {{name.partition(".")[0] for name in sys.modules}}  # what site-packages' .pth files loaded
+sys.argv = ["audioldm2", {argument!r}]
+out = io.StringIO()
+try:
+    with contextlib.redirect_stdout(out):
+        runpy.run_module("audioldm2", run_name="__main__", alter_sys=True)
+except SystemExit as stopped:
+    assert stopped.code in (0, None), stopped.code
+else:
+    raise AssertionError("the command line did not end with an exit code")
+assert "audioldm2" in out.getvalue(), out.getvalue()
+after = {{name.partition(".")[0] for name in sys.modules}}
+extra = after - before - set(sys.stdlib_module_names) - {{"audioldm2"}}
+assert not extra, extra
+"""
+    run_python(code)
+
+
+def test_a_wrong_argument_is_told_without_torch():
+    code = """
+import sys
+from audioldm2.cli import main
+try:
+    main(["a dog", "--steps", "none"])
+except SystemExit as stopped:
+    assert stopped.code == 2, stopped.code
+assert "torch" not in sys.modules and "numpy" not in sys.modules
+"""
+    run_python(code)
+
+
+# --- a generation with nothing but what the package needs
+
+BLOCK = """
+import sys
+from importlib.machinery import PathFinder
+FOREIGN = set(sys.argv[1].split(","))
+class Without(PathFinder):
+    # As if FOREIGN were not installed, for an import and for a package that only looks whether it is there.
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in FOREIGN else PathFinder.find_spec(name, path, target)
+sys.meta_path[:] = [Without if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+GENERATE = """
+import torch
+from audioldm2 import AudioLDM2Pipeline, DPMSolverMultistepScheduler, write_wav
+
+pipe = AudioLDM2Pipeline.from_pretrained(sys.argv[2])
+pipe.set_progress_bar_config(disable=True)
+pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+out = pipe("A dog barks", negative_prompt="Low quality", num_inference_steps=2, audio_length_in_s=1.0,
+           num_waveforms_per_prompt=2, generator=torch.Generator().manual_seed(0))
+assert out.audios.shape == (2, 16000), out.audios.shape
+write_wav("dog.wav", torch.as_tensor(out.audios[0]), 16000)
+pipe.save_pretrained("saved")
+assert AudioLDM2Pipeline.from_pretrained("saved").unet.config == pipe.unet.config
+
+assert not FOREIGN & {name.partition(".")[0] for name in sys.modules}
+models = [name for name in sys.modules if name.startswith("transformers.") and
+          (".modeling_" in name or name == "transformers.generation.utils")]
+print("models:" + ",".join(sorted(models)))
+"""
+
+
+@pytest.fixture(scope="module")
+def own_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that the package makes alone, with nothing of what the tests compare with."""
+    folder = tmp_path_factory.mktemp("own") / "tiny checkpoint"
+    write_tiny_checkpoint(folder)
+    return folder
+
+
+def test_a_generation_needs_no_other_package_and_none_of_transformers_models(
+    own_checkpoint: Path, tmp_path: Path
+):
+    shown = run_python(BLOCK + GENERATE, ",".join(FOREIGN), own_checkpoint, cwd=tmp_path)
+    (line,) = [line for line in shown.splitlines() if line.startswith("models:")]
+    assert line == "models:", f"transformers' model code is loaded: {line}"
+    assert (tmp_path / "dog.wav").stat().st_size > 2 * 16000
+
+
+def test_a_package_taken_away_cannot_be_imported():
+    code = BLOCK + "\ntry:\n    import scipy.linalg\nexcept ModuleNotFoundError as e:\n    print(e.name)"
+    assert run_python(code, "scipy").strip() == "scipy"
+    assert "scipy" in loaded_by("import scipy.linalg"), "it is not installed: taking it away says nothing"
+
+
+# --- the script that makes the tiny checkpoint
+
+
+def test_the_tiny_checkpoint_is_audible_and_its_seed_decides(own_checkpoint: Path, tmp_path: Path):
+    import torch
+
+    from audioldm2 import AudioLDM2Pipeline
+
+    sounds = []
+    for seed in (0, 1):
+        write_tiny_checkpoint(tmp_path / str(seed), seed)
+        pipe = AudioLDM2Pipeline.from_pretrained(tmp_path / str(seed))
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        sounds.append(pipe("Rain", num_inference_steps=3, audio_length_in_s=1.0, generator=generator).audios)
+        assert 0.02 < sounds[-1].std() < 0.4
+        assert abs(sounds[-1]).max() < 0.99, "the sound clips"
+    assert abs(sounds[0] - sounds[1]).max() > 0.02
+    unet = "unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "0" / unet).read_bytes() == (own_checkpoint / unet).read_bytes()
+
+
+def test_the_tiny_checkpoint_script_runs_from_a_checkout_and_is_honest(tmp_path: Path):
+    command = [sys.executable, "-I", str(ROOT / "scripts" / "tiny_checkpoint.py")]
+    done = subprocess.run(
+        [*command, "made here"], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True
+    )
+    assert "random" in done.stdout
+    assert (tmp_path / "made here" / "model_index.json").exists()
+
+
+# --- what the source imports
+
+
+def imports(path: Path, top_only: bool) -> Iterator[str]:
+    """Full names of the modules that a file imports: at its top level, or anywhere in it."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body if top_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports inside the package are absolute"
+            yield str(node.module)
+
+
+def test_modules_are_found():
+    assert len(MODULES) > 20
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_only_the_runtime_packages(path: Path):
+    allowed = {*sys.stdlib_module_names, *RUNTIME, "audioldm2"}
+    at_the_top, anywhere = set(imports(path, True)), set(imports(path, False))
+    assert tops(at_the_top) <= allowed
+    assert "transformers" not in tops(at_the_top), "only where a tokenizer is read"
+    # Drawing is an extra of the package, and is asked for by name.
+    assert tops(anywhere) <= allowed | {"matplotlib"}
+    assert not {name for name in anywhere if name.startswith("transformers.models")}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in MODULES if path.parent.name == "models" and path.stem != "__init__"],
+    ids=lambda path: path.stem,
+)
+def test_a_stage_stands_alone(path: Path):
+    imported = set(imports(path, False))
+    assert tops(imported) <= {*sys.stdlib_module_names, "torch", "einops", "audioldm2"}
+    assert {name for name in imported if name.startswith("audioldm2")} <= {"audioldm2.models.layers"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in MODULES if path.parent.name == "schedulers"],
+    ids=lambda path: path.stem,
+)
+def test_a_sampler_needs_torch_and_numpy_alone(path: Path):
+    imported = set(imports(path, False))
+    assert tops(imported) <= {*sys.stdlib_module_names, "torch", "numpy", "audioldm2"}
+    assert all(name.startswith("audioldm2.schedulers") for name in imported if name.startswith("audioldm2"))
