@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.reference import TINY, TINY_LARGE, make_checkpoint
+
+# The suite's stages are so small that a second thread costs more than it gives.
+torch.set_num_threads(1)
 
 
 def _quietly_made(folder: Path, sizes: dict[str, dict]) -> Path:

@@ -160,5 +160,5 @@ def test_refuses_bad_input():
     ("key", "value"), [("hidden_act", "tanh"), ("window_size", 0), ("num_attention_heads", 3)]
 )
 def test_refuses_configs(key, value):
-    with pytest.raises(ValueError, match=f"{key}={value!r}"):
+    with pytest.raises(ValueError, match=f"{key} = {value!r}"):
         VitsTextConfig.from_dict({**TINY, key: value})

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from audioldm2.models.layers import (
     ACTIVATIONS,
     activation,
-    as_tuples,
     attention,
+    known_fields,
     mask_bias,
     refuse_unsupported,
 )
@@ -47,11 +47,6 @@ SUPPORTED_AUDIO: dict[str, tuple[Any, ...]] = {
     "patch_embed_input_channels": (1,),
     "hidden_act": tuple(ACTIVATIONS),
 }
-
-
-def _known(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that a config class has a field for."""
-    return {f.name: as_tuples(values[f.name]) for f in fields(cls) if f.name in values}
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
@@ -85,7 +80,7 @@ class ClapTextConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ClapTextConfig:
         refuse_unsupported(values, SUPPORTED_TEXT)
-        return cls(**_known(cls, values))
+        return cls(**known_fields(cls, values))
 
 
 @dataclass(frozen=True)
@@ -130,7 +125,7 @@ class ClapAudioConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ClapAudioConfig:
         refuse_unsupported(values, SUPPORTED_AUDIO)
-        return cls(**_known(cls, values))
+        return cls(**known_fields(cls, values))
 
     def width(self, level: int) -> int:
         return self.patch_embeds_hidden_size * 2**level
@@ -159,7 +154,7 @@ class ClapConfig:
         refuse_unsupported(values, {"projection_hidden_act": tuple(ACTIVATIONS)})
         text = ClapTextConfig.from_dict(values.get("text_config") or {})
         audio = ClapAudioConfig.from_dict(values.get("audio_config") or {})
-        return cls(**{**_known(cls, values), "text_config": text, "audio_config": audio})
+        return cls(**{**known_fields(cls, values), "text_config": text, "audio_config": audio})
 
 
 class Projection(nn.Module):

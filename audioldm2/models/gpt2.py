@@ -22,9 +22,8 @@ There is no dropout: the `*_pdrop` of a config change training only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,13 +31,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from audioldm2.models.layers import attention
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-    "gelu": F.gelu,
-    "relu": F.relu,
-}
+from audioldm2.models.layers import activation, attention, known_fields
 
 
 @dataclass(frozen=True)
@@ -63,13 +56,9 @@ class GPT2Config:
     max_new_tokens: int = 8
 
     def __post_init__(self) -> None:
-        if self.activation_function not in ACTIVATIONS:
-            raise ValueError(
-                f"activation_function={self.activation_function!r} is not supported; "
-                f"{', '.join(ACTIVATIONS)} are"
-            )
+        activation(self.activation_function, "activation_function")
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} does not divide into n_head={self.n_head} heads")
+            raise ValueError(f"n_embd = {self.n_embd} does not divide into n_head = {self.n_head} heads")
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> GPT2Config:
@@ -80,11 +69,10 @@ class GPT2Config:
         """
         if content.get("add_cross_attention"):
             raise ValueError(
-                "add_cross_attention=True is not supported; GPT-2 attends to its own sequence only"
+                "add_cross_attention = True is not supported; GPT-2 attends to its own sequence only"
             )
-        names = {field.name for field in fields(cls)}
         # Some checkpoints carry a null where the default is meant.
-        return cls(**{key: value for key, value in content.items() if key in names and value is not None})
+        return cls(**{key: value for key, value in known_fields(cls, content).items() if value is not None})
 
 
 class Cache:
@@ -137,7 +125,7 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(width, eps=config.layer_norm_epsilon)
         self.up = nn.Linear(width, hidden)
         self.down = nn.Linear(hidden, width)
-        self.activation = ACTIVATIONS[config.activation_function]
+        self.activation = activation(config.activation_function)
 
     def forward(self, x: Tensor, bias: Tensor, positions: Tensor, cache: Cache | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), bias, positions, cache)

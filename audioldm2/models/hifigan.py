@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,11 +24,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from audioldm2.models.layers import known_fields
+
 LAST_SLOPE = 0.01  # of the leaky ReLU before the last convolution
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 @dataclass(frozen=True)
@@ -49,26 +47,26 @@ class HifiGanConfig:
         steps = len(self.upsample_rates)
         if not steps or len(self.upsample_kernel_sizes) != steps:
             raise ValueError(
-                f"upsample_kernel_sizes={self.upsample_kernel_sizes} needs one kernel for each of "
-                f"upsample_rates={self.upsample_rates}, and at least one"
+                f"upsample_kernel_sizes = {self.upsample_kernel_sizes} needs one kernel for each of "
+                f"upsample_rates = {self.upsample_rates}, and at least one"
             )
         if any(k < r for k, r in zip(self.upsample_kernel_sizes, self.upsample_rates, strict=True)):
             raise ValueError(
-                f"upsample_kernel_sizes={self.upsample_kernel_sizes} must not be smaller than "
-                f"upsample_rates={self.upsample_rates}"
+                f"upsample_kernel_sizes = {self.upsample_kernel_sizes} must not be smaller than "
+                f"upsample_rates = {self.upsample_rates}"
             )
         if self.upsample_initial_channel < 2**steps:
             raise ValueError(
-                f"upsample_initial_channel={self.upsample_initial_channel} cannot be halved {steps} times"
+                f"upsample_initial_channel = {self.upsample_initial_channel} cannot be halved {steps} times"
             )
         kernels = self.resblock_kernel_sizes
         if not kernels or len(self.resblock_dilation_sizes) != len(kernels):
             raise ValueError(
-                f"resblock_dilation_sizes={self.resblock_dilation_sizes} needs one entry for each of "
-                f"resblock_kernel_sizes={kernels}, and at least one"
+                f"resblock_dilation_sizes = {self.resblock_dilation_sizes} needs one entry for each of "
+                f"resblock_kernel_sizes = {kernels}, and at least one"
             )
         if any(kernel % 2 == 0 for kernel in kernels):
-            raise ValueError(f"resblock_kernel_sizes={kernels} must be odd, to keep the length")
+            raise ValueError(f"resblock_kernel_sizes = {kernels} must be odd, to keep the length")
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> HifiGanConfig:
@@ -77,8 +75,7 @@ class HifiGanConfig:
         Raises:
             ValueError: sizes that do not go together.
         """
-        names = {field.name for field in fields(cls)}
-        return cls(**{key: _tuples(value) for key, value in content.items() if key in names})
+        return cls(**known_fields(cls, content))
 
 
 class ResidualBlock(nn.Module):

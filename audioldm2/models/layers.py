@@ -7,6 +7,8 @@ For AudioLDM 2 a feature map is a picture of sound: H is time and W is frequency
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +16,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-# By the names that diffusers' configs give them ("swish" is an older name of SiLU).
+# By the names that the Hub's configs give them ("swish" is an older name of SiLU).
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "swish": F.silu,
     "mish": F.mish,
     "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
 }
 
@@ -54,14 +57,14 @@ def mask_bias(mask: Tensor, dtype: torch.dtype, low: float) -> Tensor:
     return rearrange((1 - mask.to(dtype)) * low, "b m -> b 1 1 m")
 
 
-def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """The activation function that a config calls `name`.
+def activation(name: str, key: str = "act_fn") -> Callable[[Tensor], Tensor]:
+    """The activation function that a config calls `name`, under its key `key`.
 
     Raises:
         ValueError: there is none of that name.
     """
     if not isinstance(name, str) or name.lower() not in ACTIVATIONS:
-        raise ValueError(f"act_fn {name!r} is not supported; use one of {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"{key} = {name!r} is not supported; use one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name.lower()]
 
 
@@ -79,6 +82,11 @@ def refuse_unsupported(content: Mapping[str, Any], supported: Mapping[str, tuple
         if key in content and content[key] not in allowed:
             choices = " or ".join(map(repr, allowed))
             raise ValueError(f"{key} = {content[key]!r} is not supported; it has to be {choices}")
+
+
+def known_fields(config: type, content: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a Hub config that a config dataclass has fields for, lists turned into tuples."""
+    return {f.name: as_tuples(content[f.name]) for f in fields(config) if f.name in content}
 
 
 def as_tuples(value: Any) -> Any:

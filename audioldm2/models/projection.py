@@ -40,7 +40,7 @@ class ProjectionConfig:
     def __post_init__(self) -> None:
         if self.use_learned_position_embedding is not None and self.max_seq_length is None:
             raise ValueError(
-                f"use_learned_position_embedding={self.use_learned_position_embedding} needs max_seq_length, "
+                f"use_learned_position_embedding = {self.use_learned_position_embedding} needs max_seq_length, "
                 "the number of positions"
             )
 

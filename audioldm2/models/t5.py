@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from audioldm2.models.layers import attention
+from audioldm2.models.layers import attention, known_fields
 
 # feed_forward_proj -> what transformers derives from it: (dense_act_fn, is_gated_act)
 FEED_FORWARDS = {"gated-gelu": ("gelu_new", True), "relu": ("relu", False)}
@@ -74,7 +74,7 @@ class T5Config:
         Raises:
             ValueError: a key has a value that is not supported.
         """
-        config = cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+        config = cls(**known_fields(cls, values))
         act, gated = FEED_FORWARDS[config.feed_forward_proj]
         for key, supported in {"is_decoder": False, "dense_act_fn": act, "is_gated_act": gated}.items():
             if values.get(key, supported) != supported:

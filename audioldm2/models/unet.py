@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ from audioldm2.models.layers import (
     TransformerBlock,
     Upsample,
     activation,
-    as_tuples,
+    known_fields,
     mask_bias,
     refuse_unsupported,
 )
@@ -114,8 +114,7 @@ class UNetConfig:
         """
         by_level = [False] * len(content.get("down_block_types", ()))
         refuse_unsupported(content, {**SUPPORTED, "only_cross_attention": (False, by_level)})
-        known = {field.name for field in fields(cls)}
-        return cls(**{key: as_tuples(value) for key, value in content.items() if key in known})
+        return cls(**known_fields(cls, content))
 
     def per_level(self, key: str) -> tuple[int, ...]:
         """One entry a level, of a key whose value is for all levels or has an entry for each."""

@@ -16,7 +16,7 @@ them so: whoever calls multiplies by it (into the diffusion) or divides (out of 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -30,7 +30,7 @@ from audioldm2.models.layers import (
     SelfAttention,
     Upsample,
     activation,
-    as_tuples,
+    known_fields,
     refuse_unsupported,
 )
 
@@ -79,8 +79,7 @@ class VAEConfig:
         """
         unscaled = ("latents_mean", "latents_std", "shift_factor")
         refuse_unsupported(content, dict.fromkeys(unscaled, (None,)))
-        known = {field.name for field in fields(cls)}
-        return cls(**{key: as_tuples(value) for key, value in content.items() if key in known})
+        return cls(**known_fields(cls, content))
 
 
 class DiagonalGaussian:

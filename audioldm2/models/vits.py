@@ -21,8 +21,8 @@ A checkpoint holds a whole VITS; only its text encoder, up to the states, is use
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,9 +30,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from audioldm2.models.layers import mask_bias
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+from audioldm2.models.layers import activation, known_fields, mask_bias
 
 
 @dataclass(frozen=True)
@@ -51,15 +49,14 @@ class VitsTextConfig:
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act={self.hidden_act!r} is not supported; {', '.join(ACTIVATIONS)} are")
+        activation(self.hidden_act, "hidden_act")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size={self.hidden_size} does not divide into "
-                f"num_attention_heads={self.num_attention_heads} heads"
+                f"hidden_size = {self.hidden_size} does not divide into "
+                f"num_attention_heads = {self.num_attention_heads} heads"
             )
         if not self.window_size or self.window_size < 1:
-            raise ValueError(f"window_size={self.window_size} is not supported; 1 or more is")
+            raise ValueError(f"window_size = {self.window_size} is not supported; 1 or more is")
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> VitsTextConfig:
@@ -68,8 +65,7 @@ class VitsTextConfig:
         Raises:
             ValueError: another activation, no window, or sizes that do not go together.
         """
-        names = {field.name for field in fields(cls)}
-        return cls(**{key: value for key, value in content.items() if key in names})
+        return cls(**known_fields(cls, content))
 
 
 class RelativeAttention(nn.Module):
@@ -125,7 +121,7 @@ class ConvFeedForward(nn.Module):
         self.padding = ((kernel - 1) // 2, kernel // 2)  # left and right, to keep the length
         self.up = nn.Conv1d(config.hidden_size, config.ffn_dim, kernel)
         self.down = nn.Conv1d(config.ffn_dim, config.hidden_size, kernel)
-        self.activation = ACTIVATIONS[config.hidden_act]
+        self.activation = activation(config.hidden_act)
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         x, tokens = rearrange(x, "b n c -> b c n"), rearrange(tokens, "b n 1 -> b 1 n")
