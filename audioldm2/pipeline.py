@@ -16,8 +16,9 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from einops import rearrange, repeat
@@ -29,7 +30,15 @@ from audioldm2.audio.log_mel import ClapFeatureExtractor, ClapFeatureExtractorCo
 from audioldm2.audio.resample import resample
 from audioldm2.checkpoints.errors import CheckpointError
 from audioldm2.checkpoints.hub import checkpoint_folder
-from audioldm2.checkpoints.stage import load_stage, save_stage, write_json
+from audioldm2.checkpoints.layout import (
+    INDEX,
+    TOKENIZERS,
+    check_folders,
+    load_tokenizer,
+    read_index,
+    write_index,
+)
+from audioldm2.checkpoints.stage import check_dtype, check_types, load_stage, save_stage, write_json
 from audioldm2.checkpoints.tensors import read_json
 from audioldm2.models import PARTS, format_of
 from audioldm2.models.clap import ClapModel
@@ -107,7 +116,6 @@ class AudioLDM2Pipeline:
         self._progress: dict[str, Any] = {}
 
     # --- loading and saving
-    # ------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
@@ -138,58 +146,74 @@ class AudioLDM2Pipeline:
             CheckpointError: the checkpoint cannot be found, read, trusted or fitted; the message says which
                 file.
         """
-        others = ("tokenizer", "tokenizer_2", "feature_extractor", "scheduler")
-        folder = checkpoint_folder(
+        device = available_device(device or "cpu")
+        check_dtype(torch_dtype)
+        find = partial(
+            checkpoint_folder,
             repo_or_folder,
-            ["", *PARTS, *others],
+            first_file=INDEX,
             variant=variant,
             revision=revision,
             cache_dir=cache_dir,
             token=token,
             local_files_only=local_files_only,
         )
-        classes = _check_index(folder)
+        # What it is for is known before gigabytes are downloaded.
+        classes = read_index(find([""]), _KNOWN_CLASSES)
+        folder = find(["", *classes])
+        check_folders(folder, [*classes])
         parts: dict[str, Any] = {}
         for name, forms in PARTS.items():
             form = next(f for f in forms if classes[name] in (f.class_name, *f.aliases))
-            parts[name] = load_stage(folder / name, form, torch_dtype, device or "cpu", variant)
-        for name in ("tokenizer", "tokenizer_2"):
-            parts[name] = _load_tokenizer(folder / name, classes[name])
+            parts[name] = load_stage(folder / name, form, torch_dtype, device, variant)
+        for name in TOKENIZERS:
+            parts[name] = load_tokenizer(folder / name, classes[name])
         for name, build in (("feature_extractor", _build_feature_extractor), ("scheduler", _build_scheduler)):
             path = folder / name / _CONFIG_NAMES[name]
+            content = read_json(path)
             try:
-                parts[name] = build(read_json(path), classes[name])
+                parts[name] = build(content, classes[name])
             except (ValueError, TypeError) as error:
                 raise CheckpointError(f"{path}: {error}") from error
         return cls(**parts)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write all parts into `folder`, such that diffusers and this package load them."""
+        """Write all parts into `folder`, such that diffusers and this package load them.
+
+        Raises:
+            TypeError: a part was replaced by something that this package does not know how to write.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        index: dict[str, Any] = {"_class_name": "AudioLDM2Pipeline", "_diffusers_version": "0.21.0"}
-        for name in PARTS:
-            stage = getattr(self, name)
-            form = format_of(stage)
-            save_stage(stage, folder / name, form)
-            index[name] = [_LIBRARIES.get(form.class_name, "transformers"), form.class_name]
-        for name in ("tokenizer", "tokenizer_2"):
-            tokenizer = getattr(self, name)
-            tokenizer.save_pretrained(folder / name)
-            index[name] = ["transformers", type(tokenizer).__name__]
+        for name, kinds in (
+            ("scheduler", tuple(SCHEDULERS.values())),
+            ("feature_extractor", ClapFeatureExtractor),
+        ):
+            if not isinstance(getattr(self, name), kinds):
+                raise TypeError(
+                    f"{name} is a {type(getattr(self, name)).__name__}, which cannot be saved here"
+                )
+        forms = {name: format_of(stage) for name, stage in self.stages.items()}
         configs = {
             "feature_extractor": self.feature_extractor.config.to_dict(),
             "scheduler": self.scheduler.config_dict(),
         }
+        for name, form in forms.items():
+            save_stage(getattr(self, name), folder / name, form)
+        for name in TOKENIZERS:
+            getattr(self, name).save_pretrained(folder / name)
         for name, config in configs.items():
             (folder / name).mkdir(exist_ok=True)
             write_json(folder / name / _CONFIG_NAMES[name], config)
-        index["feature_extractor"] = ["transformers", "ClapFeatureExtractor"]
-        index["scheduler"] = ["diffusers", type(self.scheduler).__name__]
-        write_json(folder / "model_index.json", index)
+        others = [*TOKENIZERS, *configs]
+        write_index(
+            folder,
+            {
+                **{name: form.class_name for name, form in forms.items()},
+                **{name: type(getattr(self, name)).__name__ for name in others},
+            },
+        )
 
     # --- where and how it runs
-    # ---------------------------------------------------------------------------------
 
     @property
     def stages(self) -> dict[str, nn.Module]:
@@ -271,7 +295,6 @@ class AudioLDM2Pipeline:
         return stage
 
     # --- text to conditions
-    # ------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def encode_prompt(
@@ -420,7 +443,6 @@ class AudioLDM2Pipeline:
         return limit
 
     # --- conditions to sound
-    # -----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def __call__(
@@ -644,7 +666,7 @@ class AudioLDM2Pipeline:
         return frames, int(audio_length_in_s * vocoder.sampling_rate)
 
 
-# --- arguments ---
+# --- arguments
 
 
 def _spoken(value: Any, batch: int, encoder: nn.Module) -> list[str] | None:
@@ -721,69 +743,28 @@ def _end_of_speech(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return ids.masked_fill(first, VITS_END_TOKEN), mask.masked_fill(first, 1)
 
 
-# --- the checkpoint's small parts ---
+# --- the checkpoint's small parts
+
+_KNOWN_CLASSES: dict[str, tuple[str, ...]] = {
+    **{name: tuple(c for f in forms for c in (f.class_name, *f.aliases)) for name, forms in PARTS.items()},
+    **TOKENIZERS,
+    "feature_extractor": ("ClapFeatureExtractor",),
+    "scheduler": tuple(SCHEDULERS),
+}
 
 _CONFIG_NAMES = {"scheduler": "scheduler_config.json", "feature_extractor": "preprocessor_config.json"}
-_LIBRARIES = {
-    "AutoencoderKL": "diffusers",
-    "AudioLDM2ProjectionModel": "audioldm2",
-    "AudioLDM2UNet2DConditionModel": "audioldm2",
-}
-_TOKENIZERS = {
-    "tokenizer": ("RobertaTokenizer", "RobertaTokenizerFast"),
-    "tokenizer_2": ("T5Tokenizer", "T5TokenizerFast", "VitsTokenizer"),
-}
-
-
-def _check_index(folder: Path) -> dict[str, str]:
-    """The class of each part, as model_index.json says.
-
-    Raises:
-        CheckpointError: another pipeline's checkpoint, a part that is missing or of a class that is not
-            known.
-    """
-    index = read_json(folder / "model_index.json")
-    pipeline = index.get("_class_name")
-    if pipeline != "AudioLDM2Pipeline":
-        raise CheckpointError(f"{folder} holds a {pipeline}; this package runs AudioLDM2Pipeline only")
-    known: dict[str, tuple[str, ...]] = {
-        name: tuple(c for form in forms for c in (form.class_name, *form.aliases))
-        for name, forms in PARTS.items()
-    }
-    known |= _TOKENIZERS | {"feature_extractor": ("ClapFeatureExtractor",), "scheduler": tuple(SCHEDULERS)}
-    wrong = []
-    for name, classes in known.items():
-        entry = index.get(name)
-        if not isinstance(entry, list) or len(entry) != 2 or entry[1] is None:
-            wrong.append(f"{name} is missing")
-        elif entry[1] not in classes:
-            wrong.append(f"{name} is a {entry[1]}, not a {' or '.join(classes)}")
-        elif not (folder / name).is_dir():
-            wrong.append(f"the folder {name} is missing")
-    if wrong:
-        raise CheckpointError(f"{folder / 'model_index.json'}: {'; '.join(wrong)}")
-    return {name: index[name][1] for name in known}
-
-
-def _load_tokenizer(folder: Path, class_name: str) -> Any:
-    # transformers takes a second to import; only its tokenizers are used.
-    import transformers
-
-    # The fast kind is read from tokenizer.json and needs no sentencepiece; VITS has only the one.
-    fast = class_name if class_name.endswith("Fast") else f"{class_name}Fast"
-    tokenizer = getattr(transformers, fast, None) or getattr(transformers, class_name)
-    try:
-        return tokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        # transformers documents no errors of its own here: a broken tokenizer.json raises a bare Exception.
-        raise CheckpointError(f"{folder}: the tokenizer cannot be read: {error}") from error
 
 
 def _build_feature_extractor(content: Mapping[str, Any], class_name: str) -> ClapFeatureExtractor:
+    check_types(get_type_hints(ClapFeatureExtractorConfig), content)
     return ClapFeatureExtractor(ClapFeatureExtractorConfig.from_dict(content))
 
 
 def _build_scheduler(
     content: Mapping[str, Any], class_name: str
 ) -> DDIMScheduler | DPMSolverMultistepScheduler:
-    return SCHEDULERS[class_name].from_config(content)
+    scheduler = SCHEDULERS[class_name]
+    hints = {**get_type_hints(scheduler.__init__), "_use_default_values": tuple[str, ...]}
+    # A null may stand for False, as diffusers' signatures have it.
+    check_types(hints, {key: value for key, value in content.items() if value is not None})
+    return scheduler.from_config(content)

@@ -918,12 +918,13 @@ def test_a_shard_that_is_missing_truncated_or_double(checkpoint):
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2"])
-@pytest.mark.parametrize("content", ["", "garbage", "{}", "[]", '{"model": {"type": "BPE"}}'])
+@pytest.mark.parametrize("content", ["", "garbage", "{}", "[]", '{"model": {"type": "BPE"}}', None])
 def test_a_broken_tokenizer_is_named(checkpoint, name, content):
     for path in (checkpoint / name).iterdir():
         if path.name != "tokenizer_config.json":
             path.unlink()
-    (checkpoint / name / "tokenizer.json").write_text(content)
+    if content is not None:
+        (checkpoint / name / "tokenizer.json").write_text(content)
     message = pipeline_refusal(checkpoint)
     assert message.startswith(f"{checkpoint / name}: the tokenizer cannot be read: ")
 
@@ -937,6 +938,12 @@ def test_a_broken_tokenizer_is_named(checkpoint, name, content):
         ("feature_extractor", "hop_length", 0),
         ("feature_extractor", "max_length_s", None),
         ("feature_extractor", "feature_size", -64),
+        ("feature_extractor", "frequency_max", []),
+        ("scheduler", "beta_start", "low"),
+        ("scheduler", "trained_betas", "x"),
+        ("scheduler", "trained_betas", {}),
+        ("scheduler", "steps_offset", "x"),
+        ("scheduler", "_use_default_values", 3),
         ("scheduler", "beta_schedule", "wavy"),
         ("scheduler", "prediction_type", "flow"),
         ("scheduler", "num_train_timesteps", "many"),

@@ -47,6 +47,7 @@ def checkpoint_folder(
     repo_or_folder: str | Path,
     folders: Sequence[str],
     *,
+    first_file: str = "config.json",
     variant: str | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
@@ -58,6 +59,7 @@ def checkpoint_folder(
     Args:
         repo_or_folder: a folder, or "owner/name" on the Hub. A folder that exists wins.
         folders: the subfolders that are needed ("" is the top).
+        first_file: what loading reads first, in the first of `folders`; by it an earlier download is found.
         variant: weights of a variant, such as "fp16".
         revision: branch, tag or commit on the Hub.
         cache_dir: where downloads are kept; None is the Hub client's own place.
@@ -87,10 +89,11 @@ def checkpoint_folder(
         RevisionNotFoundError,
     )
 
+    first = PurePosixPath(folders[0], first_file)
     cache = None if cache_dir is None else Path(cache_dir).expanduser()
     try:
         if local_files_only:
-            folder = _downloaded(name, folders, revision, cache)
+            folder = _downloaded(name, first, revision, cache)
             if folder is None:
                 raise CheckpointError(f"{name} was not downloaded before; run once without local_files_only")
             return folder
@@ -129,7 +132,7 @@ def checkpoint_folder(
         # its own; whatever fails here, but for the disk, the Hub did not deliver.
         if isinstance(error, OSError) and error.errno in _DISK:
             raise CheckpointError(f"{name} cannot be downloaded to this disk: {error}") from error
-        folder = _downloaded(name, folders, revision, cache)
+        folder = _downloaded(name, first, revision, cache)
         if folder is not None:
             warnings.warn(
                 f"the Hub is out of reach; using what was downloaded of {name} before", stacklevel=3
@@ -141,7 +144,7 @@ def checkpoint_folder(
         ) from error
 
 
-def _downloaded(name: str, folders: Sequence[str], revision: str | None, cache: Path | None) -> Path | None:
+def _downloaded(name: str, first: PurePosixPath, revision: str | None, cache: Path | None) -> Path | None:
     """What an earlier download left of a repository, or None; found by the file that loading reads first.
 
     The client's own search (`snapshot_download(local_files_only=True)`) takes a snapshot that leaves out what
@@ -149,9 +152,6 @@ def _downloaded(name: str, folders: Sequence[str], revision: str | None, cache: 
     """
     from huggingface_hub import try_to_load_from_cache
 
-    first = (
-        PurePosixPath("model_index.json") if len(folders) > 1 else PurePosixPath(folders[0], "config.json")
-    )
     found = try_to_load_from_cache(name, str(first), cache_dir=cache, revision=revision)
     return Path(found).parents[len(first.parts) - 1] if isinstance(found, str) else None
 

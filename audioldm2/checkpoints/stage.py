@@ -140,9 +140,7 @@ def load_stage(
             class or holds a value that is not supported. The message names the file.
         ValueError: `dtype` or `device` is none that a stage runs in or on.
     """
-    if dtype is not None and dtype not in FLOATS.values():
-        supported = ", ".join(map(str, FLOATS.values()))
-        raise ValueError(f"torch_dtype = {dtype!r} is not supported; {supported} are")
+    check_dtype(dtype)
     device = available_device(device)
     path = folder / "config.json"
     content = read_json(path)
@@ -166,6 +164,13 @@ def load_stage(
         return fill(stage, weight_map(form.weights), files, dtype, device)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
+
+
+def check_dtype(dtype: Any) -> None:
+    """Refuse with a ValueError what is no floating-point dtype; None means a checkpoint's own."""
+    if dtype is not None and dtype not in FLOATS.values():
+        supported = ", ".join(map(str, FLOATS.values()))
+        raise ValueError(f"torch_dtype = {dtype!r} is not supported; {supported} are")
 
 
 def check_types(hints: Mapping[str, Any], content: Mapping[str, Any], within: str = "") -> None:

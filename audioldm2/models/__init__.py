@@ -81,8 +81,11 @@ PARTS: dict[str, tuple[Format[Any], ...]] = {
 
 
 def format_of(stage: nn.Module) -> Format[Any]:
-    """How a stage lies in a checkpoint."""
-    return next(form for forms in PARTS.values() for form in forms if form.stage is type(stage))
+    """How a stage lies in a checkpoint; TypeError where it is none of ours."""
+    for form in (form for forms in PARTS.values() for form in forms):
+        if isinstance(stage, form.stage):
+            return form
+    raise TypeError(f"a {type(stage).__name__} is no stage of this package, which cannot save it")
 
 
 def _give_pretrained(form: Format[Any]) -> None:

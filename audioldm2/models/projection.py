@@ -40,8 +40,8 @@ class ProjectionConfig:
     def __post_init__(self) -> None:
         if self.use_learned_position_embedding is not None and self.max_seq_length is None:
             raise ValueError(
-                f"use_learned_position_embedding = {self.use_learned_position_embedding} needs max_seq_length, "
-                "the number of positions"
+                f"use_learned_position_embedding = {self.use_learned_position_embedding} needs "
+                "max_seq_length, the number of positions"
             )
 
     @classmethod
