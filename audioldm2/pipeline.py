@@ -148,19 +148,18 @@ class AudioLDM2Pipeline:
         """
         device = available_device(device or "cpu")
         check_dtype(torch_dtype)
-        find = partial(
-            checkpoint_folder,
+        folder = checkpoint_folder(
             repo_or_folder,
+            ["", *_KNOWN_CLASSES],
             first_file=INDEX,
+            check=partial(read_index, known=_KNOWN_CLASSES),
             variant=variant,
             revision=revision,
             cache_dir=cache_dir,
             token=token,
             local_files_only=local_files_only,
         )
-        # What it is for is known before gigabytes are downloaded.
-        classes = read_index(find([""]), _KNOWN_CLASSES)
-        folder = find(["", *classes])
+        classes = read_index(folder, _KNOWN_CLASSES)
         check_folders(folder, [*classes])
         parts: dict[str, Any] = {}
         for name, forms in PARTS.items():

@@ -628,14 +628,18 @@ def test_parts_of_other_classes_are_all_named(checkpoint):
         scheduler=["diffusers", "EulerDiscreteScheduler"],
         tokenizer=["transformers", "CLIPTokenizer"],
     )
-    shutil.rmtree(checkpoint / "vocoder")
     message = pipeline_refusal(checkpoint)
     assert "unet is a UNet2DConditionModel, not a AudioLDM2UNet2DConditionModel" in message
     assert (
         "scheduler is a EulerDiscreteScheduler, not a DDIMScheduler or DPMSolverMultistepScheduler" in message
     )
     assert "tokenizer is a CLIPTokenizer, not a RobertaTokenizer" in message
-    assert "the folder vocoder is missing" in message
+
+
+def test_missing_folders_are_all_named(checkpoint):
+    for name in ("vocoder", "tokenizer"):
+        shutil.rmtree(checkpoint / name)
+    assert "lacks the folders of its parts: vocoder, tokenizer" in pipeline_refusal(checkpoint)
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionPipeline", "AudioLDMPipeline", None, ["AudioLDM2Pipeline"]])

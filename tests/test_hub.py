@@ -269,12 +269,18 @@ def publish(tiny: Path, root: Path) -> dict[tuple[str, str], Path]:
     evil = Path(shutil.copytree(sharded, root / "evil"))
     spoiled = {**places, "conv_in.bias": "../model_index.json"}
     (evil / index.relative_to(sharded)).write_text(json.dumps({"weight_map": spoiled}))
+
+    foreign = Path(shutil.copytree(tiny, root / "foreign"))
+    entries = json.loads((foreign / "model_index.json").read_text())
+    entries["_class_name"] = "StableDiffusionPipeline"
+    (foreign / "model_index.json").write_text(json.dumps(entries))
     return {
         (WHOLE, MAIN): whole,
         (WHOLE, SHARDED): sharded,
         (WHOLE, EVIL): evil,
         (BINARY, MAIN): binary.parent,
         ("owner/gated", MAIN): whole,
+        ("owner/foreign", MAIN): foreign,
     }
 
 
@@ -293,6 +299,7 @@ REACHED: dict[str, dict[str, Any]] = {
     "no such repository": {"load": "owner/unknown"},
     "no such revision": {"load": WHOLE, "options": {"revision": "unknown"}},
     "gated": {"load": "owner/gated"},
+    "another pipeline": {"load": "owner/foreign"},
     "broken": {"load": "owner/broken"},
 }
 UNREACHED: dict[str, dict[str, Any]] = {
@@ -411,6 +418,12 @@ def test_the_hub_out_of_reach_and_nothing_downloaded(request, name):
     assert error.startswith(f"{repository} is no folder here, and the Hub is out of reach (")
     assert error.endswith("); pass the path of a local folder that holds the checkpoint")
     assert "\n" not in error
+
+
+def test_another_pipeline_is_refused_before_its_weights_are_downloaded(reached):
+    outcome = reached["another pipeline"]
+    assert "is for a StableDiffusionPipeline" in (outcome.error or "")
+    assert outcome.downloads == ["model_index.json"]
 
 
 def test_the_hub_out_of_reach_and_all_downloaded_before(unreached, digests):

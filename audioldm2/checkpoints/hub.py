@@ -9,7 +9,7 @@ import errno
 import glob
 import re
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path, PurePosixPath
 
 from audioldm2.checkpoints.errors import CheckpointError
@@ -48,6 +48,7 @@ def checkpoint_folder(
     folders: Sequence[str],
     *,
     first_file: str = "config.json",
+    check: Callable[[Path], object] = lambda folder: None,
     variant: str | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
@@ -60,6 +61,7 @@ def checkpoint_folder(
         repo_or_folder: a folder, or "owner/name" on the Hub. A folder that exists wins.
         folders: the subfolders that are needed ("" is the top).
         first_file: what loading reads first, in the first of `folders`; by it an earlier download is found.
+        check: called with the folder when only that file is there, to refuse before the rest is downloaded.
         variant: weights of a variant, such as "fp16".
         revision: branch, tag or commit on the Hub.
         cache_dir: where downloads are kept; None is the Hub client's own place.
@@ -99,7 +101,10 @@ def checkpoint_folder(
             return folder
         info = HfApi(token=token).model_info(name, revision=revision)
         files = needed_files([entry.rfilename for entry in info.siblings or []], folders, variant)
-        # An index says which shards there are, so it comes first.
+        if str(first) in files:
+            path = hf_hub_download(name, str(first), revision=info.sha, cache_dir=cache, token=token)
+            check(Path(path).parents[len(first.parts) - 1])
+        # An index says which shards there are, so it comes before them.
         for index in filter(_SHARD_INDEX.fullmatch, list(files)):
             path = hf_hub_download(name, index, revision=info.sha, cache_dir=cache, token=token)
             parent = PurePosixPath(index).parent
