@@ -237,7 +237,8 @@ class AudioLDM2Pipeline:
         Parameters that lose in float16 stay float32 (see `runtime.precision`).
 
         Raises:
-            ValueError: the device is not there, or `enable_model_cpu_offload` decides where stages are.
+            ValueError: the device is not there, the dtype is no floating-point one, or
+                `enable_model_cpu_offload` decides where stages are.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
@@ -245,6 +246,7 @@ class AudioLDM2Pipeline:
             raise ValueError(
                 "the parts move by themselves after enable_model_cpu_offload(); do not call to()"
             )
+        check_dtype(dtype)
         if device is not None:
             device = available_device(device)
         for stage in self.stages.values():
@@ -312,8 +314,9 @@ class AudioLDM2Pipeline:
         negative_attention_mask: Tensor | None = None,
         max_new_tokens: int | None = None,
     ) -> Encoded:
-        """Encode prompts into what the UNet attends to. B is prompts times waveforms a prompt, doubled by
-        guidance.
+        """Encode prompts into what the UNet attends to.
+
+        B is prompts times waveforms a prompt, doubled by guidance.
 
         Args:
             prompt: one or several; None where the embeddings are given.
@@ -324,8 +327,7 @@ class AudioLDM2Pipeline:
             negative_prompt: what to steer away from: one for all, or one a prompt; None is "". Like
                 diffusers, it is padded or cut to the length of the prompt.
             prompt_embeds, attention_mask, generated_prompt_embeds: instead of a prompt, what this method
-                returned
-                for it without guidance.
+                returned for it without guidance.
             negative_prompt_embeds, negative_attention_mask, negative_generated_prompt_embeds: instead of a
                 negative prompt, likewise.
             max_new_tokens: vectors that GPT-2 generates; None is what its config says (8).
@@ -717,9 +719,7 @@ def _given(
 
 
 def _aligned(negative: Encoded, positive: Encoded) -> list[Encoded]:
-    """Both sides of guidance as one batch needs them: of one length, the shorter padded where the mask hides
-    it.
-    """
+    """Both sides of guidance of one length, as one batch needs them: padded where the mask hides it."""
     if len(negative[0]) != len(positive[0]) or negative[2].shape != positive[2].shape:
         raise ValueError(
             f"negative embeddings {tuple(negative[0].shape)} and {tuple(negative[2].shape)} do not go "
