@@ -19,14 +19,18 @@ def as_texts(name: str, value: Any, empty: bool = False) -> list[str]:
         raise ValueError(f"{name} is an empty list; give at least one text")
     if not empty and not all(text.strip() for text in texts):
         raise ValueError(f"{name} is empty; describe the sound")
+    for text in texts:
+        # Bytes that are no UTF-8 come from a command line as lone surrogates.
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"{name} is not readable as text (UTF-8): {text!r}")
     return list(texts)
 
 
 def as_negatives(value: Any, batch: int) -> list[str]:
     """A negative text for each of `batch` prompts."""
+    texts = as_texts("negative_prompt", "" if value is None else value, empty=True)
     if value is None or isinstance(value, str):
-        return [value or ""] * batch
-    texts = as_texts("negative_prompt", value, empty=True)
+        return texts * batch
     if len(texts) != batch:
         raise ValueError(f"{len(texts)} negative prompts for {batch} prompts; give one, or one a prompt")
     return texts

@@ -405,6 +405,12 @@ BAD = {
     "empty": ({"prompt": ""}, ValueError, "prompt is empty"),
     "blank": ({"prompt": [HAMMER, "  "]}, ValueError, "prompt is empty"),
     "no prompts": ({"prompt": []}, ValueError, "empty list"),
+    "no text": ({"prompt": "\udcff"}, ValueError, "not readable as text"),
+    "no negative text": (
+        {"prompt": HAMMER, "negative_prompt": "\udcff"},
+        ValueError,
+        "negative_prompt is not readable as text",
+    ),
     "number": ({"prompt": 3}, TypeError, "should be a text"),
     "numbers": ({"prompt": [HAMMER, 3]}, TypeError, "should be a text"),
     "negatives": (
