@@ -169,6 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         as_texts("the prompt", options.prompt)
         if options.transcription is not None:
             as_texts("--transcription", options.transcription)
+        if options.negative is not None:
+            as_texts("--negative", options.negative, empty=True)
     except ValueError as error:
         p.error(str(error))
     try:
@@ -176,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.showwarning = _show_warning
             return _run(p, options)
     except KeyboardInterrupt:
-        return _failed("stopped; nothing was written", options.debug)
+        return _failed("stopped; nothing half-written is left", options.debug)
     except Exception as error:
         return _failed(_reason(error), options.debug)
 

@@ -117,6 +117,8 @@ def test_warnings_are_one_line(fast: list[str], capsys: pytest.CaptureFixture) -
 BAD_ARGUMENTS = {
     "no prompt": ([], "prompt"),
     "empty prompt": ([" "], "the prompt is empty"),
+    "no text": (["\udcff"], "the prompt is not readable as text"),
+    "no text to avoid": ([HAMMER, "--negative", "\udcff"], "--negative is not readable as text"),
     "unknown option": ([HAMMER, "--loud"], "--loud"),
     "abbreviation": ([HAMMER, "--neg", "x"], "--neg"),
     "duration text": ([HAMMER, "--duration", "long"], "'long' is not a number of seconds"),
@@ -251,8 +253,22 @@ def test_ctrl_c_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert process.returncode == 1
     assert out == ""
     assert "Traceback" not in err
-    assert err.splitlines()[-1] == "audioldm2: error: stopped; nothing was written"
+    assert err.splitlines()[-1] == "audioldm2: error: stopped; nothing half-written is left"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_while_drawing_leaves_the_sound(
+    fast: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def stopped(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("audioldm2.audio.spectrogram_image.save_spectrogram", stopped)
+    assert cli.main([HAMMER, "--spectrogram", "a.png", "--quiet", *fast]) == 1
+    out, err = capsys.readouterr()
+    assert out.startswith("audio.wav: ")
+    assert err == "audioldm2: error: stopped; nothing half-written is left\n"
+    assert [path.name for path in Path.cwd().iterdir()] == ["audio.wav"]
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture) -> None:
