@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from pathlib import Path
 
@@ -181,6 +182,15 @@ def test_given_embeddings(base_layout: Both) -> None:
     base_layout.check(**no_mask, guidance_scale=1.0)
 
 
+def test_given_embeddings_beside_a_negative_text(base_layout: Both) -> None:
+    """diffusers refuses this, as it wants both of one type; it is what both as texts give."""
+    ours = base_layout.ours
+    given = embeddings(ours, HAMMER, POSITIVE)
+    arguments = {"negative_prompt": "Low quality", "num_inference_steps": 2, "audio_length_in_s": 0.32}
+    from_text = ours(HAMMER, generator=seeded(), **arguments).audios
+    np.testing.assert_array_equal(ours(**given, generator=seeded(), **arguments).audios, from_text)
+
+
 def test_negative_embeddings_of_another_length_are_padded(base_layout: Both) -> None:
     """diffusers cannot join these; the mask hides the padding, so they equal what was padded beforehand."""
     ours = base_layout.ours
@@ -255,6 +265,25 @@ def test_candidates_stay_with_their_prompt(base_layout: Both) -> None:
     same(base_layout.ours(prompts, **arguments, generator=seeded()).audios, np.concatenate(ranked))
 
 
+def test_the_generator_decides_where_clap_listens(base_layout: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is longer than CLAP's window is cut at random: the same seed has to give the same order."""
+    ours, generators = base_layout.ours, []
+    listen = ours.feature_extractor
+
+    def listening(*arguments: object) -> torch.Tensor:
+        generators.append(arguments[2])
+        return listen(*arguments)
+
+    listening.config = listen.config  # type: ignore[attr-defined]
+    monkeypatch.setattr(ours, "feature_extractor", listening)
+    one, each = seeded(), [seeded(1), seeded(2)]
+    for generator in (one, each):
+        arguments = {"num_inference_steps": 1, "audio_length_in_s": 0.32, "num_waveforms_per_prompt": 2}
+        ours(HAMMER, generator=generator, **arguments)
+    assert generators[0] is one
+    assert generators[1] is each[0]
+
+
 def test_the_steps_a_scheduler_needs(base_layout: Both) -> None:
     counted: list[int] = []
     arguments = {"audio_length_in_s": 0.05, "callback": lambda step, t, x: counted.append(step)}
@@ -295,6 +324,16 @@ audio = pipe(
     generator=generator,
 ).audios
 """
+
+
+@pytest.mark.parametrize("name", ["__call__", "encode_prompt"])
+def test_arguments_are_diffusers_in_their_order(name: str) -> None:
+    ours, theirs = (
+        list(inspect.signature(getattr(kind, name)).parameters)
+        for kind in (AudioLDM2Pipeline, diffusers.AudioLDM2Pipeline)
+    )
+    # What it would hold is for attention processors, which there are none of here.
+    assert ours == [argument for argument in theirs if argument != "cross_attention_kwargs"]
 
 
 def test_only_the_import_changes(tiny_checkpoint: Path) -> None:
