@@ -441,6 +441,11 @@ class AudioLDM2Pipeline:
         if tokenizer is self.tokenizer:
             text = self.text_encoder.config.text_config
             limit = min(limit, text.max_position_embeddings - text.pad_token_id - 1)
+        elif isinstance(self.text_encoder_2, T5Encoder):
+            # T5 has no last position, but GPT-2 has: CLAP's vector, the four learned ones and those that it
+            # generates, but for the last, go there too.
+            gpt2 = self.language_model.config
+            limit = min(limit, gpt2.n_positions - 5 - (gpt2.max_new_tokens - 1))
         return limit
 
     # --- conditions to sound

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -437,6 +439,31 @@ def test_warns_of_what_is_cut(base_layout: Both) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ours(HAMMER, num_inference_steps=1, num_waveforms_per_prompt=2)
+
+
+@pytest.mark.filterwarnings("ignore:.*cut off")
+def test_a_tokenizer_that_states_no_limit(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Prompts are then as long as the stages can read; diffusers fails with every prompt."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "unlimited")
+    for name in ("tokenizer", "tokenizer_2"):
+        path = folder / name / "tokenizer_config.json"
+        config = json.loads(path.read_text())
+        del config["model_max_length"]
+        path.write_text(json.dumps(config))
+    pipe = AudioLDM2Pipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.tokenizer_2.model_max_length > 10**9
+    with pytest.warns(UserWarning, match="longer than the 68 tokens that are read"):
+        states, _, vectors = pipe.encode_prompt(" ".join([HAMMER] * 9))
+    assert states.shape[1] == 68
+    assert vectors.shape[1] == 8
+    arguments = {"num_inference_steps": 2, "audio_length_in_s": 0.32}
+    limited = AudioLDM2Pipeline.from_pretrained(tiny_checkpoint)
+    limited.set_progress_bar_config(disable=True)
+    same(
+        pipe(HAMMER, generator=seeded(), **arguments).audios,
+        limited(HAMMER, generator=seeded(), **arguments).audios,
+    )
 
 
 BAD = {
