@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -49,7 +50,10 @@ from audioldm2.models.t5 import T5Encoder
 from audioldm2.models.unet import UNet
 from audioldm2.models.vae import VAE
 from audioldm2.models.vits import VitsTextEncoder
+from audioldm2.runtime.compile import BUCKET, check_stages, compile_stage, default_mode, rounded_up
+from audioldm2.runtime.cpu import tune
 from audioldm2.runtime.device import available_device
+from audioldm2.runtime.memo import Memo, marks
 from audioldm2.runtime.offload import Offload
 from audioldm2.runtime.precision import cast, stage_device, stage_dtype
 from audioldm2.schedulers import SCHEDULERS, DDIMScheduler, DPMSolverMultistepScheduler
@@ -60,8 +64,21 @@ Generator = torch.Generator | Sequence[torch.Generator] | None
 Text = str | Sequence[str]
 Encoded = tuple[Tensor, Tensor, Tensor]  # T5's states, their mask, GPT-2's vectors
 
+# The parts that turn text into conditions, in the order in which they work.
+ENCODING = ("text_encoder", "text_encoder_2", "projection_model", "language_model")
+# Frames (10 ms each) that are decoded at once: of one long sound, or of several short ones.
+CHUNK = 4096
 # VITS's tokenizer writes no end of sequence; the speech checkpoints were trained with this token there.
 VITS_END_TOKEN = 182
+
+
+class _Tokens(NamedTuple):
+    """Texts as both encoders read them, (B, N) and (B, M); there are no second ids where nothing is said."""
+
+    ids: Tensor
+    mask: Tensor
+    ids_2: Tensor | None
+    mask_2: Tensor
 
 
 class AudioPipelineOutput(NamedTuple):
@@ -114,6 +131,9 @@ class AudioLDM2Pipeline:
         self.vocoder = vocoder
         self._offload: Offload | None = None
         self._progress: dict[str, Any] = {}
+        self._compiled: set[str] = set()
+        # What the encoders said of negative prompts, which are mostly the same from call to call.
+        self._negatives: Memo[Encoded] = Memo(size=8)
 
     # --- loading and saving
 
@@ -164,7 +184,7 @@ class AudioLDM2Pipeline:
         parts: dict[str, Any] = {}
         for name, forms in PARTS.items():
             form = next(f for f in forms if classes[name] in (f.class_name, *f.aliases))
-            parts[name] = load_stage(folder / name, form, torch_dtype, device, variant)
+            parts[name] = load_stage(folder / name, form, torch_dtype, device, variant, put_off=True)
         for name in TOKENIZERS:
             parts[name] = load_tokenizer(folder / name, classes[name])
         for name, build in (("feature_extractor", _build_feature_extractor), ("scheduler", _build_scheduler)):
@@ -254,10 +274,13 @@ class AudioLDM2Pipeline:
                 cast(stage, dtype)
             if device is not None:
                 stage.to(device)
+                tune(stage)
         return self
 
     def enable_model_cpu_offload(self, gpu_id: int = 0, device: torch.device | str = "cuda") -> None:
         """Keep the stages in main memory, and each on the device only while it works.
+
+        On a GPU the next stage is copied while the one before it works.
 
         Args:
             gpu_id: which GPU, where `device` does not say.
@@ -270,17 +293,27 @@ class AudioLDM2Pipeline:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", gpu_id)
         self.to("cpu")
-        self._offload = Offload(device)
+        self._offload = Offload(device, [*self.stages.values()])
 
-    def compile(self, mode: str | None = None) -> None:
-        """Compile the UNet, in which nearly all the time goes; the first call after it is slow.
+    def compile(self, mode: str | None = None, stages: Sequence[str] | None = None) -> None:
+        """Compile stages, each as one graph. The first call after it is slow, minutes on a small machine.
+
+        It compiles once for each duration, batch and number of candidates; a new prompt does not compile anew
+        (texts are padded to a multiple of 16 tokens, which changes no number). What was compiled is kept on
+        disk for the next process: see TORCHINDUCTOR_CACHE_DIR in PyTorch's documentation.
 
         Args:
-            mode: as torch.compile's: None, "reduce-overhead" or "max-autotune".
+            mode: as torch.compile's: "default", "reduce-overhead" or "max-autotune". None records CUDA graphs
+                ("reduce-overhead") on a GPU, where weights stay where they are.
+            stages: names of parts, such as ["unet"]; None is all of them.
+
+        Raises:
+            ValueError: there is no stage of that name.
         """
-        # Without this the compiler traces through einops itself, which takes longer than all the rest.
-        torch.compiler.allow_in_graph(rearrange)
-        self.unet.compile(fullgraph=True, mode=mode)
+        mode = mode or ("default" if self._offload else default_mode(self.device))
+        for name in check_stages(stages):
+            compile_stage(name, getattr(self, name), mode)
+            self._compiled.add(name)
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """Options for the progress bars, as tqdm takes them: `disable=True` for none."""
@@ -341,18 +374,13 @@ class AudioLDM2Pipeline:
             ValueError, TypeError: prompts that are empty, no text, of differing number, or given twice.
         """
         device = torch.device(device) if device is not None else self.device
-        with self._bar("Encoding text", 1 + do_classifier_free_guidance) as bar:
+        guided = do_classifier_free_guidance
+        with self._bar("Encoding text", len(ENCODING)) as bar:
             positive = _given(
                 "prompt", prompt, prompt_embeds, generated_prompt_embeds, attention_mask, self.text_encoder_2
             )
-            if positive is None:
-                texts = as_texts("prompt", prompt)
-                spoken = _spoken(transcription, len(texts), self.text_encoder_2)
-                positive = self._encode(texts, spoken, max_new_tokens)
-            bar.update()
-            batch, length = positive[0].shape[:2]
-            conditions = [positive]
-            if do_classifier_free_guidance:
+            negative = None
+            if guided:
                 negative = _given(
                     "negative_prompt",
                     negative_prompt,
@@ -361,11 +389,24 @@ class AudioLDM2Pipeline:
                     negative_attention_mask,
                     self.text_encoder_2,
                 )
+            sides: list[_Tokens] = []
+            if positive is None:
+                texts = as_texts("prompt", prompt)
+                spoken = _spoken(transcription, len(texts), self.text_encoder_2)
+                sides.append(self._tokens(texts, spoken))
+            if guided and negative is None:
+                batch, length = (positive[1] if positive is not None else sides[0].mask_2).shape
+                negatives = as_negatives(negative_prompt, batch)
+                key = (*negatives, length, max_new_tokens, *marks(self._encoders), *map(id, self._tokenizers))
+                negative = self._negatives.get(key)
                 if negative is None:
-                    texts = as_negatives(negative_prompt, batch)
-                    negative = self._encode(texts, None, max_new_tokens, length)
-                conditions = _aligned(negative, positive)
-                bar.update()
+                    sides.append(self._tokens(negatives, None, length))
+            encoded = self._encode(sides, max_new_tokens, bar)
+            if positive is None:
+                positive = encoded.pop(0)
+            if encoded:
+                negative = self._negatives.put(key, encoded.pop(0))
+        conditions = [positive] if negative is None else _aligned(negative, positive)
         rows = [
             [repeat(x.to(device), "b ... -> (b n) ...", n=num_waveforms_per_prompt) for x in condition]
             for condition in conditions
@@ -379,38 +420,78 @@ class AudioLDM2Pipeline:
             generated_prompt_embeds.to(stage_dtype(self.language_model)),
         )
 
-    def _encode(
-        self,
-        texts: list[str],
-        spoken: list[str] | None,
-        max_new_tokens: int | None,
-        length: int | None = None,
-    ) -> Encoded:
-        """Both encoders, the projection and GPT-2 for B texts; `length` makes the negative side as long as
-        that.
-        """
+    @property
+    def _encoders(self) -> list[nn.Module]:
+        return [getattr(self, name) for name in ENCODING]
+
+    @property
+    def _tokenizers(self) -> list[Any]:
+        return [getattr(self, name) for name in TOKENIZERS]
+
+    def _tokens(self, texts: list[str], spoken: list[str] | None, length: int | None = None) -> _Tokens:
+        """Texts as both encoders read them; `length` makes the negative side as long as that."""
         ids, mask = self._tokenize(self.tokenizer, texts)
-        clap = self._ready(self.text_encoder).text_features(ids, mask)  # (B, 512)
-
         if isinstance(self.text_encoder_2, T5Encoder):
-            ids, mask = self._tokenize(self.tokenizer_2, texts, length)
-            states = self._ready(self.text_encoder_2)(ids, mask)  # (B, N, 1024)
-        elif spoken is not None:
-            ids, mask = _end_of_speech(*self._tokenize(self.tokenizer_2, spoken, pad_to_limit=True))
-            states = self._ready(self.text_encoder_2)(ids, mask)  # (B, N, 192)
-        else:
-            # The speech checkpoints' unconditional side: nothing is said.
-            width = self.text_encoder_2.config.hidden_size
-            states = clap.new_zeros(len(texts), self.tokenizer_2.model_max_length, width)
-            mask = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
+            return _Tokens(ids, mask, *self._tokenize(self.tokenizer_2, texts, length))
+        if spoken is not None:
+            ids_2, mask_2 = self._tokenize(self.tokenizer_2, spoken, pad_to_limit=True)
+            return _Tokens(ids, mask, *_end_of_speech(ids_2, mask_2))
+        # The speech checkpoints' unconditional side: nothing is said.
+        silence = torch.zeros(len(texts), self.tokenizer_2.model_max_length, dtype=torch.long)
+        return _Tokens(ids, mask, None, silence.to(self.device))
 
-        dtype = stage_dtype(self.projection_model)
-        sequence, seen = self._ready(self.projection_model)(
-            clap[:, None].to(dtype), states.to(dtype), mask.new_ones(len(texts), 1), mask
-        )
-        sequence = sequence.to(stage_dtype(self.language_model))
-        vectors = self._ready(self.language_model).generate(sequence, seen, max_new_tokens)  # (B, 8, 768)
-        return states, mask, vectors
+    def _encode(self, sides: list[_Tokens], max_new_tokens: int | None, bar: tqdm) -> list[Encoded]:
+        """Both encoders, the projection and GPT-2, for each side of guidance.
+
+        A stage works for all sides before the next one does, so that each moves but once where stages move.
+        The sides are not joined into one batch: one that is remembered has to be the same to the last bit.
+        """
+        clap = []
+        for side in sides:
+            ids, mask = self._bucketed("text_encoder", side.ids, side.mask)
+            features = self._ready(self.text_encoder).text_features(ids, mask)
+            clap.append(self._kept("text_encoder", features))  # (B, 512)
+        bar.update()
+        states = []
+        for side, heard in zip(sides, clap, strict=True):
+            if side.ids_2 is None:
+                width = self.projection_model.config.text_encoder_1_dim
+                states.append(heard.new_zeros(*side.mask_2.shape, width))
+                continue
+            ids, mask = self._bucketed("text_encoder_2", side.ids_2, side.mask_2)
+            state = self._ready(self.text_encoder_2)(ids, mask)[:, : side.ids_2.shape[1]]
+            states.append(self._kept("text_encoder_2", state))  # (B, N, 1024)
+        bar.update()
+        joined = []
+        for side, heard, state in zip(sides, clap, states, strict=True):
+            projection = self._ready(self.projection_model)
+            dtype = stage_dtype(projection)
+            one = side.mask_2.new_ones(len(heard), 1)
+            joined.append(projection(heard[:, None].to(dtype), state.to(dtype), one, side.mask_2))
+        bar.update()
+        encoded = []
+        for side, state, (sequence, seen) in zip(sides, states, joined, strict=True):
+            gpt2 = self._ready(self.language_model)
+            multiple = BUCKET if "language_model" in self._compiled else 1
+            vectors = gpt2.generate(sequence.to(stage_dtype(gpt2)), seen, max_new_tokens, multiple)
+            encoded.append((state, side.mask_2, vectors))  # vectors (B, 8, 768)
+        bar.update()
+        return encoded
+
+    def _bucketed(self, name: str, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and mask (B, N) with N rounded up where the stage is compiled; what is added is masked."""
+        if name not in self._compiled:
+            return ids, mask
+        first = name == "text_encoder"
+        padding = self.text_encoder.config.text_config.pad_token_id if first else 0
+        limit = self._token_limit(self.tokenizer if first else self.tokenizer_2)
+        length = ids.shape[1]
+        added = (0, min(rounded_up(length, BUCKET), max(limit, length)) - length)
+        return F.pad(ids, added, value=padding), F.pad(mask, added)
+
+    def _kept(self, name: str, result: Tensor) -> Tensor:
+        """A stage's result, safe from its next run: a recorded graph writes into the same memory again."""
+        return result.clone() if name in self._compiled else result
 
     def _tokenize(
         self, tokenizer: Any, texts: list[str], length: int | None = None, pad_to_limit: bool = False
@@ -589,21 +670,16 @@ class AudioLDM2Pipeline:
         callback_steps: int,
     ) -> Tensor:
         """From noise to latents, one step of the scheduler after the other."""
-        unet = self._ready(self.unet)
-        dtype = stage_dtype(unet)
-        vectors, states, mask = (x.to(dtype) if x.is_floating_point() else x for x in conditions)
         # Any sampler with this interface will do. Not every one adds noise, and takes these.
         scheduler: Any = self.scheduler
         takes = inspect.signature(scheduler.step).parameters
         options = {k: v for k, v in {"eta": eta, "generator": generator}.items() if k in takes}
-        guided = guidance_scale > 1
         timesteps = scheduler.timesteps
+        predict = self._predictor(conditions, timesteps, rows=len(latents))
         with self._bar("Denoising", len(timesteps)) as bar:
             for step, t in enumerate(timesteps):
-                x = torch.cat([latents, latents]) if guided else latents
-                x = scheduler.scale_model_input(x, t).to(dtype)
-                noise = unet(x, t, vectors, states, mask)
-                if guided:
+                noise = predict(step, scheduler.scale_model_input(latents, t))
+                if len(noise) > len(latents):
                     nothing, prompted = noise.chunk(2)
                     noise = nothing + guidance_scale * (prompted - nothing)
                 latents = scheduler.step(noise, t, latents, **options).prev_sample
@@ -612,21 +688,59 @@ class AudioLDM2Pipeline:
                 bar.update()
         return latents
 
+    def _predictor(
+        self, conditions: Encoded, timesteps: Tensor, rows: int
+    ) -> Callable[[int, Tensor], Tensor]:
+        """The UNet's part of a step, from the step's number and scaled latents (`rows`, ...) to the noise.
+
+        The noise has as many rows as the conditions. What is the same at every step is computed here: the
+        keys and values of all cross-attentions, and the embedded times.
+        """
+        unet = self._ready(self.unet)
+        dtype = stage_dtype(unet)
+        vectors, states, mask = (x.to(dtype) if x.is_floating_point() else x for x in conditions)
+        watched = unet._forward_hooks or unet._forward_pre_hooks or unet._compiled_call_impl
+        if type(unet).forward is not UNet.forward or watched:
+            # Somebody's own, or somebody waits for its calls: it is called as a whole.
+            sides = len(vectors) // rows
+            return lambda step, x: unet(
+                x.repeat(sides, 1, 1, 1).to(dtype), timesteps[step], vectors, states, mask
+            )
+        if "unet" in self._compiled:
+            added = rounded_up(states.shape[1], BUCKET) - states.shape[1]
+            states, mask = F.pad(states, (0, 0, 0, added)), F.pad(mask, (0, added))
+        contexts = unet.contexts(vectors, states, mask)
+        times = unet.time_embedding(timesteps)
+        return lambda step, x: self._kept("unet", unet.denoise(x.to(dtype), times[step : step + 1], contexts))
+
     def _decode(self, latents: Tensor) -> Tensor:
         """Latents (B, 8, T/4, F/4) -> log-mel spectrogram (B, 1, T, F)."""
-        with self._bar("Decoding", 1) as bar:
-            vae = self._ready(self.vae)
-            mel = vae.decode((latents / vae.config.scaling_factor).to(stage_dtype(vae)))
-            bar.update()
-        return mel
+        vae = self._ready(self.vae)
+        latents = (latents / vae.config.scaling_factor).to(stage_dtype(vae))
+        frames = CHUNK // self.vae.downsampling
+        groups = _groups(latents, frames)
+        with self._bar("Decoding", len(groups)) as bar:
+            mels = []
+            for group in groups:
+                long = group.shape[2] > frames
+                mels.append(
+                    self._kept("vae", vae.decode_in_chunks(group, frames) if long else vae.decode(group))
+                )
+                bar.update()
+        return torch.cat(mels)
 
     def _vocode(self, mel: Tensor) -> Tensor:
         """Log-mel spectrogram (B, 1, T, F) -> waveform (B, samples), float32, in main memory."""
-        with self._bar("Vocoding", 1) as bar:
-            vocoder = self._ready(self.vocoder)
-            waveform = vocoder(rearrange(mel, "b 1 t f -> b t f").to(stage_dtype(vocoder)))
-            bar.update()
-        return waveform.float().cpu()
+        vocoder = self._ready(self.vocoder)
+        mel = rearrange(mel, "b 1 t f -> b t f").to(stage_dtype(vocoder))
+        groups = _groups(mel, CHUNK, axis=1)
+        with self._bar("Vocoding", len(groups)) as bar:
+            waveforms = []
+            for group in groups:
+                vocode = vocoder.in_chunks if group.shape[1] > CHUNK else vocoder
+                waveforms.append(vocode(group).float().cpu())
+                bar.update()
+        return torch.cat(waveforms)
 
     def _rank(self, texts: list[str], audio: Tensor, candidates: int, generator: Generator) -> Tensor:
         """Sort each prompt's candidates by how well CLAP thinks they fit, best first; (B, samples) in and
@@ -647,7 +761,8 @@ class AudioLDM2Pipeline:
             sound = clap.audio_features(features.to(stage_dtype(clap)))  # (prompts · candidates, P)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what was cut from the prompt was said when it was encoded
-                text = clap.text_features(*self._tokenize(self.tokenizer, texts))  # (prompts, P)
+                ids, mask = self._bucketed("text_encoder", *self._tokenize(self.tokenizer, texts))
+                text = clap.text_features(ids, mask)  # (prompts, P)
             sound = rearrange(sound, "(b n) p -> b n p", n=candidates)
             fit = torch.einsum("bnp,bp->bn", sound, text)
             order = fit.argsort(dim=1, descending=True, stable=True).cpu()
@@ -670,6 +785,13 @@ class AudioLDM2Pipeline:
         check_length(audio_length_in_s, shortest=scale * seconds_a_frame)
         frames = math.ceil(int(audio_length_in_s / seconds_a_frame) / scale) * scale
         return frames, int(audio_length_in_s * vocoder.sampling_rate)
+
+
+def _groups(x: Tensor, longest: int, axis: int = 2) -> tuple[Tensor, ...]:
+    """The rows of a batch in groups of one size, each no longer in all than `longest` where it is several."""
+    most = max(1, longest // x.shape[axis])
+    size = max(n for n in range(1, min(most, len(x)) + 1) if len(x) % n == 0)
+    return x.split(size)
 
 
 # --- arguments

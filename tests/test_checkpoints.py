@@ -132,7 +132,9 @@ def test_bin_files_load_to_the_same_tensors(checkpoint, stages, write):
         rewrite(checkpoint, part, write)
         loaded = load(checkpoint, part)
         same_state(loaded, stages[part])
-        assert all(tensor.is_contiguous() for tensor in loaded.state_dict().values())
+        for tensor in loaded.state_dict().values():
+            channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+            assert tensor.is_contiguous() or channels_last
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])

@@ -404,7 +404,9 @@ def test_offload_gives_the_same_sound(base_layout: Both) -> None:
     pipe.enable_model_cpu_offload(device="cpu")
     arguments = {"num_inference_steps": 2, "num_waveforms_per_prompt": 2}
     offloaded = pipe(HAMMER, generator=seeded(), **arguments).audios
-    np.testing.assert_array_equal(offloaded, base_layout.ours(HAMMER, generator=seeded(), **arguments).audios)
+    # Copies lie elsewhere in memory than a mapped file, and products of matrices round by where they lie.
+    plain = base_layout.ours(HAMMER, generator=seeded(), **arguments).audios
+    np.testing.assert_allclose(offloaded, plain, atol=1e-5)
     with pytest.raises(ValueError, match="do not call to"):
         pipe.to("cpu")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -19,6 +20,7 @@ from audioldm2.atomic import replacing
 from audioldm2.checkpoints.errors import CheckpointError
 from audioldm2.checkpoints.tensors import FLOATS, WeightFiles, read_json
 from audioldm2.checkpoints.weight_map import WeightMap, apply, weight_map
+from audioldm2.runtime.cpu import tune
 from audioldm2.runtime.device import available_device
 from audioldm2.runtime.precision import parameter_dtype
 
@@ -69,6 +71,9 @@ class Format(Generic[StageT]):
     weights: str  # the name of its weight map
     identity: Mapping[str, Any]  # the keys of config.json that name the class
     aliases: tuple[str, ...] = ()  # other classes whose checkpoints hold this stage
+    # A submodule that may be read when it is first needed (see `fill`): "audio" belongs to a stage that has
+    # `audio_later`, and `audio_tower()`, which reads it.
+    later: str = ""
 
     @property
     def class_name(self) -> str:
@@ -82,6 +87,7 @@ def fill(
     source: TensorSource,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    later: str = "",
 ) -> StageT:
     """Give a stage that was built on the `meta` device its tensors; it is returned in eval mode.
 
@@ -95,6 +101,8 @@ def fill(
         source: the checkpoint's tensors.
         dtype: None keeps the checkpoint's own.
         device: where the stage is to be.
+        later: a submodule that is not read now. It is checked with the rest, and then None; `<later>_later`
+            of the stage is a function that reads it, given a dtype and a device.
 
     Raises:
         CheckpointError: tensors that do not fit (see `WeightMap.plan`), or that do not hold floats.
@@ -110,19 +118,45 @@ def fill(
     if wrong:
         shown = "\n  ".join(wrong)
         raise CheckpointError(f"{len(wrong)} of the checkpoint's tensors do not fit:\n  {shown}")
-    device = torch.device(device)
-    filled = {}
-    for name, recipe in plan.items():
-        held = source.types[recipe.sources[0]]
-        wanted = parameter_dtype(stage, name, dtype or typing.cast(torch.dtype, held))
-        # A copy or a view of one tensor can stay where it lies. It must not be read through the window of the
-        # file that is soon dropped: it would hold on to all of it.
-        in_place = recipe.operation in ("copy", "squeeze") and held == wanted and device.type == "cpu"
-        tensor = apply(recipe, source.map if in_place else source.read)
-        filled[name] = tensor.to(device=device, dtype=wanted).contiguous()
-    # What is no float is a counter of training steps (BatchNorm's), which starts anew.
-    filled |= {n: torch.zeros_like(t, device=device) for n, t in state.items() if not t.is_floating_point()}
-    stage.load_state_dict(filled, strict=True, assign=True)
+
+    def made(prefix: str, others: bool, dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
+        """Our tensors whose names begin with `prefix`, under the rest of the name; or all the others."""
+        filled = {}
+        for name in (n for n in state if (bool(prefix) and n.startswith(prefix)) != others):
+            if name not in plan:
+                # What is no float is a counter of training steps (BatchNorm's), which starts anew.
+                tensor = torch.zeros_like(state[name], device=device)
+            else:
+                recipe = plan[name]
+                held = source.types[recipe.sources[0]]
+                wanted = parameter_dtype(stage, name, dtype or typing.cast(torch.dtype, held))
+                # A copy or a view of one tensor can stay where it lies. It must not be read through the
+                # window of the file that is soon dropped: it would hold on to all of it.
+                in_place = recipe.operation in ("copy", "squeeze") and held == wanted and device.type == "cpu"
+                tensor = apply(recipe, source.map if in_place else source.read)
+                tensor = tensor.to(device=device, dtype=wanted).contiguous()
+            filled[name if others else name.removeprefix(prefix)] = tensor
+        return filled
+
+    if not later:
+        stage.load_state_dict(made("", True, dtype, torch.device(device)), strict=True, assign=True)
+        return stage.eval()
+    unread = getattr(stage, later)
+    setattr(stage, later, None)
+    stage.load_state_dict(made(f"{later}.", True, dtype, torch.device(device)), strict=True, assign=True)
+
+    def read(dtype: torch.dtype | None, device: torch.device) -> nn.Module:
+        submodule: nn.Module = copy.deepcopy(unread)
+        submodule.load_state_dict(made(f"{later}.", False, dtype, device), strict=True, assign=True)
+        return submodule.eval()
+
+    def whole(module: nn.Module, *_: object) -> None:
+        getattr(module, f"{later}_tower")()
+
+    setattr(stage, f"{later}_later", read)
+    # Whoever saves the stage, or loads other weights into it, means all of it.
+    stage.register_state_dict_pre_hook(whole)
+    stage.register_load_state_dict_pre_hook(whole)
     return stage.eval()
 
 
@@ -132,8 +166,16 @@ def load_stage(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     variant: str | None = None,
+    put_off: bool = False,
 ) -> StageT:
     """A stage from a folder with a config.json and weights.
+
+    Args:
+        folder: where they lie.
+        form: which stage.
+        dtype, device: as for `fill`.
+        variant: as for `WeightFiles`.
+        put_off: leave `form.later`, if there is one, for when it is needed.
 
     Raises:
         CheckpointError: see `WeightFiles` and `fill`; also a config.json that is missing, is for another
@@ -161,9 +203,11 @@ def load_stage(
         raise CheckpointError(f"{path}: no {form.class_name} has these sizes ({reason})") from error
     files = WeightFiles(folder, variant)
     try:
-        return fill(stage, weight_map(form.weights), files, dtype, device)
+        fill(stage, weight_map(form.weights), files, dtype, device, form.later if put_off else "")
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
+    tune(stage)
+    return stage
 
 
 def check_dtype(dtype: Any) -> None:

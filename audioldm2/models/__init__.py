@@ -47,6 +47,7 @@ PARTS: dict[str, tuple[Format[Any], ...]] = {
             ClapConfig,
             "text_encoder.transformers",
             {"architectures": ["ClapModel"], "model_type": "clap"},
+            later="audio",
         ),
     ),
     "text_encoder_2": (_T5, _VITS),

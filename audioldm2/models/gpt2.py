@@ -176,10 +176,14 @@ class GPT2(nn.Module):
         """
         visible = self._visible(inputs_embeds, attention_mask, new=0)
         positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
-        return self._run(inputs_embeds, positions, visible, caches=None)
+        return self.states(inputs_embeds, positions, visible, caches=None)
 
     def generate(
-        self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int | None = None
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        max_new_tokens: int | None = None,
+        multiple: int = 1,
     ) -> Tensor:
         """Continue the sequence with vectors: each is the last state of all before it, after the last norm.
 
@@ -190,6 +194,9 @@ class GPT2(nn.Module):
             inputs_embeds: (B, T, C).
             attention_mask: (B, T), 1 for tokens and 0 for padding; what is generated counts as tokens.
             max_new_tokens: how many vectors; the config's number where None.
+            multiple: round the cache's size up to a multiple of this, so that sequences of about one length
+                run in the same shapes (for a compiled stage). The numbers stay: what is in the added places
+                lies in the future of all that is used, until it is written over.
 
         Returns:
             The new vectors, (B, max_new_tokens, C).
@@ -203,18 +210,24 @@ class GPT2(nn.Module):
             raise ValueError(f"max_new_tokens is {new}; at least 1 is needed")
         # The last vector is not fed back, so it takes no place.
         visible = self._visible(inputs_embeds, attention_mask, new=new - 1)
-        length, places = inputs_embeds.shape[1], visible.shape[1]
+        length = inputs_embeds.shape[1]
+        added = min(-visible.shape[1] % multiple, self.config.n_positions - visible.shape[1])
+        visible, x = F.pad(visible, (0, added), value=True), F.pad(inputs_embeds, (0, 0, 0, added))
+        places = visible.shape[1]
         caches = [Cache(inputs_embeds, places) for _ in self.blocks]
         positions = torch.arange(places, device=inputs_embeds.device)
-        x = self._run(inputs_embeds, positions[:length], visible, caches)[:, -1:]
+        x = self.states(x, positions[: length + added], visible, caches)[:, length - 1 : length]
         generated = [x]
         for place in range(length, length + new - 1):
-            x = self._run(x, positions[place : place + 1], visible, caches)
+            x = self.states(x, positions[place : place + 1], visible, caches)
             generated.append(x)
         return torch.cat(generated, dim=1)
 
-    def _run(self, x: Tensor, positions: Tensor, visible: Tensor, caches: list[Cache] | None) -> Tensor:
-        """The states (B, N, C) of N inputs at `positions` (N,); `visible` (B, M) says what is no padding."""
+    def states(self, x: Tensor, positions: Tensor, visible: Tensor, caches: list[Cache] | None) -> Tensor:
+        """The states (B, N, C) of N inputs at `positions` (N,), which go into the caches on the way.
+
+        `visible` (B, M) says which of the M places are no padding.
+        """
         x = x + self.position_embedding(positions)
         bias = causal_bias(positions, visible, x.dtype)
         for layer, block in enumerate(self.blocks):

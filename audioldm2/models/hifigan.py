@@ -136,6 +136,50 @@ class HifiGan(nn.Module):
         """Samples for each frame of the spectrogram: the product of the up-sampling rates."""
         return math.prod(self.config.upsample_rates)
 
+    @property
+    def reach(self) -> int:
+        """How many frames to either side may decide over a frame's sound, the receptive field.
+
+        Counted from the sound back to the spectrogram: a convolution of k taps, d apart, sees d (k - 1) / 2
+        samples to either side; of the blocks side by side the widest counts; where the rate rises by u in a
+        step of kernel k, an output is made of inputs less than k / u away.
+        """
+        config = self.config
+        blocks = zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes, strict=True)
+        block = max(sum((kernel // 2) * (d + 1) for d in dilations) for kernel, dilations in blocks)
+        reach = 3  # conv_out
+        for rate, kernel in zip(config.upsample_rates[::-1], config.upsample_kernel_sizes[::-1], strict=True):
+            reach = math.ceil((reach + block + kernel) / rate)
+        return reach + 3  # conv_in
+
+    def in_chunks(self, mel: Tensor, frames: int = 1024) -> Tensor:
+        """The sound of a long spectrogram, in memory that grows with its length by no more than the result.
+
+        Each chunk is made with `reach` frames more at either side, whose sound is thrown away, so the result
+        is that of `forward` up to rounding. All chunks are of one shape.
+
+        Args:
+            mel: log-mel, (B, T, F).
+            frames: of a chunk, without what is thrown away.
+
+        Returns:
+            (B, samples), as `forward`.
+
+        Raises:
+            ValueError: `mel` has another shape.
+        """
+        length, reach, hop = mel.shape[1], self.reach, self.hop_length
+        window = frames + 2 * reach
+        if length <= window:
+            return self(mel)
+        pieces = []
+        for start in range(0, length, frames):
+            first = min(max(start - reach, 0), length - window)  # the last window ends where the mel does
+            sound = self(mel[:, first : first + window])
+            end = (start + frames - first) * hop if start + frames < length else None
+            pieces.append(sound[:, (start - first) * hop : end])
+        return torch.cat(pieces, dim=1)
+
     def forward(self, mel: Tensor) -> Tensor:
         """The sound of a spectrogram.
 

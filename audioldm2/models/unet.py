@@ -228,7 +228,7 @@ class Level(nn.Module):
         x = self.resnets[index](x, time)
         run = slice(index * self.run, (index + 1) * self.run)
         for transformer, context in zip(self.transformers[run], contexts[run], strict=True):
-            x = transformer(x, context)
+            x = transformer(_for_each(context, x), context)
         return x
 
 
@@ -316,7 +316,18 @@ class UNet(nn.Module):
         return [level.contexts(gpt2, t5) for level in (*self.down, self.middle, *self.up)]
 
     def denoise(self, sample: Tensor, time: Tensor, contexts: Sequence[Contexts]) -> Tensor:
-        """One step, given the embedded time, (B, time width) or (1, time width), and the contexts."""
+        """One step: `forward` with what does not change over a generation computed before.
+
+        Args:
+            sample: noisy latents, (B, in_channels, T/4, F/4), or the first B/n rows of them where the others
+                repeat these: the two sides of guidance see the same latents, and are one until the first
+                transformer that attends to a condition.
+            time: from `time_embedding`, (B, time width), or (1, time width) for all.
+            contexts: from `contexts`.
+
+        Returns:
+            (B, out_channels, T/4, F/4); where nothing attends to a condition, as many rows as `sample`.
+        """
         levels = len(self.down)
         down, middle, up = contexts[:levels], contexts[levels], contexts[levels + 1 :]
         x = self.conv_in(sample)
@@ -334,11 +345,11 @@ class UNet(nn.Module):
 
         for level, context in zip(self.up, up, strict=True):
             for i in range(len(level.resnets)):
-                x = level.layer(i, torch.cat([x, skips.pop()], dim=1), time, context)
+                x = level.layer(i, torch.cat([x, _repeated(skips.pop(), len(x))], dim=1), time, context)
             if level.resample is not None:
                 # A map of odd size was rounded up on the way down, so doubling it would overshoot.
                 x = level.resample(x, size=skips[-1].shape[2:])
-        return self.conv_out(self.act(self.norm_out(x)))
+        return self.conv_out(self.act(self.norm_out(x))).contiguous()
 
     def forward(
         self,
@@ -386,6 +397,16 @@ class UNet(nn.Module):
 
 def _conv(channels_in: int, channels_out: int, kernel: int) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels_out, kernel, padding=(kernel - 1) // 2)
+
+
+def _repeated(x: Tensor, rows: int) -> Tensor:
+    """The rows of a feature map again and again, until there are `rows`."""
+    return x if len(x) == rows else x.repeat(rows // len(x), 1, 1, 1)
+
+
+def _for_each(contexts: Sequence[Context | None], x: Tensor) -> Tensor:
+    """A feature map with a row for each of a condition's."""
+    return _repeated(x, next((len(context.kv) for context in contexts if context is not None), len(x)))
 
 
 def _condition(states: Tensor, mask: Tensor | None) -> Condition:

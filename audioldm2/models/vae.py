@@ -15,8 +15,9 @@ them so: whoever calls multiplies by it (into the diffusion) or divides (out of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -147,13 +148,16 @@ class Downsample(nn.Module):
 class Level(nn.Module):
     """The ResNet blocks of one resolution: (B, C_in, H, W) -> (B, C_out, H, W)."""
 
+    resnets: Sequence[ResNetBlock]
+
     def __init__(self, config: VAEConfig, channels_in: int, channels_out: int, layers: int):
         super().__init__()
         widths = [channels_in] + [channels_out] * layers
-        self.resnets = nn.ModuleList(
+        resnets = (
             ResNetBlock(before, after, config.norm_num_groups, EPS, config.act_fn)
             for before, after in pairwise(widths)
         )
+        self.resnets = nn.ModuleList(resnets)  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         for resnet in self.resnets:
@@ -218,16 +222,19 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """From latents to a spectrogram: (B, C, T/4, F/4) -> (B, 1, T, F); one more ResNet block a level."""
 
+    levels: Sequence[Level]
+
     def __init__(self, config: VAEConfig):
         super().__init__()
         channels = config.block_out_channels[::-1]
         before = (channels[0], *channels[:-1])
         self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
         self.middle = Middle(config)
-        self.levels = nn.ModuleList(
+        levels = (
             Level(config, c_in, c_out, config.layers_per_block + 1)
             for c_in, c_out in zip(before, channels, strict=True)
         )
+        self.levels = nn.ModuleList(levels)  # type: ignore[assignment]
         # Between two levels, each at the width of the level before it.
         self.upsamples = nn.ModuleList(Upsample(c) for c in channels[:-1])
         self.norm_out = nn.GroupNorm(config.norm_num_groups, channels[-1], EPS)
@@ -237,9 +244,59 @@ class Decoder(nn.Module):
         x = self.middle(self.conv_in(latents))
         x = self.levels[0](x)
         for upsample, level in zip(self.upsamples, self.levels[1:], strict=True):
-            height, width = x.shape[2:]
-            x = level(upsample(x, (2 * height, 2 * width)))
+            x = level(_double(upsample, x))
         return self.conv_out(F.silu(self.norm_out(x)))
+
+
+def _double(upsample: nn.Module, x: Tensor) -> Tensor:
+    height, width = x.shape[2:]
+    doubled: Tensor = upsample(x, (2 * height, 2 * width))
+    return doubled
+
+
+def _in_chunks(f: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
+    """f(x) for an f that looks one row to either side at most, on `rows` rows of x at a time: (B, C, H, W).
+
+    A chunk has one row more at either side, whose result is thrown away. f may give several rows for each.
+    """
+    height = x.shape[2]
+    y = torch.empty(0)
+    for start in range(0, height, rows):
+        end, first, last = min(start + rows, height), max(start - 1, 0), min(start + rows + 1, height)
+        part = f(x[:, :, first:last])
+        scale = part.shape[2] // (last - first)
+        if start == 0:
+            shape = (*part.shape[:2], height * scale, part.shape[3])
+            y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        y[:, :, start * scale : end * scale] = part[:, :, (start - first) * scale : (end - first) * scale]
+    return y
+
+
+def _normalized(norm: nn.GroupNorm, x: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
+    """GroupNorm with the statistics of the whole feature map x, to be applied to chunks of it."""
+    total = square = torch.zeros(())
+    for part in x.split(rows, dim=2):
+        groups = part.unflatten(1, (norm.num_groups, -1)).float()  # (B, g, C/g, rows, W)
+        total = total + groups.sum((2, 3, 4)).double()
+        square = square + groups.square().sum((2, 3, 4)).double()
+    channels = x.shape[1] // norm.num_groups
+    mean = total / (channels * x.shape[2] * x.shape[3])
+    variance = square / (channels * x.shape[2] * x.shape[3]) - mean.square()
+    gain = (variance + norm.eps).rsqrt().repeat_interleave(channels, dim=1) * norm.weight  # (B, C)
+    offset = norm.bias - mean.repeat_interleave(channels, dim=1) * gain
+    gain, offset = (rearrange(v, "b c -> b c 1 1").to(x.dtype) for v in (gain, offset))
+    return lambda part: part * gain + offset
+
+
+def _resnet_in_chunks(resnet: ResNetBlock, x: Tensor, rows: int) -> Tensor:
+    """A ResNet block without a time, as `_in_chunks`: (B, C_in, H, W) -> (B, C_out, H, W)."""
+    norm_1 = _normalized(resnet.norm_1, x, rows)
+    h = _in_chunks(lambda part: resnet.conv_1(resnet.act(norm_1(part))), x, rows)
+    norm_2 = _normalized(resnet.norm_2, h, rows)
+    y = _in_chunks(lambda part: resnet.conv_2(resnet.act(norm_2(part))), h, rows)
+    for part, out in zip(x.split(rows, dim=2), y.split(rows, dim=2), strict=True):
+        out += resnet.shortcut(part)
+    return y
 
 
 class VAE(nn.Module):
@@ -284,6 +341,34 @@ class VAE(nn.Module):
         """
         _check("latents", latents, self.config.latent_channels, smallest=1)
         return self.decoder(self.from_latents(latents))
+
+    def decode_in_chunks(self, latents: Tensor, rows: int = 256) -> Tensor:
+        """`decode` for long latents, in less memory: (B, 8, T/4, F/4) -> (B, 1, T, F), equal up to rounding.
+
+        Every norm takes its statistics over the whole length, and so does the attention at the lowest level:
+        no chunk can be decoded alone. So the decoder goes layer by layer, each in chunks with one row more at
+        either side, which is how far a 3x3 convolution looks. Only three feature maps of the whole length are
+        there at once: a layer's input, what lies between its convolutions, and its output.
+
+        Args:
+            latents: (B, latent_channels, T/4, F/4), unscaled.
+            rows: latents in time that are worked on at once.
+
+        Raises:
+            ValueError: as `decode`.
+        """
+        _check("latents", latents, self.config.latent_channels, smallest=1)
+        decoder = self.decoder
+        x = decoder.middle(decoder.conv_in(self.from_latents(latents)))
+        for i, level in enumerate(decoder.levels):
+            if i > 0:
+                double = partial(_double, decoder.upsamples[i - 1])
+                x = _in_chunks(double, x, rows)
+                rows *= 2
+            for resnet in level.resnets:
+                x = _resnet_in_chunks(resnet, x, rows)
+        norm = _normalized(decoder.norm_out, x, rows)
+        return _in_chunks(lambda part: decoder.conv_out(F.silu(norm(part))), x, rows)
 
     def forward(self, mel: Tensor) -> Tensor:
         """There and back by the most likely latents: (B, 1, T, F) -> (B, 1, T, F)."""
