@@ -123,7 +123,9 @@ def parser() -> Parser:
         "--dtype", choices=DTYPES, help="float16 on a GPU, float32 elsewhere where not given"
     )
     machine.add_argument(
-        "--compile", action="store_true", help="compile the UNet: slow to start, faster after; for long work"
+        "--compile",
+        action="store_true",
+        help="compile every stage: minutes at the first start, faster after; for long work on a GPU",
     )
     machine.add_argument("--quiet", action="store_true", help="no progress bars")
     machine.add_argument("--debug", action="store_true", help="show the whole traceback of an error")

@@ -16,6 +16,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_type_hints
@@ -182,11 +183,16 @@ class AudioLDM2Pipeline:
         classes = read_index(folder, _KNOWN_CLASSES)
         check_folders(folder, [*classes])
         parts: dict[str, Any] = {}
-        for name, forms in PARTS.items():
-            form = next(f for f in forms if classes[name] in (f.class_name, *f.aliases))
-            parts[name] = load_stage(folder / name, form, torch_dtype, device, variant, put_off=True)
-        for name in TOKENIZERS:
-            parts[name] = load_tokenizer(folder / name, classes[name])
+        # transformers takes a second to import, which passes while weights are read.
+        with ThreadPoolExecutor(max_workers=1) as beside:
+            tokenizers = {
+                name: beside.submit(load_tokenizer, folder / name, classes[name]) for name in TOKENIZERS
+            }
+            for name, forms in PARTS.items():
+                form = next(f for f in forms if classes[name] in (f.class_name, *f.aliases))
+                parts[name] = load_stage(folder / name, form, torch_dtype, device, variant, put_off=True)
+            for name, tokenizer in tokenizers.items():
+                parts[name] = tokenizer.result()
         for name, build in (("feature_extractor", _build_feature_extractor), ("scheduler", _build_scheduler)):
             path = folder / name / _CONFIG_NAMES[name]
             content = read_json(path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import nn
 from audioldm2 import AudioLDM2Pipeline, ClapFeatureExtractor, DDIMScheduler
 from audioldm2.audio.log_mel import ClapFeatureExtractorConfig
 from audioldm2.models import PARTS
+from scripts.sizes import BASE
 from scripts.tiny_tokenizers import write_roberta_tokenizer, write_t5_tokenizer
 
 MEL_WIDTH = 64
@@ -92,15 +94,6 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 LOUDNESS = 4.0  # random weights make a sound that is faint; this far it does not clip
-FEATURE_EXTRACTOR = {"truncation": "rand_trunc", "padding": "repeatpad", "frequency_max": 14000}
-SCHEDULER = {
-    "beta_start": 0.0015,
-    "beta_end": 0.0195,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
 
 
 def draw_weights(stage: nn.Module, generator: torch.Generator) -> None:
@@ -108,39 +101,64 @@ def draw_weights(stage: nn.Module, generator: torch.Generator) -> None:
     tensors = {**dict(stage.named_parameters()), **dict(stage.named_buffers())}
     with torch.no_grad():
         for name, tensor in tensors.items():
-            if not tensor.is_floating_point():
-                continue
             if tensor.dim() >= 2:
-                deviation = 1 / math.sqrt(tensor[0].numel())
-                tensor.copy_(deviation * torch.randn(tensor.shape, generator=generator))
+                tensor.normal_(std=1 / math.sqrt(tensor[0].numel()), generator=generator)
             elif name.rsplit(".", 1)[-1] in ("weight", "scale", "running_var", "logit_scale"):
                 tensor.fill_(1.0)
             else:
                 tensor.zero_()
 
 
-def write_tiny_checkpoint(folder: str | Path, seed: int = 0) -> int:
-    """Write the checkpoint into `folder`, which is made where missing. Returns the number of weights."""
+def write_random_checkpoint(
+    folder: str | Path,
+    sizes: Mapping[str, dict[str, Any]],
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    limits: tuple[int, int] = (64, 32),
+) -> int:
+    """Write a checkpoint with random weights into `folder`, which is made where missing.
+
+    Args:
+        folder: files of its own there are replaced.
+        sizes: by part, as in `SIZES`.
+        seed: of the weights.
+        device: where they are drawn.
+        dtype: in which they are written.
+        limits: tokens that the two tokenizers read.
+
+    Returns:
+        The number of weights.
+    """
     import transformers
 
     folder = Path(folder)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     stages = {}
-    for part, sizes in SIZES.items():
-        form = PARTS[part][0]
-        stages[part] = form.stage(form.config.from_dict(sizes)).eval()
+    for part, (form, *_) in PARTS.items():
+        with torch.device("meta"):
+            stage = form.stage(form.config.from_dict(sizes[part]))
+        stages[part] = stage.to_empty(device=device).eval()
         draw_weights(stages[part], generator)
     stages["vocoder"].conv_out.weight.data *= LOUDNESS
-    write_roberta_tokenizer(folder / "tokenizer")
-    write_t5_tokenizer(folder / "tokenizer_2")
+    write_roberta_tokenizer(folder / "tokenizer", max_length=limits[0])
+    write_t5_tokenizer(folder / "tokenizer_2", max_length=limits[1])
     AudioLDM2Pipeline(
         **stages,
         tokenizer=transformers.RobertaTokenizerFast.from_pretrained(folder / "tokenizer"),
         tokenizer_2=transformers.T5TokenizerFast.from_pretrained(folder / "tokenizer_2"),
-        feature_extractor=ClapFeatureExtractor(ClapFeatureExtractorConfig.from_dict(FEATURE_EXTRACTOR)),
-        scheduler=DDIMScheduler(**SCHEDULER),
-    ).save_pretrained(folder)
+        feature_extractor=ClapFeatureExtractor(
+            ClapFeatureExtractorConfig.from_dict(BASE["feature_extractor"])
+        ),
+        scheduler=DDIMScheduler(**BASE["scheduler"]),
+    ).to(dtype).save_pretrained(folder)
     return sum(parameter.numel() for stage in stages.values() for parameter in stage.parameters())
+
+
+def write_tiny_checkpoint(folder: str | Path, seed: int = 0) -> int:
+    """Write the tiny checkpoint into `folder`. Returns the number of weights."""
+    return write_random_checkpoint(folder, SIZES, seed=seed)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from audioldm2.checkpoints.stage import TensorDict, fill
 from audioldm2.checkpoints.weight_map import weight_map
+from scripts.sizes import BASE, changed
 from scripts.tiny_tokenizers import write_roberta_tokenizer, write_t5_tokenizer
 
 
@@ -148,25 +149,14 @@ TINY: dict[str, dict] = {
         "resblock_dilation_sizes": [[1, 3], [1, 3]],
         "normalize_before": False,
     },
-    "feature_extractor": {"truncation": "rand_trunc", "padding": "repeatpad", "frequency_max": 14000},
-    "scheduler": {
-        "beta_start": 0.0015,
-        "beta_end": 0.0195,
-        "beta_schedule": "scaled_linear",
-        "clip_sample": False,
-        "set_alpha_to_one": False,
-        "steps_offset": 1,
-    },
+    "feature_extractor": BASE["feature_extractor"],
+    "scheduler": BASE["scheduler"],
 }
-
-
-def _changed(sizes: dict[str, dict], **parts: dict) -> dict[str, dict]:
-    return {name: {**config, **parts.get(name, {})} for name, config in sizes.items()}
 
 
 # As -large: four transformers a layer, the first and the last with no cross-attention, two blocks in each;
 # heads a level of their own.
-TINY_LARGE = _changed(
+TINY_LARGE = changed(
     TINY,
     unet={
         "cross_attention_dim": [[None, 16, 20, None]] * 3,
@@ -177,7 +167,7 @@ TINY_LARGE = _changed(
 )
 
 # As the speech checkpoints: VITS's text encoder in T5's place, and a learned position for each of its tokens.
-TINY_SPEECH = _changed(
+TINY_SPEECH = changed(
     TINY,
     projection_model={"use_learned_position_embedding": True, "max_seq_length": 24},
     language_model={"n_positions": 120},
@@ -203,65 +193,6 @@ TINY_SPEECH["text_encoder_2"] = {
     "depth_separable_num_layers": 1,
     "duration_predictor_num_flows": 1,
 }
-
-BASE: dict[str, dict] = {
-    "vae": {
-        **TINY["vae"],
-        "block_out_channels": [128, 256, 512],
-        "layers_per_block": 2,
-        "latent_channels": 8,
-        "norm_num_groups": 32,
-        "sample_size": 1024,
-    },
-    "text_encoder": {
-        "projection_dim": 512,
-        "text_config": {},
-        "audio_config": {
-            "patch_embeds_hidden_size": 128,
-            "hidden_size": 1024,
-            "depths": [2, 2, 12, 2],
-            "num_attention_heads": [4, 8, 16, 32],
-        },
-    },
-    "text_encoder_2": {
-        "vocab_size": 32128,
-        "d_model": 1024,
-        "d_kv": 64,
-        "d_ff": 2816,
-        "num_layers": 24,
-        "num_heads": 16,
-        "feed_forward_proj": "gated-gelu",
-    },
-    "projection_model": {"text_encoder_dim": 512, "text_encoder_1_dim": 1024, "langauge_model_dim": 768},
-    "language_model": {"max_new_tokens": 8},
-    "unet": {
-        "sample_size": 256,
-        "in_channels": 8,
-        "out_channels": 8,
-        "down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * 3],
-        "up_block_types": [*["CrossAttnUpBlock2D"] * 3, "UpBlock2D"],
-        "block_out_channels": [128, 256, 384, 640],
-        "layers_per_block": 2,
-        "cross_attention_dim": [[None, 768, 1024]] * 4,
-        "attention_head_dim": [4, 8, 12, 20],
-    },
-    "vocoder": {
-        "model_in_dim": 64,
-        "sampling_rate": 16000,
-        "upsample_initial_channel": 1024,
-        "upsample_rates": [5, 4, 2, 2, 2],
-        "upsample_kernel_sizes": [16, 16, 8, 4, 4],
-        "resblock_kernel_sizes": [3, 7, 11],
-        "resblock_dilation_sizes": [[1, 3, 5]] * 3,
-        "normalize_before": False,
-    },
-    "feature_extractor": TINY["feature_extractor"],
-    "scheduler": TINY["scheduler"],
-}
-LARGE = _changed(
-    BASE,
-    unet={"cross_attention_dim": [[None, 768, 1024, None]] * 4, "transformer_layers_per_block": 2},
-)
 
 
 def _vits_tokenizer(folder: Path, max_length: int):

@@ -15,6 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from audioldm2.atomic import replacing
 from audioldm2.checkpoints.errors import CheckpointError
@@ -60,6 +61,21 @@ class TensorDict:
         return self.tensors[name]
 
     map = read
+
+
+class _WithoutDrawing(TorchFunctionMode):
+    """Modules are built, but no weights drawn for them, which the checkpoint's will replace.
+
+    On the meta device nothing would be drawn anyway; but PyTorch would import its compiler for it, a second.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -132,9 +148,12 @@ def fill(
                 wanted = parameter_dtype(stage, name, dtype or typing.cast(torch.dtype, held))
                 # A copy or a view of one tensor can stay where it lies. It must not be read through the
                 # window of the file that is soon dropped: it would hold on to all of it.
-                in_place = recipe.operation in ("copy", "squeeze") and held == wanted and device.type == "cpu"
+                view = recipe.operation in ("copy", "squeeze", "transpose")
+                in_place = view and held == wanted and device.type == "cpu"
                 tensor = apply(recipe, source.map if in_place else source.read)
-                tensor = tensor.to(device=device, dtype=wanted).contiguous()
+                tensor = tensor.to(device=device, dtype=wanted)
+                if not (in_place and recipe.operation == "transpose"):  # which products take as it lies
+                    tensor = tensor.contiguous()
             filled[name if others else name.removeprefix(prefix)] = tensor
         return filled
 
@@ -193,7 +212,7 @@ def load_stage(
     try:
         check_types(typing.get_type_hints(form.config), content)
         config = form.config.from_dict(content)
-        with torch.device("meta"):
+        with torch.device("meta"), _WithoutDrawing():
             stage = form.stage(config)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error

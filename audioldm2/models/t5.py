@@ -145,17 +145,18 @@ class SelfAttention(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """GELU(x W_gate) * (x W_up), then W_down: (B, N, C) -> (B, N, C) in the dtype of W_down."""
+    """GELU(x W_gate) * (x W_gated), then W_down: (B, N, C) -> (B, N, C) in the dtype of W_down."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.up_and_gate = nn.Linear(width, 2 * hidden, bias=False)
+        self.gate = nn.Linear(width, hidden, bias=False)
+        self.gated = nn.Linear(width, hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         # Widened before the product, which may outgrow float16 too.
-        up, gate = self.up_and_gate(x).to(self.down.weight.dtype).chunk(2, dim=-1)
-        return self.down(F.gelu(gate, approximate="tanh") * up)
+        gate, gated = (up(x).to(self.down.weight.dtype) for up in (self.gate, self.gated))
+        return self.down(F.gelu(gate, approximate="tanh") * gated)
 
 
 class FeedForward(nn.Module):

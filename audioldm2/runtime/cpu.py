@@ -25,6 +25,7 @@ from audioldm2.runtime import winograd
 LEAST_CHANNELS_2D = 64
 LEAST_PIXELS_2D = 256  # of all maps of the batch; a matrix product is faster for fewer
 LEAST_WORK_1D = 700  # channels · taps
+FEW_ROWS = range(12, 97)  # of a linear map's input: a prompt's tokens
 
 
 # --- weights in the form that an algorithm wants
@@ -97,7 +98,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
 # --- the layers
 
 
-def _suits(x: Tensor, conv: nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d) -> bool:
+def _suits(x: Tensor, conv: nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d | nn.Linear) -> bool:
     """Whether the algorithms here are for this call."""
     trained = torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)
     return not trained and x.device.type == "cpu" and x.dtype == conv.weight.dtype == torch.float32
@@ -138,10 +139,22 @@ class ConvTranspose1d(nn.ConvTranspose1d):
         return rearrange(rearrange(y, "b c l -> b l c").contiguous(), "b l c -> b c l")
 
 
+class Linear(nn.Linear):
+    """A linear map that swaps its factors for few rows: W x^T is up to half as fast again as x W^T."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.shape[:-1].numel()
+        if rows not in FEW_ROWS or torch.compiler.is_compiling() or not _suits(x, self):
+            return super().forward(x)
+        y = (self.weight @ x.reshape(rows, -1).t()).t()
+        y = y.contiguous() if self.bias is None else torch.add(y, self.bias, out=x.new_empty(y.shape))
+        return y.view(*x.shape[:-1], -1)
+
+
 def tune(stage: nn.Module) -> None:
     """Have a stage run as is fastest where it is; the numbers that come out stay the same up to rounding.
 
-    The layers keep their parameters and their names, and stay `nn.Conv2d` and `nn.Conv1d`.
+    The layers keep their parameters and their names, and stay `nn.Conv2d`, `nn.Linear` and so on.
     """
     for module in stage.modules():
         if isinstance(module, nn.Conv2d):
@@ -153,6 +166,8 @@ def tune(stage: nn.Module) -> None:
             module.__class__ = Conv1d
         elif type(module) is nn.ConvTranspose1d:
             module.__class__ = ConvTranspose1d
+        elif type(module) is nn.Linear:
+            module.__class__ = Linear
 
 
 def _fits_2d(conv: nn.Conv2d) -> bool:
