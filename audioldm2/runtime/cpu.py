@@ -24,7 +24,7 @@ from audioldm2.runtime import winograd
 # Below these PyTorch's own convolutions were faster, or as fast.
 LEAST_CHANNELS_2D = 64
 LEAST_PIXELS_2D = 256  # of all maps of the batch; a matrix product is faster for fewer
-LEAST_WORK_1D = 700  # channels · taps
+LEAST_CHANNELS_1D = 128
 FEW_ROWS = range(12, 97)  # of a linear map's input: a prompt's tokens
 
 
@@ -164,7 +164,7 @@ def tune(stage: nn.Module) -> None:
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         elif type(module) is nn.Conv1d and _fits_1d(module):
             module.__class__ = Conv1d
-        elif type(module) is nn.ConvTranspose1d:
+        elif type(module) is nn.ConvTranspose1d and module.out_channels >= LEAST_CHANNELS_1D:
             module.__class__ = ConvTranspose1d
         elif type(module) is nn.Linear:
             module.__class__ = Linear
@@ -179,5 +179,5 @@ def _fits_2d(conv: nn.Conv2d) -> bool:
 def _fits_1d(conv: nn.Conv1d) -> bool:
     taps, dilation = conv.kernel_size[0], conv.dilation[0]
     keeps = conv.stride == (1,) and taps % 2 == 1 and conv.padding == (dilation * (taps // 2),)
-    wide = min(conv.in_channels, conv.out_channels) * taps >= LEAST_WORK_1D
-    return keeps and wide and conv.groups == 1 and conv.bias is not None
+    wide = min(conv.in_channels, conv.out_channels) >= LEAST_CHANNELS_1D
+    return keeps and wide and taps > 1 and conv.groups == 1 and conv.bias is not None

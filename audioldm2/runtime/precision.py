@@ -1,17 +1,17 @@
 """Which numbers may be halved.
 
-Everything runs in the dtype that is asked for, from the token embeddings to the waveform. What stays float32 all
-the same, and why:
+Everything runs in the dtype that is asked for, from the token embeddings to the waveform. What stays float32
+all the same, and why:
 
-* The parameters that a stage names in `float32_parameters` (fnmatch patterns), where float16 is asked for. That
-  is the last matrix of each of T5's feed-forwards, whose results outgrow float16 (largest number 65504); T5 also
-  adds up its blocks in float32. bfloat16 has float32's range and keeps nothing.
+* The parameters that a stage names in `float32_parameters` (fnmatch patterns), where float16 is asked for.
+  That is the last matrix of each of T5's feed-forwards, whose results outgrow float16 (largest number 65504);
+  T5 also adds up its blocks in float32. bfloat16 has float32's range and keeps nothing.
 * DPM-Solver++'s arithmetic, a few operations a step: it takes differences of estimates that are nearly alike.
   Coefficients are float64 numbers of Python's.
 * The sinusoids of the time embedding: timesteps up to 999 are no float16 numbers to multiply with.
-* Means and variances of norms, and softmax, inside PyTorch's own kernels; those of norms in `decode_in_chunks`.
-* The waveform that comes out. CLAP's log-mel front end for ranking is float64: quiet bands beside loud ones lie
-  below float32's noise.
+* Means and variances of norms, and softmax: inside PyTorch's own kernels, and in `VAE.decode_in_chunks`.
+* The waveform that comes out. CLAP's log-mel front end for ranking is float64: quiet bands beside loud ones
+  lie below float32's noise.
 """
 
 from __future__ import annotations
