@@ -177,7 +177,8 @@ class HifiGan(nn.Module):
             first = min(max(start - reach, 0), length - window)  # the last window ends where the mel does
             sound = self(mel[:, first : first + window])
             end = (start + frames - first) * hop if start + frames < length else None
-            pieces.append(sound[:, (start - first) * hop : end])
+            # A copy: a compiled vocoder may write its next result where this one lies.
+            pieces.append(sound[:, (start - first) * hop : end].clone())
         return torch.cat(pieces, dim=1)
 
     def forward(self, mel: Tensor) -> Tensor:

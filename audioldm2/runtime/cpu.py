@@ -143,8 +143,9 @@ class Linear(nn.Linear):
     """A linear map that swaps its factors for few rows: W x^T is up to half as fast again as x W^T."""
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.shape[:-1].numel()
-        if rows not in FEW_ROWS or torch.compiler.is_compiling() or not _suits(x, self):
+        if torch.compiler.is_compiling() or (rows := x.shape[:-1].numel()) not in FEW_ROWS:
+            return super().forward(x)
+        if not _suits(x, self):
             return super().forward(x)
         y = (self.weight @ x.reshape(rows, -1).t()).t()
         y = y.contiguous() if self.bias is None else torch.add(y, self.bias, out=x.new_empty(y.shape))
