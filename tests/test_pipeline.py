@@ -15,9 +15,8 @@ import torch
 
 import audioldm2
 from audioldm2 import AudioLDM2Pipeline, DPMSolverMultistepScheduler
+from scripts.sizes import BASE, LARGE
 from tests.reference import (
-    BASE,
-    LARGE,
     TINY_SPEECH,
     assert_close,
     make_checkpoint,
