@@ -386,6 +386,16 @@ def test_what_was_prepared_goes_with_its_weight() -> None:
 
 
 @torch.no_grad()
+def test_maps_of_both_sizes_take_turns() -> None:
+    """One weight is kept in two forms."""
+    layer, plain = conv_2d(), conv_2d()
+    tune(layer)
+    for size in (20, 5, 20, 5):
+        x = noise(1, 64, size, size)
+        assert largest_difference(layer(x), plain(x)) <= 1e-5
+
+
+@torch.no_grad()
 def test_a_weight_is_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     prepare = winograd.kernel_2d

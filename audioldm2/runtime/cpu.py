@@ -43,7 +43,12 @@ _prepared: dict[tuple[int, Callable[[Tensor], Tensor]], _Prepared] = {}
 
 
 def _prepare(weight: Tensor, form: Callable[[Tensor], Tensor]) -> Tensor:
-    """`form(weight)`, made when it is first needed, and anew when the weight has changed."""
+    """`form(weight)`, made when it is first needed, and anew when the weight has changed.
+
+    A weight that was made in inference mode does not tell when it changes: its form is made for every call.
+    """
+    if weight.is_inference():
+        return form(weight)
     key = (weight.data_ptr(), form)
     found = _prepared.get(key)
     if found is None or found.owner.expired() or found.version != weight._version:
@@ -98,11 +103,8 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
 
 def _suits(x: Tensor, conv: nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d) -> bool:
     """Whether the algorithms here are for this call."""
-    weight = conv.weight
-    trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    # A weight that was made in inference mode does not tell when it is written to.
-    known = x.device.type == "cpu" and not weight.is_inference()
-    return not trained and known and x.dtype == weight.dtype == torch.float32
+    trained = torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)
+    return not trained and x.device.type == "cpu" and x.dtype == conv.weight.dtype == torch.float32
 
 
 class Conv2d(nn.Conv2d):
