@@ -478,8 +478,9 @@ class AudioLDM2Pipeline:
         encoded = []
         for side, state, (sequence, seen) in zip(sides, states, joined, strict=True):
             gpt2 = self._ready(self.language_model)
-            multiple = BUCKET if "language_model" in self._compiled else 1
-            vectors = gpt2.generate(sequence.to(stage_dtype(gpt2)), seen, max_new_tokens, multiple)
+            length = state.shape[1]
+            spare = rounded_up(length, BUCKET) - length if "language_model" in self._compiled else 0
+            vectors = gpt2.generate(sequence.to(stage_dtype(gpt2)), seen, max_new_tokens, spare)
             encoded.append((state, side.mask_2, vectors))  # vectors (B, 8, 768)
         bar.update()
         return encoded

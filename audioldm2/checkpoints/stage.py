@@ -179,6 +179,7 @@ def fill(
     return stage.eval()
 
 
+@torch.inference_mode(False)  # weights that were made in that mode would not tell when they are written to
 def load_stage(
     folder: Path,
     form: Format[StageT],

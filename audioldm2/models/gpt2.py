@@ -183,7 +183,7 @@ class GPT2(nn.Module):
         inputs_embeds: Tensor,
         attention_mask: Tensor | None = None,
         max_new_tokens: int | None = None,
-        multiple: int = 1,
+        spare: int = 0,
     ) -> Tensor:
         """Continue the sequence with vectors: each is the last state of all before it, after the last norm.
 
@@ -194,9 +194,9 @@ class GPT2(nn.Module):
             inputs_embeds: (B, T, C).
             attention_mask: (B, T), 1 for tokens and 0 for padding; what is generated counts as tokens.
             max_new_tokens: how many vectors; the config's number where None.
-            multiple: round the cache's size up to a multiple of this, so that sequences of about one length
-                run in the same shapes (for a compiled stage). The numbers stay: what is in the added places
-                lies in the future of all that is used, until it is written over.
+            spare: places to add at the end, as far as there are positions, so that sequences of about one
+                length run in the same shapes (for a compiled stage). The numbers stay: what is in the added
+                places lies in the future of all that is used, until it is written over.
 
         Returns:
             The new vectors, (B, max_new_tokens, C).
@@ -211,12 +211,14 @@ class GPT2(nn.Module):
         # The last vector is not fed back, so it takes no place.
         visible = self._visible(inputs_embeds, attention_mask, new=new - 1)
         length = inputs_embeds.shape[1]
-        added = min(-visible.shape[1] % multiple, self.config.n_positions - visible.shape[1])
-        visible, x = F.pad(visible, (0, added), value=True), F.pad(inputs_embeds, (0, 0, 0, added))
+        spare = min(spare, self.config.n_positions - visible.shape[1])
+        visible, x = F.pad(visible, (0, spare), value=True), F.pad(inputs_embeds, (0, 0, 0, spare))
         places = visible.shape[1]
         caches = [Cache(inputs_embeds, places) for _ in self.blocks]
         positions = torch.arange(places, device=inputs_embeds.device)
-        x = self.states(x, positions[: length + added], visible, caches)[:, length - 1 : length]
+        x = self.states(x, positions[: length + spare], visible, caches)[:, length - 1 : length]
+        # The first vector lies in memory as the ones after it do: to a compiler, strides are part of a shape.
+        x = x.clone(memory_format=torch.contiguous_format)
         generated = [x]
         for place in range(length, length + new - 1):
             x = self.states(x, positions[place : place + 1], visible, caches)

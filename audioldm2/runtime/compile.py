@@ -52,8 +52,9 @@ def compile_stage(name: str, stage: nn.Module, mode: str) -> None:
     for function in (rearrange, reduce, repeat):
         # Without this the compiler traces through einops itself, which takes longer than all the rest.
         torch.compiler.allow_in_graph(function)
+    # Newer releases call it recompile_limit, and know this name too.
     config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, LIMIT)
+    config.cache_size_limit = max(config.cache_size_limit, LIMIT)
     # The projection alone sees as many tokens as there are: what comes after them must not move.
     dynamic = name == "projection_model"
     if name in ("language_model", "projection_model"):

@@ -44,15 +44,19 @@ _prepared: dict[tuple[int, Callable[[Tensor], Tensor]], _Prepared] = {}
 
 
 def _prepare(weight: Tensor, form: Callable[[Tensor], Tensor]) -> Tensor:
-    """`form(weight)`, made when it is first needed, and anew when the weight has changed."""
+    """`form(weight)`, made when it is first needed, and anew when the weight has changed.
+
+    A weight that was made in inference mode does not tell when it changes: its form is made for every call.
+    """
+    if weight.is_inference():
+        return form(weight)
     key = (weight.data_ptr(), form)
-    version = 0 if weight.is_inference() else weight._version
     found = _prepared.get(key)
-    if found is None or found.owner.expired() or found.version != version:
+    if found is None or found.owner.expired() or found.version != weight._version:
         for gone in [k for k, entry in _prepared.items() if entry.owner.expired()]:
             del _prepared[gone]
         kernel = form(weight.detach())
-        found = _prepared[key] = _Prepared(StorageWeakRef(weight.untyped_storage()), version, kernel)
+        found = _prepared[key] = _Prepared(StorageWeakRef(weight.untyped_storage()), weight._version, kernel)
     return found.kernel
 
 

@@ -48,6 +48,7 @@ def marks(stages: Iterable[nn.Module]) -> tuple[Hashable, ...]:
             found.append((id(module), *module._forward_hooks, *module._forward_pre_hooks))
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if tensor is not None:
-                    version = 0 if tensor.is_inference() else tensor._version
+                    # One that was made in inference mode does not tell: nothing is equal to what it was.
+                    version = object() if tensor.is_inference() else tensor._version
                     found.append((id(tensor), version, tensor.dtype))
     return tuple(found)
