@@ -26,7 +26,7 @@ from audioldm2.runtime import cpu, winograd
 from audioldm2.runtime.cpu import tune
 from tests.reference import assert_close, ours, randomize
 
-TUNED = (cpu.Conv2d, cpu.Conv1d, cpu.ConvTranspose1d)
+TUNED = (cpu.Conv2d, cpu.Conv1d, cpu.ConvTranspose1d, cpu.Linear)
 
 
 def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -135,7 +135,7 @@ def conv_2d(**options: object) -> nn.Conv2d:
 
 
 def conv_1d(**options: object) -> nn.Conv1d:
-    sizes = {"in_channels": 64, "out_channels": 72, "kernel_size": 11, "padding": 5, **options}
+    sizes = {"in_channels": 128, "out_channels": 136, "kernel_size": 11, "padding": 5, **options}
     return randomize(nn.Conv1d(**sizes))
 
 
@@ -143,11 +143,11 @@ FITS = {
     "3x3": conv_2d,
     "3x3, just wide enough": lambda: conv_2d(in_channels=64, out_channels=64),
     "11 taps": conv_1d,
-    "7 taps, dilated": lambda: conv_1d(
-        in_channels=100, out_channels=100, kernel_size=7, padding=9, dilation=3
-    ),
-    "3 taps": lambda: conv_1d(in_channels=240, out_channels=240, kernel_size=3, padding=1),
-    "transposed": lambda: nn.ConvTranspose1d(8, 4, 4, 2),
+    "11 taps, just wide enough": lambda: conv_1d(in_channels=128, out_channels=128),
+    "7 taps, dilated": lambda: conv_1d(kernel_size=7, padding=9, dilation=3),
+    "3 taps": lambda: conv_1d(kernel_size=3, padding=1),
+    "transposed": lambda: nn.ConvTranspose1d(8, 128, 4, 2),
+    "linear": lambda: nn.Linear(5, 7),
 }
 MISFITS = {
     "stride": lambda: conv_2d(stride=2),
@@ -164,10 +164,12 @@ MISFITS = {
     "1d: no padding": lambda: conv_1d(padding=0),
     "1d: padding for another dilation": lambda: conv_1d(dilation=3),
     "1d: groups": lambda: conv_1d(groups=8),
-    "1d: little work": lambda: conv_1d(kernel_size=3, padding=1),
-    "1d: few channels out": lambda: conv_1d(out_channels=8),
+    "1d: one tap": lambda: conv_1d(kernel_size=1, padding=0),
+    "1d: few channels in": lambda: conv_1d(in_channels=127),
+    "1d: few channels out": lambda: conv_1d(out_channels=127),
     "1d: no bias": lambda: conv_1d(bias=False),
     "1d: even taps": lambda: conv_1d(kernel_size=12, padding=6),
+    "transposed: few channels out": lambda: nn.ConvTranspose1d(8, 127, 4, 2),
 }
 
 
@@ -250,7 +252,7 @@ def test_a_tuned_2d_layer_equals_the_plain_one(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("taps", "dilation", "channels"), [(11, 1, 64), (7, 3, 100), (3, 5, 240)])
+@pytest.mark.parametrize(("taps", "dilation", "channels"), [(11, 1, 128), (7, 3, 150), (3, 5, 128)])
 def test_a_tuned_1d_layer_equals_the_plain_one(
     taps: int, dilation: int, channels: int, used: Counter[str]
 ) -> None:
@@ -271,7 +273,7 @@ def test_a_tuned_1d_layer_equals_the_plain_one(
 
 @pytest.mark.parametrize("length", [1, 9])
 def test_a_transposed_layer_equals_the_plain_one(length: int) -> None:
-    plain = randomize(nn.ConvTranspose1d(8, 6, 7, stride=3, padding=2))
+    plain = randomize(nn.ConvTranspose1d(8, 128, 7, stride=3, padding=2))
     tuned = copy.deepcopy(plain)
     tune(tuned)
     with torch.no_grad():
@@ -280,9 +282,24 @@ def test_a_transposed_layer_equals_the_plain_one(length: int) -> None:
     assert y.transpose(1, 2).is_contiguous()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(12,), (3, 32), (1, 97), (2, 3, 4, 5), (1, 1)])
+def test_a_tuned_linear_map_equals_the_plain_one(shape: tuple[int, ...], bias: bool) -> None:
+    plain = randomize(nn.Linear(40, 56, bias=bias))
+    tuned = copy.deepcopy(plain)
+    tune(tuned)
+    y = tuned(noise(*shape, 40))
+    assert y.is_contiguous()
+    assert largest_difference(y, plain.double()(noise(*shape, 40).double())) <= 1e-5
+    transposed = nn.Parameter(noise(40, 56).t())  # as GPT-2's lie in the file
+    tuned.weight, plain.weight = transposed, nn.Parameter(transposed.double())
+    assert largest_difference(tuned(noise(*shape, 40)), plain(noise(*shape, 40).double())) <= 1e-5
+
+
 LAYERS = pytest.mark.parametrize(
     ("make", "shape"),
-    [(conv_2d, (1, 64, 20, 16)), (conv_2d, (1, 64, 4, 4)), (conv_1d, (1, 64, 50))],
+    [(conv_2d, (1, 64, 20, 16)), (conv_2d, (1, 64, 4, 4)), (conv_1d, (1, 128, 50))],
     ids=["Winograd 2d", "matrix product", "Winograd 1d"],
 )
 
@@ -381,7 +398,7 @@ def test_what_was_prepared_goes_with_its_weight() -> None:
     del layer
     other = conv_1d()
     tune(other)
-    other(noise(1, 64, 20))
+    other(noise(1, 128, 20))
     assert address not in cpu._prepared
 
 
@@ -497,7 +514,7 @@ VAE_CONFIG = {
     "latent_channels": 4,
     "norm_num_groups": 16,
 }
-# 128 channels after the first step, 64 after the second: 7 and 11 taps are tuned in one, 11 in the other.
+# 128 channels after the first step, which are tuned, and 64 after the second.
 VOCODER = {
     "model_in_dim": 16,
     "upsample_initial_channel": 256,
@@ -572,8 +589,7 @@ def test_a_tuned_vocoder(batch: int, frames: int, used: Counter[str]) -> None:
     theirs, plain = vocoders()
     mel = noise(batch, frames, 16)
     actual = tuned_copy(plain)(mel)
-    # Of 128 channels the blocks of 7 and 11 taps, 6 convolutions each, of 64 those of 11.
-    assert used["1d"] == 18
+    assert used["1d"] == 18  # of 128 channels three blocks, 6 convolutions each
     assert_close(actual, plain(mel), 1e-5)
     assert_close(actual, theirs(mel), 1e-4)
 
