@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import io
 import json
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
@@ -15,6 +18,8 @@ import torch
 
 import audioldm2
 from audioldm2 import AudioLDM2Pipeline, DPMSolverMultistepScheduler
+from audioldm2.models.projection import ProjectionModel
+from audioldm2.models.unet import UNet
 from scripts.sizes import BASE, LARGE
 from tests.reference import (
     TINY_SPEECH,
@@ -23,6 +28,7 @@ from tests.reference import (
     randomize,
     reference_pipeline,
 )
+from tests.test_schedulers import NoReading
 
 TOLERANCE = 1e-3  # of a waveform in [-1, 1]
 HAMMER = "A hammer hitting a wooden surface."
@@ -578,16 +584,6 @@ def test_full_size_equals_diffusers(
     both.check(prompt=HAMMER, negative_prompt="Low quality.", num_inference_steps=2, audio_length_in_s=2.56)
 
 
-@pytest.mark.slow
-def test_a_compiled_unet_gives_the_same_sound(base_layout: Both) -> None:
-    pipe = AudioLDM2Pipeline.from_pretrained(base_layout.folder)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.compile()
-    arguments = {"num_inference_steps": 2, "audio_length_in_s": 0.32}
-    compiled = pipe(HAMMER, generator=seeded(), **arguments).audios
-    same(compiled, base_layout.ours(HAMMER, generator=seeded(), **arguments).audios)
-
-
 @pytest.mark.gpu
 def test_a_gpu_gives_the_same_sound(tiny_checkpoint: Path) -> None:
     """Also behind offload, which leaves nothing there. Noise is drawn on the CPU, so it is the same."""
@@ -604,3 +600,307 @@ def test_a_gpu_gives_the_same_sound(tiny_checkpoint: Path) -> None:
     assert all(p.device.type == "cpu" for stage in pipe.stages.values() for p in stage.parameters())
     np.testing.assert_allclose(sounds[1], sounds[0], atol=5e-3)
     np.testing.assert_allclose(sounds[2], sounds[1], atol=1e-5)
+
+
+# --- what does not change is computed once
+
+
+@pytest.fixture
+def fresh(tiny_checkpoint: Path) -> AudioLDM2Pipeline:
+    """A pipeline of the test's own."""
+    pipe = AudioLDM2Pipeline.from_pretrained(tiny_checkpoint)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def counted(owner: object, name: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """The arguments of each call of a method from now on."""
+    calls: list[tuple] = []
+    method = getattr(owner, name)
+
+    def counting(*arguments: object) -> object:
+        calls.append(arguments)
+        return method(*arguments)
+
+    monkeypatch.setattr(owner, name, counting)
+    return calls
+
+
+def quick(pipe: AudioLDM2Pipeline, prompt: str | list[str] = HAMMER, **arguments: object) -> np.ndarray:
+    arguments = {"negative_prompt": "Low", "num_inference_steps": 2, "audio_length_in_s": 0.32, **arguments}
+    audio: np.ndarray = pipe(prompt, generator=seeded(), **arguments).audios
+    return audio
+
+
+def test_a_negative_prompt_is_remembered(fresh: AudioLDM2Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded = counted(fresh.text_encoder, "text_features", monkeypatch)
+    first = quick(fresh)
+    assert len(encoded) == 2
+    np.testing.assert_array_equal(quick(fresh), first)
+    assert len(encoded) == 3
+    with torch.no_grad():
+        fresh.unet.conv_in.weight.mul_(0.9)  # which encodes nothing
+    quick(fresh)
+    assert len(encoded) == 4
+    quick(fresh, guidance_scale=1.0)
+    assert len(encoded) == 5
+
+
+def test_negative_prompts_take_turns(fresh: AudioLDM2Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several are remembered, the one that was not used for longest is forgotten first."""
+    encoded = counted(fresh.text_encoder, "text_features", monkeypatch)
+    first = {f"Low {i}": quick(fresh, negative_prompt=f"Low {i}") for i in range(8)}
+    assert len(encoded) == 16
+    for negative, sound in first.items():
+        np.testing.assert_array_equal(quick(fresh, negative_prompt=negative), sound)
+    assert len(encoded) == 24
+    quick(fresh, negative_prompt="Low 0")
+    quick(fresh, negative_prompt="Other")
+    encoded.clear()
+    quick(fresh, negative_prompt="Low 0")
+    quick(fresh, negative_prompt="Low 1")
+    assert len(encoded) == 3
+
+
+@torch.no_grad()
+def change_a_weight(pipe: AudioLDM2Pipeline) -> None:
+    pipe.text_encoder_2.norm.weight.mul_(0.5)
+
+
+def change_a_weight_in_inference_mode(pipe: AudioLDM2Pipeline) -> None:
+    with torch.inference_mode():
+        pipe.language_model.norm.weight.mul_(0.5)
+
+
+def load_weights(pipe: AudioLDM2Pipeline) -> None:
+    state = pipe.projection_model.state_dict()
+    pipe.projection_model.load_state_dict({name: 0.5 * tensor for name, tensor in state.items()})
+
+
+def swap_a_stage(pipe: AudioLDM2Pipeline) -> None:
+    pipe.language_model = randomize(copy.deepcopy(pipe.language_model), seed=77)
+
+
+def add_a_hook(pipe: AudioLDM2Pipeline) -> None:
+    pipe.text_encoder_2.norm.register_forward_hook(lambda module, arguments, output: 0.5 * output)
+
+
+def turn_into_bfloat16(pipe: AudioLDM2Pipeline) -> None:
+    pipe.to(torch.bfloat16)
+
+
+class InUpperCase:
+    def __init__(self, inner: object):
+        self.inner = inner
+
+    def __call__(self, texts: str | list[str], **options: object) -> object:
+        upper = texts.upper() if isinstance(texts, str) else [text.upper() for text in texts]
+        return self.inner(upper, **options)  # type: ignore[operator]
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.inner, name)
+
+
+def swap_a_tokenizer(pipe: AudioLDM2Pipeline) -> None:
+    pipe.tokenizer_2 = InUpperCase(pipe.tokenizer_2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_a_weight,
+        change_a_weight_in_inference_mode,
+        load_weights,
+        swap_a_stage,
+        add_a_hook,
+        turn_into_bfloat16,
+        swap_a_tokenizer,
+    ],
+    ids=lambda change: change.__name__,
+)
+def test_what_is_remembered_goes_with_what_made_it(
+    fresh: AudioLDM2Pipeline, change: Callable[[AudioLDM2Pipeline], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded = counted(fresh.text_encoder, "text_features", monkeypatch)
+    before = quick(fresh)
+    change(fresh)
+    encoded.clear()
+    after = quick(fresh)
+    assert len(encoded) == 2
+    assert np.abs(after - before).max() > 1e-4, "the change had no effect: the test would say nothing"
+    fresh._negatives.clear()
+    np.testing.assert_array_equal(quick(fresh), after)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"max_new_tokens": 11},
+        {"prompt": "Rain"},
+        {"negative_prompt": "Loud"},
+        {"prompt": [HAMMER, HAMMER]},
+    ],
+    ids=["max_new_tokens", "length of the prompt", "negative prompt", "batch"],
+)
+def test_other_arguments_encode_anew(
+    fresh: AudioLDM2Pipeline, arguments: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded = counted(fresh.text_encoder, "text_features", monkeypatch)
+    quick(fresh)
+    encoded.clear()
+    after = quick(fresh, **arguments)
+    assert len(encoded) == 2
+    fresh._negatives.clear()
+    np.testing.assert_array_equal(quick(fresh, **arguments), after)
+
+
+def test_a_weight_loaded_in_inference_mode_tells_when_it_is_written_to(tiny_checkpoint: Path) -> None:
+    with torch.inference_mode():
+        pipe = AudioLDM2Pipeline.from_pretrained(tiny_checkpoint)
+        pipe.set_progress_bar_config(disable=True)
+        before = quick(pipe)
+        pipe.text_encoder_2.norm.weight.mul_(0.5)
+        after = quick(pipe)
+        assert np.abs(after - before).max() > 1e-4
+        pipe._negatives.clear()
+        np.testing.assert_array_equal(quick(pipe), after)
+
+
+def test_new_stages_where_old_ones_lay(fresh: AudioLDM2Pipeline) -> None:
+    """Python gives addresses out again: what is remembered of one stage is not taken for another's."""
+    config = fresh.projection_model.config
+    for seed in range(5):
+        fresh.projection_model = None  # type: ignore[assignment]
+        fresh.projection_model = randomize(ProjectionModel(config), seed)
+        remembering = quick(fresh)
+        fresh._negatives.clear()
+        np.testing.assert_array_equal(quick(fresh), remembering)
+
+
+def test_what_is_remembered_is_not_handed_out(fresh: AudioLDM2Pipeline) -> None:
+    first = fresh.encode_prompt(HAMMER, negative_prompt="Low")
+    kept = [x.clone() for x in first]
+    for x in first:
+        x.zero_()
+    assert all(map(torch.equal, fresh.encode_prompt(HAMMER, negative_prompt="Low"), kept))
+
+
+def test_conditions_and_times_are_computed_once_a_generation(
+    fresh: AudioLDM2Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = {
+        name: counted(fresh.unet, name, monkeypatch) for name in ("contexts", "time_embedding", "denoise")
+    }
+    quick(fresh, num_inference_steps=5, num_waveforms_per_prompt=2)
+    assert {name: len(found) for name, found in calls.items()} == {
+        "contexts": 1,
+        "time_embedding": 1,
+        "denoise": 5,
+    }
+    # The two sides of guidance are one until they meet a condition.
+    assert all(len(sample) == 2 for sample, *_ in calls["denoise"])
+
+
+class ItsOwnForward(UNet):
+    def forward(self, *arguments: object) -> torch.Tensor:  # type: ignore[override]
+        seen.append(arguments[0].shape)  # type: ignore[attr-defined]
+        return super().forward(*arguments)  # type: ignore[arg-type]
+
+
+class Foreign(torch.nn.Module):
+    def __init__(self, inner: UNet):
+        super().__init__()
+        self.inner, self.config = inner, inner.config
+
+    def forward(self, *arguments: object) -> torch.Tensor:
+        seen.append(arguments[0].shape)  # type: ignore[attr-defined]
+        return self.inner(*arguments)
+
+
+seen: list[torch.Size] = []
+
+
+def hooked(unet: UNet) -> UNet:
+    unet.register_forward_hook(lambda module, arguments, output: seen.append(arguments[0].shape))
+    return unet
+
+
+def hooked_before(unet: UNet) -> UNet:
+    unet.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].shape))
+    return unet
+
+
+def subclass(unet: UNet) -> UNet:
+    unet.__class__ = ItsOwnForward
+    return unet
+
+
+@pytest.mark.parametrize("make", [hooked, hooked_before, subclass, Foreign], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("guided", [True, False])
+def test_a_unet_that_somebody_watches_is_called_as_a_whole(
+    fresh: AudioLDM2Pipeline, make: Callable[[UNet], UNet], guided: bool
+) -> None:
+    arguments = {"prompt": [HAMMER, RAIN], "guidance_scale": 3.5 if guided else 1.0, "num_inference_steps": 3}
+    expected = quick(fresh, **arguments)
+    fresh.unet = make(fresh.unet)
+    seen.clear()
+    np.testing.assert_allclose(quick(fresh, **arguments), expected, atol=1e-5)
+    assert seen == [(4 if guided else 2, 4, 8, 4)] * 3
+
+
+# --- nothing waits for the device
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [("DDIMScheduler", {}), ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"})],
+    ids=["DDIM", "DPM-Solver++"],
+)
+@pytest.mark.parametrize("guidance_scale", [3.5, 1.0])
+@pytest.mark.parametrize("whole", [False, True], ids=["ours", "a watched UNet"])
+def test_denoising_reads_no_tensor(
+    fresh: AudioLDM2Pipeline,
+    scheduler: tuple[str, dict],
+    guidance_scale: float,
+    whole: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From the first step to the last, as a GPU would have to finish what it was given before it answers."""
+    name, options = scheduler
+    fresh.scheduler = getattr(audioldm2, name).from_config(fresh.scheduler.config, **options)
+    fresh.set_progress_bar_config(file=io.StringIO())
+    if whole:
+        fresh.unet = hooked(fresh.unet)
+    denoise = fresh._denoise
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("waits for the device")
+
+    def watched(*arguments: object) -> torch.Tensor:
+        with NoReading(), pytest.MonkeyPatch.context() as patch:
+            # These reach no operator where a tensor is in main memory already.
+            for method in ("cpu", "numpy", "tolist", "item", "__bool__", "__float__", "__int__", "__array__"):
+                patch.setattr(torch.Tensor, method, refuse)
+            return denoise(*arguments)
+
+    monkeypatch.setattr(fresh, "_denoise", watched)
+    arguments = {"eta": 0.5, "num_inference_steps": 5, "guidance_scale": guidance_scale}
+    assert quick(fresh, **arguments).std() > 0.02
+    with pytest.raises(AssertionError, match="waits for the device"):
+        quick(fresh, **arguments, callback=lambda step, t, latents: latents.sum().item())
+
+
+@pytest.mark.gpu
+def test_denoising_does_not_wait_for_a_gpu(fresh: AudioLDM2Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    denoise = fresh.to("cuda")._denoise
+    quick(fresh)
+
+    def watched(*arguments: object) -> torch.Tensor:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return denoise(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(fresh, "_denoise", watched)
+    assert quick(fresh).std() > 0.02

@@ -223,6 +223,47 @@ def test_conditions_and_steps_computed_once() -> None:
             assert_close(kept, mine(sample, step, **given), tolerance=1e-5)
 
 
+ONE_SIDE: dict[str, dict] = {
+    "null first": CONFIGS["base"],
+    "null last": CONFIGS["attention everywhere, null last, entries by level"],
+    "a condition at once": CONFIGS["no attention lowest, one width, odd time embedding"],
+    "null first and last, two blocks": CONFIGS["large"],
+    "a condition below alone": {
+        **CONFIGS["base"],
+        "cross_attention_dim": [[None], [None], [None], [None, GPT2, T5]],
+    },
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", ONE_SIDE.values(), ids=ONE_SIDE)
+@pytest.mark.parametrize(("batch", "sides"), [(1, 2), (3, 2), (2, 3)])
+def test_latents_of_one_side_of_guidance(config: dict, batch: int, sides: int) -> None:
+    """The sides repeat the latents: they are one until a condition is attended to, with the same result."""
+    theirs = random_unet(config)
+    mine = ours(UNet, UNetConfig, "unet.diffusers", theirs, config)
+    given = inputs("base", sides * batch, 13, 8, masked=True)
+    one = torch.randn(batch, config["in_channels"], 13, 8, generator=torch.Generator().manual_seed(4))
+    given |= {"sample": one.repeat(sides, 1, 1, 1)}
+    expected = mine(**given)
+    contexts = mine.contexts(**{key: given[key] for key in given if "encoder" in key})
+    time = mine.time_embedding(given["timestep"][None])
+    actual = mine.denoise(one, time, contexts)
+    assert_close(actual, expected, tolerance=1e-5)
+    assert (actual[:batch] - actual[batch : 2 * batch]).abs().max() > 1e-3, "the conditions say the same"
+    assert_close(mine.denoise(given["sample"], time, contexts), expected, tolerance=1e-5)
+
+
+@torch.no_grad()
+def test_where_nothing_attends_to_a_condition_one_side_is_all() -> None:
+    config = {**CONFIGS["base"], "cross_attention_dim": [[None]] * 4}
+    mine = randomize(UNet(UNetConfig.from_dict(config)))
+    given = inputs("base", 2, 8, 8)
+    sample, step = given.pop("sample")[:1], given.pop("timestep")[None]
+    actual = mine.denoise(sample, mine.time_embedding(step), mine.contexts(**given))
+    assert_close(actual, mine(sample.repeat(2, 1, 1, 1), step, **given)[:1], tolerance=1e-5)
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.15), (torch.float16, 0.025)])
 @pytest.mark.parametrize("name", ["base", "large"])
 def test_half_precision(name: str, dtype: torch.dtype, bound: float) -> None:
