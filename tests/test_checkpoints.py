@@ -134,7 +134,9 @@ def test_bin_files_load_to_the_same_tensors(checkpoint, stages, write):
         same_state(loaded, stages[part])
         for tensor in loaded.state_dict().values():
             channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-            assert tensor.is_contiguous() or channels_last
+            # GPT-2's matrices lie in the file the other way round, and are used so.
+            turned = part == "language_model" and tensor.dim() == 2 and tensor.t().is_contiguous()
+            assert tensor.is_contiguous() or channels_last or turned
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
