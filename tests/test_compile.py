@@ -385,8 +385,8 @@ def test_what_is_compiled_can_be_saved(
         (lambda: nn.Sequential(conv_2d(), nn.ReLU(), conv_2d(in_channels=72)), (1, 64, 20, 16)),
         (lambda: nn.Sequential(conv_2d(), nn.ReLU(), conv_2d(in_channels=72)), (1, 64, 5, 4)),
         (
-            lambda: nn.Sequential(conv_1d(), nn.ReLU(), nn.ConvTranspose1d(72, 64, 4, 2), conv_1d()),
-            (1, 64, 50),
+            lambda: nn.Sequential(conv_1d(), nn.ReLU(), nn.ConvTranspose1d(136, 128, 4, 2), conv_1d()),
+            (1, 128, 50),
         ),
     ],
     ids=["Winograd 2d", "matrix product", "1d"],

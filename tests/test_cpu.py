@@ -445,6 +445,27 @@ def test_gradients_are_the_plain_layers(
         assert largest_difference(mine, reference) <= (1e-12 if dtype == torch.float64 else 1e-5)
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (conv_2d, (1, 64, 20, 16)),
+        (conv_2d, (1, 64, 4, 4)),
+        (conv_1d, (1, 128, 50)),
+        (lambda: nn.Linear(5, 7), (20, 5)),
+    ],
+    ids=["Winograd 2d", "matrix product", "Winograd 1d", "linear"],
+)
+def test_one_parameter_learns_alone(make: Callable[[], nn.Module], shape: tuple[int, ...], name: str) -> None:
+    """As where biases alone are tuned."""
+    layer = make().requires_grad_(False)
+    tune(layer)
+    parameter = layer.get_parameter(name).requires_grad_()
+    layer(noise(*shape)).sum().backward()
+    assert parameter.grad is not None
+    assert parameter.grad.abs().max() > 0
+
+
 @LAYERS
 def test_a_gradient_reaches_the_input_of_frozen_weights(
     make: Callable[[], nn.Module], shape: tuple[int, ...]

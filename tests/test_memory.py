@@ -373,6 +373,7 @@ def test_whoever_asks_for_the_state_gets_all_of_it(pipe: AudioLDM2Pipeline, tiny
     same_state(pipe.text_encoder.state_dict(), whole_clap(tiny_checkpoint))
     assert copied.audio is None
     same_state(copied.state_dict(), whole_clap(tiny_checkpoint))
+    assert copied.audio is not pipe.text_encoder.audio, "each reads its own"
 
 
 def test_loading_weights_into_it(pipe: AudioLDM2Pipeline, tiny_checkpoint: Path) -> None:
@@ -522,6 +523,15 @@ def test_what_changed_at_work_comes_home_changed(
     for stage in (b, a, b):
         offload.take(stage)
         assert all(map(torch.equal, a.values(), changed))
+
+
+def test_what_did_not_change_is_not_copied_back(offload: Offload, stages: list[Stage]) -> None:
+    a, b, _ = stages
+    change_in_place(a)
+    offload.take(a)
+    offload._places[a.layer.weight].home.fill_(7)
+    offload.take(b)
+    assert (a.layer.weight == 7).all()
 
 
 @pytest.mark.parametrize(

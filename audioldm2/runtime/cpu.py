@@ -104,7 +104,8 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
 
 def _suits(x: Tensor, conv: nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d | nn.Linear) -> bool:
     """Whether the algorithms here are for this call."""
-    trained = torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)
+    learns = conv.weight.requires_grad or (conv.bias is not None and conv.bias.requires_grad)
+    trained = torch.is_grad_enabled() and (x.requires_grad or learns)
     return not trained and x.device.type == "cpu" and x.dtype == conv.weight.dtype == torch.float32
 
 
