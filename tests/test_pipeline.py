@@ -702,7 +702,7 @@ class InUpperCase:
 
 
 def swap_a_tokenizer(pipe: AudioLDM2Pipeline) -> None:
-    pipe.tokenizer_2 = InUpperCase(pipe.tokenizer_2)
+    pipe.tokenizer = InUpperCase(pipe.tokenizer)
 
 
 @pytest.mark.parametrize(
