@@ -677,6 +677,17 @@ def load_weights(pipe: AudioLDM2Pipeline) -> None:
     pipe.projection_model.load_state_dict({name: 0.5 * tensor for name, tensor in state.items()})
 
 
+def replace_a_parameter(pipe: AudioLDM2Pipeline) -> None:
+    norm = pipe.text_encoder_2.norm
+    norm.weight = torch.nn.Parameter(0.5 * norm.weight.detach())
+
+
+def replace_a_layer(pipe: AudioLDM2Pipeline) -> None:
+    """By one with the same parameters, that does something else with them."""
+    norm = pipe.language_model.norm = copy.copy(pipe.language_model.norm)
+    norm.eps = 1.0
+
+
 def swap_a_stage(pipe: AudioLDM2Pipeline) -> None:
     pipe.language_model = randomize(copy.deepcopy(pipe.language_model), seed=77)
 
@@ -711,6 +722,8 @@ def swap_a_tokenizer(pipe: AudioLDM2Pipeline) -> None:
         change_a_weight,
         change_a_weight_in_inference_mode,
         load_weights,
+        replace_a_parameter,
+        replace_a_layer,
         swap_a_stage,
         add_a_hook,
         turn_into_bfloat16,
@@ -758,6 +771,7 @@ def test_a_weight_loaded_in_inference_mode_tells_when_it_is_written_to(tiny_chec
     with torch.inference_mode():
         pipe = AudioLDM2Pipeline.from_pretrained(tiny_checkpoint)
         pipe.set_progress_bar_config(disable=True)
+        assert not any(p.is_inference() for stage in pipe.stages.values() for p in stage.parameters())
         before = quick(pipe)
         pipe.text_encoder_2.norm.weight.mul_(0.5)
         after = quick(pipe)
