@@ -403,7 +403,9 @@ class AudioLDM2Pipeline:
             if guided and negative is None:
                 batch, length = (positive[1] if positive is not None else sides[0].mask_2).shape
                 negatives = as_negatives(negative_prompt, batch)
-                key = (*negatives, length, max_new_tokens, *marks(self._encoders), *map(id, self._tokenizers))
+                tokenizers = [id(getattr(self, name)) for name in TOKENIZERS]
+                encoders = marks(getattr(self, name) for name in ENCODING)
+                key = (*negatives, length, max_new_tokens, *encoders, *tokenizers)
                 negative = self._negatives.get(key)
                 if negative is None:
                     sides.append(self._tokens(negatives, None, length))
@@ -425,14 +427,6 @@ class AudioLDM2Pipeline:
             attention_mask,
             generated_prompt_embeds.to(stage_dtype(self.language_model)),
         )
-
-    @property
-    def _encoders(self) -> list[nn.Module]:
-        return [getattr(self, name) for name in ENCODING]
-
-    @property
-    def _tokenizers(self) -> list[Any]:
-        return [getattr(self, name) for name in TOKENIZERS]
 
     def _tokens(self, texts: list[str], spoken: list[str] | None, length: int | None = None) -> _Tokens:
         """Texts as both encoders read them; `length` makes the negative side as long as that."""
@@ -724,15 +718,14 @@ class AudioLDM2Pipeline:
         """Latents (B, 8, T/4, F/4) -> log-mel spectrogram (B, 1, T, F)."""
         vae = self._ready(self.vae)
         latents = (latents / vae.config.scaling_factor).to(stage_dtype(vae))
-        frames = CHUNK // self.vae.downsampling
+        frames = CHUNK // vae.downsampling
         groups = _groups(latents, frames)
         with self._bar("Decoding", len(groups)) as bar:
             mels = []
             for group in groups:
                 long = group.shape[2] > frames
-                mels.append(
-                    self._kept("vae", vae.decode_in_chunks(group, frames) if long else vae.decode(group))
-                )
+                mel = vae.decode_in_chunks(group, frames) if long else vae.decode(group)
+                mels.append(self._kept("vae", mel))
                 bar.update()
         return torch.cat(mels)
 

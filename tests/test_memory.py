@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ import audioldm2.pipeline
 from audioldm2 import AudioLDM2Pipeline
 from audioldm2.checkpoints.errors import CheckpointError
 from audioldm2.checkpoints.tensors import WeightFiles
+from audioldm2.models import PARTS
 from audioldm2.models.clap import ClapModel
 from audioldm2.models.hifigan import HifiGan, HifiGanConfig
 from audioldm2.models.vae import VAE, VAEConfig
@@ -625,3 +627,69 @@ def test_long_latents_take_less_memory_on_a_gpu() -> None:
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert_close(results[1], results[0], 1e-3)  # TF32 may differ by so much
     assert peaks[1] < peaks[0]
+
+
+# --- a long generation: the GPU's bar, counted on tensors without data
+
+GIB = 2**30
+FRAMES = 15_000  # 150 s
+CANDIDATES = 4
+ROWS = audioldm2.pipeline.CHUNK // 4  # latents that the pipeline decodes at once
+
+
+@pytest.fixture(scope="module")
+def without_data() -> dict[str, Any]:
+    """The base checkpoint's stages at float16."""
+    with torch.device("meta"):
+        return {
+            name: form.stage(form.config.from_dict(BASE[name])).without_values()
+            for name, (form, *_) in PARTS.items()
+        }
+
+
+@pytest.fixture
+def attention_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention takes no memory but its result, as the kernels of a GPU do it."""
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: torch.empty_like(q))
+
+
+def without_values(*shape: int) -> Tensor:
+    return torch.empty(*shape, dtype=torch.float16, device="meta")
+
+
+@torch.no_grad()
+def test_150_s_with_4_candidates_fit_in_16_gib(
+    without_data: dict[str, Any], attention_in_place: None
+) -> None:
+    weights = sum(p.nbytes for stage in without_data.values() for p in stage.parameters()) / GIB
+    unet, sides = without_data["unet"], 2 * CANDIDATES
+    contexts = unet.contexts(
+        without_values(sides, 8, 768), without_values(sides, 32, 1024), torch.ones(sides, 32, device="meta")
+    )
+    time = unet.time_embedding(torch.zeros(1, device="meta"))
+    peaks = {
+        "unet": peak(lambda: unet.denoise(without_values(CANDIDATES, 8, FRAMES // 4, 16), time, contexts))
+        / GIB,
+        "vae": peak(lambda: without_data["vae"].decode_in_chunks(without_values(1, 8, FRAMES // 4, 16), ROWS))
+        / GIB,
+        "vocoder": peak(lambda: without_data["vocoder"].in_chunks(without_values(1, FRAMES, 64))) / GIB,
+    }
+    assert 1.5 < weights < 3
+    assert weights + max(peaks.values()) < 8, peaks  # half of the bar: allocators and kernels take some, too
+    assert peaks["unet"] > 1, "nothing was counted"
+
+
+@torch.no_grad()
+def test_chunks_take_less_and_a_longer_sound_little_more(
+    without_data: dict[str, Any], attention_in_place: None
+) -> None:
+    vae, vocoder = without_data["vae"], without_data["vocoder"]
+    latents = (1, 8, FRAMES // 4, 16)
+    assert peak(lambda: vae.decode_in_chunks(without_values(*latents))) < 0.7 * peak(
+        lambda: vae.decode(without_values(*latents))
+    )
+    whole = peak(lambda: vocoder(without_values(1, FRAMES, 64)))
+    assert peak(lambda: vocoder.in_chunks(without_values(1, FRAMES, 64))) < 0.1 * whole
+    assert (
+        peak(lambda: vocoder.in_chunks(without_values(1, 4 * FRAMES, 64))) < 0.15 * whole
+    )  # most is the result

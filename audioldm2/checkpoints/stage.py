@@ -8,7 +8,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -135,38 +135,41 @@ def fill(
         shown = "\n  ".join(wrong)
         raise CheckpointError(f"{len(wrong)} of the checkpoint's tensors do not fit:\n  {shown}")
 
-    def made(prefix: str, others: bool, dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
-        """Our tensors whose names begin with `prefix`, under the rest of the name; or all the others."""
+    def made(
+        names: Iterable[str], dtype: torch.dtype | None, device: torch.device | str
+    ) -> dict[str, Tensor]:
         filled = {}
-        for name in (n for n in state if (bool(prefix) and n.startswith(prefix)) != others):
+        for name in names:
             if name not in plan:
                 # What is no float is a counter of training steps (BatchNorm's), which starts anew.
-                tensor = torch.zeros_like(state[name], device=device)
-            else:
-                recipe = plan[name]
-                held = source.types[recipe.sources[0]]
-                wanted = parameter_dtype(stage, name, dtype or typing.cast(torch.dtype, held))
-                # A copy or a view of one tensor can stay where it lies. It must not be read through the
-                # window of the file that is soon dropped: it would hold on to all of it.
-                view = recipe.operation in ("copy", "squeeze", "transpose")
-                in_place = view and held == wanted and device.type == "cpu"
-                tensor = apply(recipe, source.map if in_place else source.read)
-                tensor = tensor.to(device=device, dtype=wanted)
-                if not (in_place and recipe.operation == "transpose"):  # which products take as it lies
-                    tensor = tensor.contiguous()
-            filled[name if others else name.removeprefix(prefix)] = tensor
+                filled[name] = torch.zeros_like(state[name], device=device)
+                continue
+            recipe = plan[name]
+            held = source.types[recipe.sources[0]]
+            wanted = parameter_dtype(stage, name, dtype or typing.cast(torch.dtype, held))
+            # A copy or a view of one tensor can stay where it lies. It must not be read through the window of
+            # the file that is soon dropped: it would hold on to all of it.
+            view = recipe.operation in ("copy", "squeeze", "transpose")
+            in_place = view and held == wanted and torch.device(device).type == "cpu"
+            tensor = apply(recipe, source.map if in_place else source.read).to(device=device, dtype=wanted)
+            as_it_lies = in_place and recipe.operation == "transpose"  # products take it so
+            filled[name] = tensor if as_it_lies else tensor.contiguous()
         return filled
 
-    if not later:
-        stage.load_state_dict(made("", True, dtype, torch.device(device)), strict=True, assign=True)
+    prefix = f"{later}."
+    put_off = [name for name in state if later and name.startswith(prefix)]
+    now = [name for name in state if not later or not name.startswith(prefix)]
+    unread = getattr(stage, later) if later else None
+    if later:
+        setattr(stage, later, None)
+    stage.load_state_dict(made(now, dtype, device), strict=True, assign=True)
+    if unread is None:
         return stage.eval()
-    unread = getattr(stage, later)
-    setattr(stage, later, None)
-    stage.load_state_dict(made(f"{later}.", True, dtype, torch.device(device)), strict=True, assign=True)
 
     def read(dtype: torch.dtype | None, device: torch.device) -> nn.Module:
         submodule: nn.Module = copy.deepcopy(unread)
-        submodule.load_state_dict(made(f"{later}.", False, dtype, device), strict=True, assign=True)
+        tensors = {name.removeprefix(prefix): t for name, t in made(put_off, dtype, device).items()}
+        submodule.load_state_dict(tensors, strict=True, assign=True)
         return submodule.eval()
 
     def whole(module: nn.Module, *_: object) -> None:

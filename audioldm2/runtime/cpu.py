@@ -102,11 +102,11 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
 # --- the layers
 
 
-def _suits(x: Tensor, conv: nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d | nn.Linear) -> bool:
+def _suits(x: Tensor, layer: nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d | nn.Linear) -> bool:
     """Whether the algorithms here are for this call."""
-    learns = conv.weight.requires_grad or (conv.bias is not None and conv.bias.requires_grad)
+    learns = layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
     trained = torch.is_grad_enabled() and (x.requires_grad or learns)
-    return not trained and x.device.type == "cpu" and x.dtype == conv.weight.dtype == torch.float32
+    return not trained and x.device.type == "cpu" and x.dtype == layer.weight.dtype == torch.float32
 
 
 class Conv2d(nn.Conv2d):
@@ -148,11 +148,10 @@ class Linear(nn.Linear):
     """A linear map that swaps its factors for few rows: W x^T is up to half as fast again as x W^T."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or (rows := x.shape[:-1].numel()) not in FEW_ROWS:
+        # Asked first: while it compiles, the number of rows may be none yet.
+        if torch.compiler.is_compiling() or x.shape[:-1].numel() not in FEW_ROWS or not _suits(x, self):
             return super().forward(x)
-        if not _suits(x, self):
-            return super().forward(x)
-        y = (self.weight @ x.reshape(rows, -1).t()).t()
+        y = (self.weight @ x.flatten(0, -2).t()).t()
         y = y.contiguous() if self.bias is None else torch.add(y, self.bias, out=x.new_empty(y.shape))
         return y.view(*x.shape[:-1], -1)
 
