@@ -129,7 +129,8 @@ def caption(scene: Scene, rng: np.random.Generator, held_out: bool = False) -> s
         held_out: say it in a way that training captions never have.
     """
     phrases = [
-        describe(sound, scene.loudness if i == 0 else "", rng, held_out) for i, sound in enumerate(scene.sounds)
+        describe(sound, scene.loudness if i == 0 else "", rng, held_out)
+        for i, sound in enumerate(scene.sounds)
     ]
     text = phrases[0]
     if len(phrases) == 2:
