@@ -48,6 +48,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "n_embd": 128,
         "n_layer": 2,
         "n_head": 4,
+        "n_inner": 256,
         "max_new_tokens": 8,
     },
     "unet": {
@@ -67,7 +68,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "out_channels": 1,
         "down_block_types": ["DownEncoderBlock2D"] * 4,
         "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "block_out_channels": [16, 32, 48, 48],
+        "block_out_channels": [8, 16, 40, 56],
         "layers_per_block": 1,
         "latent_channels": 8,
         "norm_num_groups": 8,

@@ -105,7 +105,7 @@ def train(
         clip: longest gradient that is taken as it is.
     """
     steps = run.count(steps)
-    module.to(run.device).train()
+    module.to(run.device, memory_format=torch.channels_last).train()
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         [
