@@ -9,8 +9,8 @@ from scripts.sizes import BASE
 TOKENS = (64, 48)  # that the two tokenizers read at most
 VOCABULARIES = (600, 300)  # and their sizes, at most
 
-# One latent stands for 8 frames (80 ms) by 8 mel bands, so 5.12 s are 64 x 8 latents,
-# an eighth of what a checkpoint of the Hub has. That, more than anything else, is what makes training here quick.
+# One latent stands for 8 frames (80 ms) by 8 mel bands, so 5.12 s are 64 x 8 latents, an eighth of what a
+# checkpoint of the Hub has. That, more than anything else, is what makes training here quick.
 SIZES: dict[str, dict[str, Any]] = {
     "text_encoder": {
         "projection_dim": 64,
@@ -71,7 +71,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "block_out_channels": [8, 16, 40, 56],
         "layers_per_block": 1,
         "latent_channels": 8,
-        "norm_num_groups": 8,
+        "norm_num_groups": 2,
         "sample_size": 512,
         "scaling_factor": 1.0,  # measured after training
     },

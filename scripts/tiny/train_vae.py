@@ -1,8 +1,9 @@
-"""The VAE: log-mel pictures of the library's sounds there and back (Kingma and Welling 2014; Rombach et al. 2022).
+"""The VAE: log-mel pictures of sounds, there and back (Kingma and Welling 2014; Rombach et al. 2022).
 
-The loss is the mean absolute error of the decoded picture and, lightly weighted, the KL divergence of the latents
-from a standard normal. Pieces of a clip are of several lengths, so that other durations than 5.12 s are known, too.
-Neither a perceptual nor an adversarial loss is used: pictures of synthetic sounds are learnt without.
+The loss is the mean absolute error of the decoded picture and, lightly weighted, the KL divergence of the
+latents from a standard normal. Pieces of a clip are of several lengths, so that other durations than 5.12 s
+are known, too. Neither a perceptual nor an adversarial loss is used: pictures of synthetic sounds are learnt
+without.
 """
 
 from __future__ import annotations
