@@ -9,8 +9,8 @@ from scripts.sizes import BASE
 TOKENS = (64, 48)  # that the two tokenizers read at most
 VOCABULARIES = (600, 400)  # and their sizes, at most
 
-# One latent stands for 8 frames (80 ms) by 8 mel bands, so 5.12 s are 64 x 8 latents,
-# an eighth of what a checkpoint of the Hub has. That, more than anything else, is what makes training here quick.
+# One latent stands for 8 frames (80 ms) by 8 mel bands, so 5.12 s are 64 x 8 latents, an eighth of what a
+# checkpoint of the Hub has. That, more than anything else, is what makes training here quick.
 SIZES: dict[str, dict[str, Any]] = {
     "text_encoder": {
         "projection_dim": 64,
@@ -51,6 +51,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "n_embd": 128,
         "n_layer": 2,
         "n_head": 4,
+        "n_inner": 256,
         "max_new_tokens": 8,
     },
     "unet": {
@@ -70,10 +71,10 @@ SIZES: dict[str, dict[str, Any]] = {
         "out_channels": 1,
         "down_block_types": ["DownEncoderBlock2D"] * 4,
         "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "block_out_channels": [16, 32, 48, 48],
+        "block_out_channels": [8, 16, 40, 56],
         "layers_per_block": 1,
         "latent_channels": 8,
-        "norm_num_groups": 8,
+        "norm_num_groups": 2,
         "sample_size": 512,
         "scaling_factor": 1.0,  # measured after training
     },
