@@ -32,6 +32,7 @@ from scripts.tiny.tokenizers import read_tokenizers, tokenize, varied
 from scripts.tiny.training import Run, train
 
 STEPS, BATCH, RATE = 1500, 32, 1e-3
+ROUNDS = 12  # of one sound a kind, that are measured on
 BLURRED = 0.25  # the part of the pictures whose neighbouring cells are averaged
 NOISE = 3.0  # dB, the most of the noise's standard deviation
 SILENCE = (-100.0, -45.0)  # dB, the range of the floor that a picture may be filled up to
@@ -59,7 +60,7 @@ def train_clap(library: Library, run: Run) -> None:
 
     train("clap", clap, loss, run, steps=STEPS, rate=RATE, average=0.995)
     clap.save_pretrained(run.checkpoint / "text_encoder")
-    found = retrieval(clap, tokenizer, rounds=12)
+    found = retrieval(clap, tokenizer, ROUNDS)
     print(f"clap: {found:.1%} of captions in unseen wordings find their sound among {len(KINDS)} kinds")
 
 

@@ -1,14 +1,14 @@
 """Train the projection and GPT-2: from a caption, as both encoders read it, to the "language of audio".
 
-GPT-2 generates eight vectors, each fed back as in the pipeline, and each is to be what the sound is like in one
-eighth of its time: the mean and the standard deviation over time of the VAE's latents there, standardised over
-the library. AudioLDM 2 regresses pooled features of an AudioMAE in the same way (Liu et al. 2023, section III);
-there is none here, and the latents are what the UNet has to make. The loss is the squared error, through the
-whole generation.
+GPT-2 generates eight vectors, each fed back as in the pipeline, and each is to be what the sound is like in
+one eighth of its time: the mean and the standard deviation over time of the VAE's latents there, standardised
+over the library. AudioLDM 2 regresses pooled features of an AudioMAE so (Liu et al. 2023, section III); there
+is none here, and the latents are what the UNet has to make. The loss is the squared error, through the whole
+generation.
 
-A caption does not say everything of its sound (when it begins, its exact pitch), so that the best guess is the
-mean of all sounds that fit, and a part of the variance stays unexplained. An empty prompt, which guidance turns
-away from, is to give the mean of all.
+A caption does not say everything of its sound (when it begins, its exact pitch), so the best guess is the
+mean of all sounds that fit, and a part of the variance stays unexplained. An empty prompt, which guidance
+turns away from, is to give the mean of all.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from scripts.tiny.training import Run, train
 
 STEPS, BATCH, RATE = 2000, 64, 2e-3
 EMPTY = 0.05  # the part of the captions that is left empty
+UNSEEN = 200  # sounds that are measured on
 AT_ONCE = 16  # spectrograms that the VAE encodes together
 
 
@@ -69,7 +70,7 @@ def train_language(library: Library, run: Run) -> None:
 
     with torch.no_grad():
         rng = np.random.default_rng([1, 3])
-        scenes = [draw_scene(rng) for _ in range(200)]
+        scenes = [draw_scene(rng) for _ in range(UNSEEN)]
         waveforms = torch.from_numpy(np.stack([render(scene, rng) for scene in scenes]))
         heard = (language_of_audio(vae, LogMel()(waveforms, SAMPLING_RATE)) - mean) / scale
         texts = [caption(scene, rng, held_out=True) for scene in scenes]
@@ -82,8 +83,8 @@ def train_language(library: Library, run: Run) -> None:
 def language_of_audio(vae: VAE, mels: Tensor) -> Tensor:
     """What GPT-2 is to say of sounds: log-mel spectrograms (B, 1, T, 64) -> (B, 8, 128), not standardised.
 
-    For each eighth of the time the mean of the latents over it, then their standard deviation, one number each
-    for every channel and frequency of the latents.
+    For each eighth of the time the mean of the latents over it, then their standard deviation, one number
+    each for every channel and frequency of the latents.
     """
     count = SIZES["language_model"]["max_new_tokens"]
     latents = vae.encode(mels.to(next(vae.parameters()).device)).mode()
