@@ -150,7 +150,7 @@ def matches(scene: Scene, waveform: np.ndarray) -> dict[str, bool]:
 
 
 def misses(scene: Scene, waveform: np.ndarray) -> dict[str, list[str]]:
-    """What `matches` checks, with what is wrong in words, ["onsets 1, not 4 to inf"]; [] where it is right."""
+    """What `matches` checks, and what is wrong in words: ["onsets 1, not 4 to inf"]; [] where it is right."""
     sound = scene.sounds[0]
     measured = measure(waveform, DEPTH if len(scene.sounds) == 1 else DEPTH_OVER)
     found = {"kind": _outside(measured, KINDS[sound.kind])}
