@@ -1,13 +1,13 @@
-"""The sound library that the tiny checkpoint learns from: seventeen kinds of sound, synthesised, never downloaded.
+"""The sound library of the tiny checkpoint: seventeen kinds of sound, synthesised, never downloaded.
 
     rng = np.random.default_rng(0)
     scene = draw_scene(rng)         # what is to be heard
     waveform = render(scene, rng)   # (SAMPLES,) float32 in [-1, 1], 16 kHz
 
-A scene names a kind, for most kinds a trait (how high, which way, how fast), and a loudness; all that a scene does
-not name (pitch within the trait's range, beginning, length, timbre) is drawn anew for each rendering. A part of the
-scenes has two sounds, an event over a background. `captions.py` puts scenes into words and `measures.py` finds out
-from a waveform alone whether it is what a scene says.
+A scene names a kind, for most kinds a trait (how high, which way, how fast), and a loudness; all that a scene
+does not name (pitch within the trait's range, beginning, length, timbre) is drawn anew for each rendering. A
+part of the scenes has two sounds, an event over a background. `captions.py` puts scenes into words and
+`measures.py` finds out from a waveform alone whether it is what a scene says.
 """
 
 from __future__ import annotations
@@ -56,7 +56,14 @@ RATES = {  # events a second
 }
 SCALE = (0, 2, 4, 5, 7, 9, 11, 12)  # semitones
 ARPEGGIO = (0, 4, 7, 12, 16, 19, 24)
-BELL = ((0.5, 0.5, 1.2), (1.0, 1.0, 1.0), (1.19, 0.5, 0.8), (2.0, 0.6, 0.7), (2.74, 0.35, 0.5), (3.76, 0.2, 0.4))
+BELL = (
+    (0.5, 0.5, 1.2),
+    (1.0, 1.0, 1.0),
+    (1.19, 0.5, 0.8),
+    (2.0, 0.6, 0.7),
+    (2.74, 0.35, 0.5),
+    (3.76, 0.2, 0.4),
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class Sound:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is to be heard: one sound, or an event over a background; `loudness` is "loud", "soft" or "" (not said)."""
+    """What is to be heard: one sound, or an event over a background; loud, soft or, where "", not said."""
 
     sounds: tuple[Sound, ...]
     loudness: str = ""
@@ -224,7 +231,8 @@ def _bell(rng: np.random.Generator, trait: str) -> np.ndarray:
     pitch, decay = _between(rng, 450, 900), rng.uniform(1.2, 1.7)
     t = _time(SECONDS)
     partials = [
-        a * np.exp(-t / (decay * lasting)) * _voice(pitch * ratio, SECONDS, (1.0,)) for ratio, a, lasting in BELL
+        a * np.exp(-t / (decay * lasting)) * _voice(pitch * ratio, SECONDS, (1.0,))
+        for ratio, a, lasting in BELL
     ]
     return _place([(rng.uniform(0.05, 0.8), _faded(sum(partials), 0.004, 0.05))])
 
@@ -305,7 +313,9 @@ def _waves(rng: np.random.Generator, trait: str) -> np.ndarray:
 
 
 def _engine(rng: np.random.Generator, trait: str) -> np.ndarray:
-    turning = _between(rng, 38, 58) * (1 + 0.02 * np.sin(2 * np.pi * (rng.uniform(0.3, 1.0) * _time(SECONDS))))
+    turning = _between(rng, 38, 58) * (
+        1 + 0.02 * np.sin(2 * np.pi * (rng.uniform(0.3, 1.0) * _time(SECONDS)))
+    )
     hum = _voice(turning, SECONDS, tuple(1 / k**0.7 for k in range(1, 13)))
     beat = 1 + 0.3 * _voice(turning / 2, SECONDS, (1.0,))
     return _whole(rng, hum * beat + 0.4 * _filtered_noise(rng, lambda f: 1 / (1 + (f / 300) ** 4)))

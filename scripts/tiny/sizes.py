@@ -1,0 +1,103 @@
+"""The sizes of the tiny checkpoint's parts; the keys are those of the Hub's config.json files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from scripts.sizes import BASE
+
+TOKENS = (64, 48)  # that the two tokenizers read at most
+VOCABULARIES = (600, 400)  # and their sizes, at most
+
+# One latent stands for 8 frames (80 ms) by 8 mel bands, so 5.12 s are 64 x 8 latents, an eighth of what a
+# checkpoint of the Hub has. That, more than anything else, is what makes training here quick.
+SIZES: dict[str, dict[str, Any]] = {
+    "text_encoder": {
+        "projection_dim": 64,
+        "text_config": {
+            "vocab_size": VOCABULARIES[0],
+            "hidden_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 256,
+            "max_position_embeddings": TOKENS[0] + 2,
+        },
+        "audio_config": {
+            "spec_size": 128,
+            "num_mel_bins": 64,
+            "window_size": 4,
+            "patch_size": 8,
+            "patch_stride": [8, 8],
+            "patch_embeds_hidden_size": 40,
+            "hidden_size": 160,
+            "depths": [2, 2, 2],
+            "num_attention_heads": [4, 4, 8],
+            "mlp_ratio": 2.0,
+        },
+    },
+    "text_encoder_2": {
+        "vocab_size": VOCABULARIES[1],
+        "d_model": 96,
+        "d_kv": 24,
+        "d_ff": 192,
+        "num_layers": 3,
+        "num_heads": 4,
+        "feed_forward_proj": "gated-gelu",
+    },
+    "projection_model": {"text_encoder_dim": 64, "text_encoder_1_dim": 96, "langauge_model_dim": 128},
+    "language_model": {
+        "vocab_size": 8,
+        "n_positions": 128,
+        "n_embd": 128,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_inner": 256,
+        "max_new_tokens": 8,
+    },
+    "unet": {
+        "sample_size": 64,
+        "in_channels": 8,
+        "out_channels": 8,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "block_out_channels": [48, 72],
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "cross_attention_dim": [[None, 128, 96]] * 2,
+        "attention_head_dim": [2, 4],
+    },
+    "vae": {
+        "in_channels": 1,
+        "out_channels": 1,
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "block_out_channels": [8, 16, 40, 56],
+        "layers_per_block": 1,
+        "latent_channels": 8,
+        "norm_num_groups": 2,
+        "sample_size": 512,
+        "scaling_factor": 1.0,  # measured after training
+    },
+    "vocoder": {
+        "model_in_dim": 64,
+        "sampling_rate": 16000,
+        "upsample_initial_channel": 112,
+        "upsample_rates": [5, 4, 4, 2],
+        "upsample_kernel_sizes": [15, 12, 12, 4],
+        "resblock_kernel_sizes": [3, 7],
+        "resblock_dilation_sizes": [[1, 3, 5]] * 2,
+        "normalize_before": False,
+    },
+}
+# CLAP's front end: no resampling, a window that holds a clip of 5.12 s, and the 256 frames of its picture.
+FEATURES: dict[str, Any] = {
+    "sampling_rate": 16000,
+    "hop_length": 376,
+    "max_length_s": 6,
+    "fft_window_size": 1024,
+    "frequency_min": 50,
+    "frequency_max": 8000,
+    "truncation": "rand_trunc",
+    "padding": "repeatpad",
+}
+SCHEDULER: dict[str, Any] = BASE["scheduler"]
