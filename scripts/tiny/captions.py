@@ -3,10 +3,10 @@
     caption(scene, rng)                  "a loud church bell rings over falling rain"
     caption(scene, rng, held_out=True)   "Behind a bell at high volume there is rain."
 
-A caption names each sound (a noun), its trait and the scene's loudness (an adjective before the noun, or a phrase
-after it), within a frame ("the sound of ...", "... can be heard"). Held-out captions take frames, orders and ways to
-join two sounds that no training caption has; of words they have only those that training captions have, too: a model
-that learns all its words here cannot know others.
+A caption names each sound (a noun), its trait and the scene's loudness (an adjective before the noun, or a
+phrase after it), within a frame ("the sound of ...", "... can be heard"). Held-out captions take frames,
+orders and ways to join two sounds that no training caption has; of words they have only those that training
+captions have, too: a model that learns all its words here cannot know others.
 """
 
 from __future__ import annotations

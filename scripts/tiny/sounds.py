@@ -1,13 +1,13 @@
-"""The sound library that the tiny checkpoint learns from: seventeen kinds of sound, synthesised, never downloaded.
+"""The sound library of the tiny checkpoint: seventeen kinds of sound, synthesised, never downloaded.
 
     rng = np.random.default_rng(0)
     scene = draw_scene(rng)         # what is to be heard
     waveform = render(scene, rng)   # (SAMPLES,) float32 in [-1, 1], 16 kHz
 
-A scene names a kind, for most kinds a trait (how high, which way, how fast), and a loudness; all that a scene does
-not name (pitch within the trait's range, beginning, length, timbre) is drawn anew for each rendering. A part of the
-scenes has two sounds, an event over a background. `captions.py` puts scenes into words and `measures.py` finds out
-from a waveform alone whether it is what a scene says.
+A scene names a kind, for most kinds a trait (how high, which way, how fast), and a loudness; all that a scene
+does not name (pitch within the trait's range, beginning, length, timbre) is drawn anew for each rendering. A
+part of the scenes has two sounds, an event over a background. `captions.py` puts scenes into words and
+`measures.py` finds out from a waveform alone whether it is what a scene says.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Sound:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is to be heard: one sound, or an event over a background; `loudness` is "loud", "soft" or "" (not said)."""
+    """What is to be heard: one sound, or an event over a background; loud, soft or, where "", not said."""
 
     sounds: tuple[Sound, ...]
     loudness: str = ""

@@ -6,8 +6,9 @@
 
     train("vae", vae, loss, run, steps=2000, rate=1e-3)
 
-A run can be killed and started again: its state is written once a minute, and all that is drawn at random depends on
-the seed and the number of the step alone, so a resumed run ends with the numbers of an uninterrupted one.
+A run can be killed and started again: its state is written once a minute, and all that is drawn at random
+depends on the seed and the number of the step alone, so a resumed run ends with the numbers of an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -94,18 +95,23 @@ def train(
     Args:
         name: of the stage: of its state, plot and progress bar.
         module: holds all parameters that are to learn (AdamW: Loshchilov and Hutter 2019).
-        loss: of a step, from a generator on the CPU; the entry "loss" is minimised, all entries are plotted.
+        loss: of a step, from a generator on the CPU; "loss" is minimised, all entries are plotted.
         run: where and how.
         steps: unless `run` says otherwise.
         rate: learning rate at its highest.
         warmup: steps in which it rises.
-        average: per step, how much of the averaged weights stays (Polyak and Juditsky 1992); 0 takes the last.
+        average: how much of the averaged weights stays at a step (Polyak and Juditsky 1992); 0 averages
+            nothing.
         weight_decay: of matrices and kernels; gains and biases are left alone.
         betas: AdamW's.
         clip: longest gradient that is taken as it is.
+
+    Raises:
+        ValueError: what lies in the folder is of another run.
+        FloatingPointError: the loss is no number any more.
     """
     steps = run.count(steps)
-    module.to(run.device).train()
+    module.to(run.device, memory_format=torch.channels_last).train()
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         [
@@ -123,8 +129,8 @@ def train(
         state = torch.load(path, map_location=run.device, weights_only=True)
         if state["seed"] != run.seed or state["steps"] != steps:
             raise ValueError(
-                f"{path} is of a run with seed {state['seed']} and {state['steps']} steps, not {run.seed} and "
-                f"{steps}; remove it to start anew"
+                f"{path} is of a run with seed {state['seed']} and {state['steps']} steps, not with "
+                f"{run.seed} and {steps}; remove it to start anew"
             )
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])

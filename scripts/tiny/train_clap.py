@@ -1,0 +1,133 @@
+"""Train CLAP, both towers: captions and the sounds that they describe are brought together, all others apart.
+
+The loss is the symmetric contrastive one (Wu et al. 2023, eq. 1, as in CLIP), over a batch of scenes with one
+rendering and one caption each. The library has few kinds, so that a batch holds the same scene several times:
+whatever is of the same scene counts as belonging together, in equal parts (Yang et al. 2022, UniCL, eq. 3).
+
+CLAP is to rank sounds that were generated, which are a little blurred and never quite silent; so the pictures
+of sounds are disturbed in training: blurred, noisy, their silence filled, stripes of time and frequency left
+out. Their levels stay, for loudness is a part of the scene.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from audioldm2.audio.log_mel import ClapFeatureExtractor, ClapFeatureExtractorConfig
+from audioldm2.models import ClapModel
+from audioldm2.models.clap import ClapConfig
+from scripts.tiny.captions import caption
+from scripts.tiny.data import Library
+from scripts.tiny.sizes import FEATURES, SIZES
+from scripts.tiny.sounds import KINDS, SAMPLING_RATE, Scene, draw_scene, render
+from scripts.tiny.tokenizers import read_tokenizers, tokenize, varied
+from scripts.tiny.training import Run, train
+
+STEPS, BATCH, RATE = 1500, 32, 1e-3
+BLURRED = 0.25  # the part of the pictures whose neighbouring cells are averaged
+NOISE = 3.0  # dB, the most of the noise's standard deviation
+SILENCE = (-100.0, -45.0)  # dB, the range of the floor that a picture may be filled up to
+STRIPE = (24, 6)  # frames and mel bands, the most that are left out in one piece
+
+
+def train_clap(library: Library, run: Run) -> None:
+    """Train on the library and write `text_encoder` into the run's checkpoint."""
+    torch.manual_seed(run.seed)
+    clap = ClapModel(ClapConfig.from_dict(SIZES["text_encoder"])).to(run.device)
+    tokenizer = read_tokenizers(run)[0]
+    features = clap_features(library, run.folder / "clap_features.npy")
+    scenes = scene_numbers(library.scenes)
+
+    def loss(generator: torch.Generator) -> dict[str, Tensor]:
+        batch = library.draw(run.size(BATCH), generator)
+        rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
+        texts = [varied(str(rng.choice(library.captions[i])), rng) for i in batch]
+        pictures = torch.from_numpy(features[batch.numpy()]).float()
+        disturb(pictures, generator)
+        text = clap.text_features(*tokenize(tokenizer, texts, run.device))
+        sound = clap.audio_features(rearrange(pictures, "b t m -> b 1 t m").to(run.device))
+        same = scenes[batch, None] == scenes[None, batch]
+        return {"loss": contrastive_loss(clap, text, sound, same.to(run.device))}
+
+    train("clap", clap, loss, run, steps=STEPS, rate=RATE, average=0.995)
+    clap.save_pretrained(run.checkpoint / "text_encoder")
+    found = retrieval(clap, tokenizer, rounds=12)
+    print(f"clap: {found:.1%} of captions in unseen wordings find their sound among {len(KINDS)} kinds")
+
+
+def contrastive_loss(clap: ClapModel, text: Tensor, sound: Tensor, same: Tensor) -> Tensor:
+    """Cross-entropy of each text over all sounds and of each sound over all texts, halved.
+
+    Args:
+        clap: has the two temperatures.
+        text, sound: features (B, P).
+        same: (B, B), whether text i and sound j are of the same scene.
+    """
+    target = same / same.sum(dim=1, keepdim=True)
+    sounds_of_text, texts_of_sound = clap.logits(text, sound)
+    return (F.cross_entropy(sounds_of_text, target) + F.cross_entropy(texts_of_sound, target)) / 2
+
+
+def scene_numbers(scenes: Sequence[Scene]) -> Tensor:
+    """For each scene a number that only its likes have, (N,)."""
+    numbers: dict[Scene, int] = {}
+    return torch.tensor([numbers.setdefault(scene, len(numbers)) for scene in scenes])
+
+
+def clap_features(library: Library, path: Path, at_once: int = 8) -> np.ndarray:
+    """CLAP's pictures of all sounds, dB, (N, frames, mels) float16; made once and kept at `path`."""
+    if path.exists():
+        return np.load(path, mmap_mode="r")
+    extractor = ClapFeatureExtractor(ClapFeatureExtractorConfig.from_dict(FEATURES))
+    parts = []
+    for first in tqdm(range(0, len(library), at_once), desc="Picturing sounds for CLAP", disable=None):
+        waveforms = library.waveforms(torch.arange(first, min(first + at_once, len(library))))
+        parts.append(extractor(waveforms, SAMPLING_RATE)[:, 0].half().numpy())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, np.concatenate(parts))
+    return np.load(path, mmap_mode="r")
+
+
+def disturb(pictures: Tensor, generator: torch.Generator) -> None:
+    """Change pictures (B, T, M), in dB, in place, as a vocoder or an imperfect denoiser might."""
+    count, frames, mels = pictures.shape
+
+    def drawn(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(count, 1, 1, generator=generator)
+
+    blurred = torch.rand(count, generator=generator) < BLURRED
+    around = F.pad(pictures[blurred][:, None], (1, 1, 1, 1), mode="replicate")
+    pictures[blurred] = F.avg_pool2d(around, 3, stride=1)[:, 0]
+    torch.maximum(pictures, drawn(*SILENCE), out=pictures)
+    pictures += drawn(0, NOISE) * torch.randn(pictures.shape, generator=generator)
+    lowest = pictures.amin(dim=(1, 2))
+    for i in range(count):
+        for axis, (length, most) in enumerate(zip((frames, mels), STRIPE, strict=True)):
+            width = int(torch.randint(most + 1, (1,), generator=generator))
+            start = int(torch.randint(length - width + 1, (1,), generator=generator))
+            pictures[i].narrow(axis, start, width).fill_(float(lowest[i]))
+
+
+@torch.no_grad()
+def retrieval(clap: ClapModel, tokenizer: object, rounds: int, seed: int = 1) -> float:
+    """How often a caption in a wording that training never used finds its sound among one of each kind."""
+    extractor = ClapFeatureExtractor(ClapFeatureExtractorConfig.from_dict(FEATURES))
+    device = str(clap.logit_scale_a.device)
+    rng = np.random.default_rng([seed, 1])
+    found = 0
+    for _ in range(rounds):
+        scenes = [draw_scene(rng, kind) for kind in KINDS]
+        waveforms = torch.from_numpy(np.stack([render(scene, rng) for scene in scenes])).to(device)
+        texts = [caption(scene, rng, held_out=True) for scene in scenes]
+        text = clap.text_features(*tokenize(tokenizer, texts, device))
+        sound = clap.audio_features(extractor(waveforms, SAMPLING_RATE))
+        found += int(((text @ sound.t()).argmax(dim=1).cpu() == torch.arange(len(scenes))).sum())
+    return found / (rounds * len(KINDS))

@@ -1,0 +1,106 @@
+"""Train the projection and GPT-2: from a caption, as both encoders read it, to the "language of audio".
+
+GPT-2 generates eight vectors, each fed back as in the pipeline, and each is to be what the sound is like in one
+eighth of its time: the mean and the standard deviation over time of the VAE's latents there, standardised over
+the library. AudioLDM 2 regresses pooled features of an AudioMAE in the same way (Liu et al. 2023, section III);
+there is none here, and the latents are what the UNet has to make. The loss is the squared error, through the
+whole generation.
+
+A caption does not say everything of its sound (when it begins, its exact pitch), so that the best guess is the
+mean of all sounds that fit, and a part of the variance stays unexplained. An empty prompt, which guidance turns
+away from, is to give the mean of all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from audioldm2.audio.log_mel import LogMel
+from audioldm2.models import GPT2, VAE, ClapModel, ProjectionModel, T5Encoder
+from audioldm2.models.gpt2 import GPT2Config
+from audioldm2.models.projection import ProjectionConfig
+from scripts.tiny.captions import caption
+from scripts.tiny.data import Library
+from scripts.tiny.sizes import SIZES
+from scripts.tiny.sounds import SAMPLING_RATE, draw_scene, render
+from scripts.tiny.tokenizers import read_tokenizers, tokenize, varied
+from scripts.tiny.training import Run, train
+
+STEPS, BATCH, RATE = 2000, 64, 2e-3
+EMPTY = 0.05  # the part of the captions that is left empty
+AT_ONCE = 16  # spectrograms that the VAE encodes together
+
+
+def train_language(library: Library, run: Run) -> None:
+    """Train with the run's CLAP, T5 and VAE; write `projection_model` and `language_model`."""
+    torch.manual_seed(run.seed)
+    projection = ProjectionModel(ProjectionConfig.from_dict(SIZES["projection_model"])).to(run.device)
+    gpt2 = GPT2(GPT2Config.from_dict(SIZES["language_model"])).to(run.device)
+    folder = run.checkpoint
+    encoders = (
+        ClapModel.from_pretrained(folder, "text_encoder", device=run.device),
+        T5Encoder.from_pretrained(folder, "text_encoder_2", device=run.device),
+    )
+    vae = VAE.from_pretrained(folder, "vae", device=run.device)
+    tokenizers = read_tokenizers(run)
+    batches = tqdm(torch.arange(len(library)).split(AT_ONCE), desc="Hearing the library", disable=None)
+    heard = torch.cat([language_of_audio(vae, library.mels(batch)) for batch in batches])
+    mean, scale = heard.mean(dim=(0, 1)), heard.std(dim=(0, 1))
+    targets = (heard - mean) / scale
+
+    def loss(generator: torch.Generator) -> dict[str, Tensor]:
+        batch = library.draw(run.size(BATCH), generator)
+        rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
+        texts = ["" if rng.random() < EMPTY else varied(caption(library.scenes[i], rng), rng) for i in batch]
+        vectors = generate(projection, gpt2, *conditions(encoders, tokenizers, texts, run.device))
+        return {"loss": F.mse_loss(vectors, targets[batch.to(run.device)])}
+
+    parts = nn.ModuleDict({"projection_model": projection, "language_model": gpt2})
+    train("language", parts, loss, run, steps=STEPS, rate=RATE, average=0.995)
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+
+    with torch.no_grad():
+        rng = np.random.default_rng([1, 3])
+        scenes = [draw_scene(rng) for _ in range(200)]
+        waveforms = torch.from_numpy(np.stack([render(scene, rng) for scene in scenes]))
+        heard = (language_of_audio(vae, LogMel()(waveforms, SAMPLING_RATE)) - mean) / scale
+        texts = [caption(scene, rng, held_out=True) for scene in scenes]
+        vectors = generate(projection, gpt2, *conditions(encoders, tokenizers, texts, run.device))
+        explained = 1 - F.mse_loss(vectors, heard) / heard.square().mean()
+    print(f"language: captions in unseen wordings explain {explained:.1%} of the variance of unseen sounds")
+
+
+@torch.no_grad()
+def language_of_audio(vae: VAE, mels: Tensor) -> Tensor:
+    """What GPT-2 is to say of sounds: log-mel spectrograms (B, 1, T, 64) -> (B, 8, 128), not standardised.
+
+    For each eighth of the time the mean of the latents over it, then their standard deviation, one number each
+    for every channel and frequency of the latents.
+    """
+    count = SIZES["language_model"]["max_new_tokens"]
+    latents = vae.encode(mels.to(next(vae.parameters()).device)).mode()
+    pieces = rearrange(latents, "b c (n t) f -> b n t (c f)", n=count)
+    return torch.cat([reduce(pieces, "b n t d -> b n d", "mean"), pieces.std(dim=2, correction=0)], dim=-1)
+
+
+@torch.no_grad()
+def conditions(
+    encoders: tuple[ClapModel, T5Encoder], tokenizers: tuple[Any, Any], texts: list[str], device: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the projection gets of texts: CLAP's features (B, 1, P), T5's states (B, M, C) and their mask."""
+    clap, t5 = encoders
+    ids, mask = tokenize(tokenizers[1], texts, device)
+    return clap.text_features(*tokenize(tokenizers[0], texts, device))[:, None], t5(ids, mask), mask
+
+
+def generate(projection: ProjectionModel, gpt2: GPT2, clap: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+    """The vectors that the pipeline would have GPT-2 generate, (B, 8, C)."""
+    return gpt2.generate(*projection(clap, states, mask.new_ones(len(clap), 1), mask))

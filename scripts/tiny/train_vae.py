@@ -1,0 +1,62 @@
+"""The VAE: log-mel pictures of sounds, there and back (Kingma and Welling 2014; Rombach et al. 2022).
+
+The loss is the mean absolute error of the decoded picture and, lightly weighted, the KL divergence of the
+latents from a standard normal. Pieces of a clip are of several lengths, so that other durations than 5.12 s
+are known, too. Neither a perceptual nor an adversarial loss is used: pictures of synthetic sounds are learnt
+without.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from audioldm2 import VAE
+from audioldm2.models.vae import VAEConfig
+from scripts.tiny.data import Library
+from scripts.tiny.sizes import SIZES
+from scripts.tiny.training import Run, train
+
+STEPS = 2000
+FRAMES = 1024  # a step, in pieces of one length
+LENGTHS = (128, 256, 512)  # frames, multiples of 8
+KL_WEIGHT = 3e-3
+FLOOR, SPAN = -11.5, 14.0  # natural logarithm: silence, and from there to the loudest
+
+
+def pieces(library: Library, run: Run, generator: torch.Generator) -> Tensor:
+    """A batch of pieces of clips, (B, 1, T, 64)."""
+    length = LENGTHS[int(torch.randint(len(LENGTHS), (), generator=generator))]
+    mels = library.mels(library.draw(run.size(FRAMES // length), generator))
+    starts = torch.randint(0, (mels.shape[2] - length) // 8 + 1, (len(mels),), generator=generator) * 8
+    return torch.stack([mel[:, s : s + length] for mel, s in zip(mels, starts.tolist(), strict=True)])
+
+
+def train_vae(library: Library, run: Run) -> None:
+    """Train the VAE, measure the latents' scale, and save it as `vae`."""
+    torch.manual_seed(run.seed)
+    vae = VAE(VAEConfig.from_dict(SIZES["vae"]))
+    with torch.no_grad():  # begins as silence, and learns the rest
+        vae.decoder.conv_out.bias.fill_(FLOOR + SPAN / 4)
+
+    def loss(generator: torch.Generator) -> dict[str, Tensor]:
+        mel = pieces(library, run, generator).to(run.device)
+        latents = vae.encode(mel)
+        decoded = vae.decode(latents.sample(generator))
+        error = (decoded - mel).abs().mean()
+        divergence = latents.kl().mean() / latents.mode()[0].numel()
+        return {"loss": error + KL_WEIGHT * divergence, "error": error, "KL": divergence}
+
+    train("vae", vae, loss, run, steps=STEPS, rate=2e-3, average=0.995)
+    vae.config = dataclasses.replace(vae.config, scaling_factor=latent_scale(vae, library, run))
+    vae.save_pretrained(run.checkpoint / "vae")
+
+
+@torch.no_grad()
+def latent_scale(vae: VAE, library: Library, run: Run) -> float:
+    """What latents are multiplied with to have variance 1 (Rombach et al. 2022, appendix G)."""
+    indices = list(range(min(64, len(library))))
+    latents = torch.cat([vae.encode(library.mels([i]).to(run.device)).mode() for i in indices])
+    return round(1 / latents.std().item(), 4)
