@@ -126,11 +126,25 @@ def test_only_the_same_scene_counts_as_belonging_together(library: Library) -> N
 
 def test_contrastive_loss_is_least_where_scenes_agree() -> None:
     clap = train_clap.ClapModel(train_clap.ClapConfig.from_dict(SIZES["text_encoder"]))
-    same = torch.tensor([[True, False, True], [False, True, False], [True, False, True]])
-    apart = torch.eye(64)[:3]
-    together = apart[[0, 1, 0]]
-    losses = [train_clap.contrastive_loss(clap, x, x, same) for x in (together, apart)]
-    assert losses[0] < losses[1]
+    same = torch.tensor([[True, False, True], [False, True, False], [True, False, True], [False] * 3])
+    axes = torch.eye(64)
+    losses = [
+        train_clap.contrastive_loss(clap, text, text[:3], same)
+        for text in (axes[[0, 1, 0, 2]], axes[[0, 1, 0, 0]], axes[[0, 1, 2, 3]])
+    ]
+    assert losses[0] < min(losses[1:])
+
+
+def test_twins_differ_in_one_thing() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        scene = draw_scene(rng)
+        louder, other = train_clap.twins(scene, rng)
+        assert louder.sounds == scene.sounds
+        assert louder.loudness != scene.loudness
+        assert other.loudness == scene.loudness
+        assert other.sounds[0] != scene.sounds[0]
+        assert other.sounds[1:] == scene.sounds[1:]
 
 
 def test_disturbed_pictures_keep_their_levels(library: Library) -> None:
