@@ -25,6 +25,7 @@ from einops import rearrange
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from audioldm2.atomic import replacing
 from audioldm2.audio.log_mel import ClapFeatureExtractor, ClapFeatureExtractorConfig
 from audioldm2.models import ClapModel
 from audioldm2.models.clap import ClapConfig
@@ -109,16 +110,22 @@ def twins(scene: Scene, rng: np.random.Generator) -> tuple[Scene, Scene]:
 
 
 def clap_features(library: Library, path: Path, at_once: int = 8) -> np.ndarray:
-    """CLAP's pictures of all sounds, dB, (N, frames, mels) float16; made once and kept at `path`."""
-    if path.exists():
-        return np.load(path, mmap_mode="r")
+    """CLAP's pictures of all sounds, dB, (N, frames, mels) float16; kept at `path` while they fit."""
     extractor = ClapFeatureExtractor(ClapFeatureExtractorConfig.from_dict(FEATURES))
-    parts = []
-    for first in tqdm(range(0, len(library), at_once), desc="Picturing sounds for CLAP", disable=None):
-        waveforms = library.waveforms(torch.arange(first, min(first + at_once, len(library))))
-        parts.append(extractor(waveforms, SAMPLING_RATE)[:, 0].half().numpy())
+
+    def pictures(rows: Tensor) -> np.ndarray:
+        return extractor(library.waveforms(rows), SAMPLING_RATE)[:, 0].half().numpy()
+
+    if path.exists():
+        kept = np.load(path, mmap_mode="r")
+        some = torch.arange(0, len(library), max(1, len(library) // 64))
+        if len(kept) == len(library) and np.array_equal(kept[some.numpy()], pictures(some)):
+            return kept
+    batches = torch.arange(len(library)).split(at_once)
+    made = [pictures(rows) for rows in tqdm(batches, desc="Picturing sounds for CLAP", disable=None)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path, np.concatenate(parts))
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, np.concatenate(made))
     return np.load(path, mmap_mode="r")
 
 
