@@ -1,9 +1,9 @@
 """Train the projection and GPT-2: from a caption, as both encoders read it, to the "language of audio".
 
 GPT-2 generates eight vectors, each fed back as in the pipeline, and each is to be what the sound is like in
-one eighth of its time: the mean of the VAE's latents there, standardised over the library. AudioLDM 2
-regresses pooled features of an AudioMAE so (Liu et al. 2023, section III); there is none here, and latents are
-what the UNet has to make. The loss is the squared error, through the whole generation.
+one eighth of its time: the mean of the latents of the VAE there, standardised over the library. AudioLDM 2
+regresses pooled features of an AudioMAE so (Liu et al. 2023, section III); there is none here, and latents
+are what the UNet has to make. The loss is the squared error, through the whole generation.
 
 A caption does not say everything of its sound (when it begins, its exact pitch), so the best guess is the
 mean of all sounds that fit, and a part of the variance stays unexplained. An empty prompt, which guidance
