@@ -111,7 +111,7 @@ KINDS: dict[str, Bounds] = {
     "wind": {
         **LASTING,
         "centroid": (100, 550),
-        "hum": (-1, 0.1),
+        "hum": (-1, 0.12),
         "steadiness": (0, 0.7),
         "swelling": (0, 12),
     },
