@@ -30,9 +30,11 @@ from scripts.tiny.evaluation import (
 )
 from scripts.tiny.pictures import tile
 from scripts.tiny.sounds import KINDS, SAMPLES
-from scripts.tiny.trade import REFERENCE, Setting, draw, table, trade
+from scripts.tiny.trade import SETTINGS, Setting, draw, table, trade
 from scripts.tiny_checkpoint import write_tiny_checkpoint
 
+# The random checkpoint reads 32 tokens, which some captions are longer than.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is longer than")
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = ROOT / "scripts" / "evaluate_tiny"
 
@@ -128,7 +130,7 @@ def test_the_parts_are_measured(pipe: AudioLDM2Pipeline):
     assert errors["mel_dB"] > 1
     assert errors["picture_dB"] > 1
     assert through(pipe, sounds, vae=False)[1]["picture_dB"] == 0
-    assert 0 <= retrieval(pipe, 1, 0) <= 0.5
+    assert 0 <= retrieval(pipe, 1, 0) < 0.6
     ranked = ranking(pipe, draw_prompts(1, 0, two=0)[:1], steps=1, guidance=1.0, batch=4, candidates=2)
     assert 0 <= ranked["any"] <= ranked["possible"] <= 1
 
@@ -145,7 +147,7 @@ def test_samplers_and_precisions_are_compared(checkpoint: Path, tmp_path: Path):
     assert table(outcomes).count("\n") == 4
     draw(outcomes, tmp_path / "trade.png")
     assert Image.open(tmp_path / "trade.png").size[0] > 500
-    assert REFERENCE == Setting("DDIM", 200)
+    assert SETTINGS[0] == Setting("DDIM", 200)
 
 
 def test_the_pictures_are_small_and_as_large_as_they_should_be(tmp_path: Path):

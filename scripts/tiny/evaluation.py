@@ -75,7 +75,7 @@ def draw_prompts(clips: int, seed: int, two: int | None = None) -> list[Prompt]:
 
 
 def start_noise(pipe: AudioLDM2Pipeline, seed: int, count: int = 1) -> Tensor:
-    """The latents that a clip's denoising starts from, (count, C, T, F), float32: what a seed alone decides."""
+    """The latents that denoising starts from, (count, C, T, F), float32: what a seed alone decides."""
     scale, mels = pipe.vae.downsampling, pipe.vocoder.config.model_in_dim
     frames = round(SECONDS * SAMPLING_RATE) // LogMel().config.hop_length
     shape = (count, pipe.unet.config.in_channels, frames // scale, mels // scale)
@@ -101,7 +101,7 @@ def generate(
     candidates: int = 1,
     title: str = "Generating",
 ) -> np.ndarray:
-    """The sounds of prompts, (prompts, candidates, samples); with several candidates CLAP's choice comes first."""
+    """The sounds of prompts, (prompts, candidates, samples), of several candidates CLAP's choice first."""
     sounds: list[Any] = [None] * len(prompts)
     with tqdm(total=len(prompts), desc=title, disable=None) as bar:
         for places in batches(pipe, prompts, max(1, batch // candidates)):
@@ -164,8 +164,8 @@ def through(pipe: AudioLDM2Pipeline, sounds: np.ndarray, *, vae: bool) -> tuple[
     """Sounds (n, samples) through the VAE, there and back, and the vocoder, or through the vocoder alone.
 
     Returns:
-        what comes out, (n, samples); and the mean errors: `mel_dB` of the log-mel picture that comes out, in dB
-        (mean absolute difference), `picture_dB` of the VAE's own picture before the vocoder (0 without it), and
+        what comes out, (n, samples); and mean errors in dB: `mel_dB` of the log-mel picture of what comes out
+        (absolute difference), `picture_dB` of the VAE's picture before the vocoder (0 without it), and
         `level_dB` of the loudest part.
     """
     log_mel, out, errors = LogMel(), [], []
