@@ -81,12 +81,13 @@ SIZES: dict[str, dict[str, Any]] = {
     "vocoder": {
         "model_in_dim": 64,
         "sampling_rate": 16000,
-        "upsample_initial_channel": 112,
-        "upsample_rates": [5, 4, 4, 2],
-        "upsample_kernel_sizes": [15, 12, 12, 4],
-        "resblock_kernel_sizes": [3, 7],
-        "resblock_dilation_sizes": [[1, 3, 5]] * 2,
-        "normalize_before": False,
+        # A third of the weights work at the mel's own rate: cheap, with a wide view, and so quick on a CPU.
+        "upsample_initial_channel": 192,
+        "upsample_rates": [1, 5, 4, 8],
+        "upsample_kernel_sizes": [3, 11, 8, 16],
+        "resblock_kernel_sizes": [3],
+        "resblock_dilation_sizes": [[1, 3]],
+        "normalize_before": True,
     },
 }
 # CLAP's front end: no resampling, a window that holds a clip of 5.12 s, and the 256 frames of its picture.

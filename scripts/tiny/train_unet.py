@@ -20,10 +20,11 @@ from audioldm2.models.unet import UNetConfig
 from scripts.tiny.assemble import pipeline
 from scripts.tiny.data import Library
 from scripts.tiny.sizes import SCHEDULER, SIZES
+from scripts.tiny.train_vae import library_latents
 from scripts.tiny.training import Run, train
 
-STEPS = 4500
-BATCH = 24
+STEPS = 4400
+BATCH = 16
 DROPPED = 0.1  # of the conditions, for guidance
 LARGEST_SNR = 5.0
 
@@ -61,16 +62,6 @@ def encode_texts(pipe: AudioLDM2Pipeline, texts: list[str]) -> Conditions:
     return Conditions(states, mask, torch.cat(vectors)[torch.tensor(order).argsort()])
 
 
-@torch.no_grad()
-def encode_sounds(pipe: AudioLDM2Pipeline, library: Library) -> Tensor:
-    """The latents of all sounds, of variance 1: (n, 8, 64, 8)."""
-    latents = []
-    for start in tqdm(range(0, len(library), 16), desc="Encoding sounds", disable=None):
-        mels = library.mels(list(range(start, min(start + 16, len(library)))))
-        latents.append(pipe.vae.encode(mels.to(pipe.device)).mode().cpu())
-    return torch.cat(latents) * pipe.vae.config.scaling_factor
-
-
 def train_unet(library: Library, run: Run) -> None:
     """Train the UNet and save it as `unet`."""
     pipe = pipeline(run)
@@ -78,7 +69,7 @@ def train_unet(library: Library, run: Run) -> None:
     place = {text: i for i, text in enumerate(texts)}
     said = torch.tensor([[place[text] for text in captions] for captions in library.captions])
     conditions = encode_texts(pipe, [*texts, ""])  # the last is what guidance turns away from
-    latents = encode_sounds(pipe, library)
+    latents = library_latents(library, run) * pipe.vae.config.scaling_factor
     levels = DDIMScheduler(**SCHEDULER).alphas_cumprod.float()  # (1000,)
     snr = levels / (1 - levels)
     weights = snr.clamp(max=LARGEST_SNR) / snr
@@ -100,5 +91,5 @@ def train_unet(library: Library, run: Run) -> None:
         errors = F.mse_loss(predicted, noise.to(run.device), reduction="none").mean((1, 2, 3))
         return {"loss": (weights[times].to(run.device) * errors).mean(), "error": errors.mean()}
 
-    train("unet", unet, loss, run, steps=STEPS, rate=1.5e-3, warmup=200, average=0.998)
+    train("unet", unet, loss, run, steps=STEPS, rate=2e-3, warmup=200, average=0.998)
     unet.save_pretrained(run.checkpoint / "unet")

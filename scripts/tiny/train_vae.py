@@ -9,11 +9,14 @@ without.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from audioldm2 import VAE
+from audioldm2.atomic import replacing
 from audioldm2.models.vae import VAEConfig
 from scripts.tiny.data import Library
 from scripts.tiny.sizes import SIZES
@@ -60,3 +63,27 @@ def latent_scale(vae: VAE, library: Library, run: Run) -> float:
     indices = list(range(min(64, len(library))))
     latents = torch.cat([vae.encode(library.mels([i]).to(run.device)).mode() for i in indices])
     return round(1 / latents.std().item(), 4)
+
+
+@torch.no_grad()
+def library_latents(library: Library, run: Run) -> Tensor:
+    """The most likely latents of all sounds, by the trained VAE, unscaled: (n, 8, 64, 8) float32 on the CPU.
+
+    They are kept in the run's folder, until the VAE is another one.
+    """
+    folder, path = run.checkpoint / "vae", run.folder / "latents.pt"
+    weights = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(folder.iterdir()))).hexdigest()
+    if path.is_file():
+        kept = torch.load(path, weights_only=True)
+        if kept["weights"] == weights and len(kept["latents"]) == len(library):
+            return kept["latents"]
+    vae = VAE.from_pretrained(folder, device=run.device)
+    latents = torch.cat(
+        [
+            vae.encode(library.mels(rows).to(run.device)).mode().cpu()
+            for rows in tqdm(torch.arange(len(library)).split(8), desc="Encoding sounds", disable=None)
+        ]
+    )
+    with replacing(path) as temporary:
+        torch.save({"weights": weights, "latents": latents}, temporary)
+    return latents

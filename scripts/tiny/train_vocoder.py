@@ -1,0 +1,216 @@
+"""Training of the vocoder: HiFi-GAN's generator learns to turn log-mel pictures back into sound.
+
+It learns on excerpts of the library's sounds, of two places the louder one, so that little time goes into
+silence. There is no discriminator: on a CPU its time is better spent on more steps. The loss has three parts,
+all of magnitudes, because a mel does not say at which phase a sound is.
+
+1. Spectra through short windows, point by point: the distance of the magnitudes, relative to the excerpt and
+   of their logarithms (Yamamoto et al. 2020, "Parallel WaveGAN", equations 4 to 6, but with absolute values
+   instead of squares, of which a few sounds would make up all). Long windows are left out. A mel that stands
+   still gives a sound that repeats with its frames, lines at multiples of 100 Hz; the line next to a tone of
+   440 Hz is as wrong as silence to a long window, and better than silence to the ear and to a short one.
+2. Spectra through windows of all lengths as textures: mean and spread of the logarithms around a point (after
+   McDermott and Simoncelli 2011, who describe rain so). Nobody can hit noise point by point, and a generator
+   that only tries ends with the median of what may come, a buzz; the spread gives it away.
+3. The distance of the log-mel pictures (Kong et al. 2020, "HiFi-GAN", equation 3).
+
+Each excerpt is first brought to one level, so loud and soft sounds weigh alike, and what lies more than about
+50 dB below it is silence. Without that floor the logarithm's slope, which is steepest where there is least to
+hear, drowns all that is said about the sound itself.
+
+The mel of a steady sound says by fine ripples where in its period each frame begins, and a vocoder may
+learn to read them; but the pipeline's mels come out of the VAE, which smooths them away. So half of what the
+vocoder hears is what the trained VAE makes of sounds.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from audioldm2.audio.log_mel import LogMel, LogMelConfig
+from audioldm2.models.hifigan import HifiGan, HifiGanConfig
+from audioldm2.models.vae import VAE
+from scripts.tiny.data import Library, make_library
+from scripts.tiny.sizes import SIZES
+from scripts.tiny.sounds import level
+from scripts.tiny.training import Run, train
+
+STEPS = 9000
+BATCH = 4
+FRAMES = 80  # of an excerpt
+EDGE = 8  # frames at either end whose sound is not judged: the padding there lies inside real sounds
+DECODED = 500  # sounds that are sent through the VAE
+WINDOWS = ((2048, 480), (512, 120), (128, 48))  # (window, hop) in samples
+SHORT = 512  # at most so long are windows whose spectra are compared point by point
+PATCH = (200, 0.2)  # Hz by s that count as one texture
+LEVEL = 0.1  # RMS to which excerpts are brought, of their loudest 64 ms
+SOFTEST = 2e-3  # RMS; what is softer counts as silence
+FLOOR = 0.1  # then, of a magnitude in a window of 1024, below which nothing is heard
+MEL_FLOOR = 3e-3  # and of a magnitude in a mel band
+CHANGE = 5.0  # times as strongly as level itself, change counts in the first layer at first
+UNSEEN = 34  # sounds on which the result is measured
+
+
+@torch.no_grad()
+def initialise(vocoder: HifiGan, mels: Tensor) -> None:
+    """Draw weights at a variance that keeps the signal's (He et al. 2015); take the mels' mean and spread.
+
+    HiFi-GAN's own normal distribution of 0.01 is so narrow that thousands of steps go by before it sounds.
+    The second convolution of each residual pair starts small, so that the pairs hardly add up; so does the
+    last one. Half of the first layer's filters have no mean over time: they see nothing but change, and see it
+    well. What makes a sound noise, or tells one frame of a steady tone from the next, is small beside levels.
+
+    Args:
+        vocoder: changed in place.
+        mels: some of what it will hear, (..., F).
+    """
+    vocoder.mean.copy_(mels.flatten(0, -2).mean(0))
+    vocoder.scale.fill_(mels.std())
+    for name, layer in vocoder.named_modules():
+        if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d):
+            taps = layer.kernel_size[0] / (layer.stride[0] if isinstance(layer, nn.ConvTranspose1d) else 1)
+            gain = 0.5 if ".plain." in name else 0.03 if name == "conv_out" else math.sqrt(2)
+            nn.init.normal_(layer.weight, 0, gain / math.sqrt(layer.in_channels * taps))
+            nn.init.zeros_(layer.bias)
+    change = vocoder.conv_in.weight[::2]
+    change.sub_(change.mean(2, keepdim=True)).mul_(CHANGE)
+
+
+def power(waveforms: Tensor, window: int, hop: int) -> Tensor:
+    """Waveforms (B, samples) -> energy of their spectra (B, bins, frames)."""
+    shape = torch.hann_window(window, device=waveforms.device)
+    spectrum = torch.stft(waveforms, window, hop, window=shape, center=False, return_complex=True)
+    return torch.view_as_real(spectrum).square().sum(-1)
+
+
+def logarithms(ours: Tensor, theirs: Tensor, floor: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Logarithms of two pictures of magnitudes (B, ...), and where the second has something to hear.
+
+    Where the second is below the floor, all that is below the floor is alike. Where it is not, nothing is: a
+    sound that is missing still feels a slope.
+    """
+    heard = theirs > floor
+    ours = torch.where(heard, ours, ours.clamp(min=floor))
+    return ours.log(), theirs.clamp(min=floor).log(), heard
+
+
+def gap(ours: Tensor, theirs: Tensor, heard: Tensor) -> Tensor:
+    """The mean absolute difference of pictures (B, H, W) where there is something to hear, plus the rest's.
+
+    Taken apart, so that a tone, which is heard in few places, weighs as much as noise.
+    """
+    difference = (ours - theirs).abs()
+    rest = 0.01 * heard[0].numel()
+    parts = [(difference * part).sum((1, 2)) / (part.sum((1, 2)) + rest) for part in (heard, ~heard)]
+    return (parts[0] + parts[1]).mean()
+
+
+def texture(x: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Mean and spread of a picture (B, bins, time) in patches: (2, B, 1, ...)."""
+    height, width = shape
+    pool = nn.AvgPool2d(shape, (max(1, height // 2), max(1, width // 2)))
+    x = rearrange(x, "b f t -> b 1 f t")
+    mean = pool(x)
+    return torch.stack([mean, (pool(x.square()) - mean.square()).clamp(min=1e-3).sqrt()])
+
+
+def distance(made: Tensor, real: Tensor) -> dict[str, Tensor]:
+    """How far waveforms (B, samples) are from the real ones; "loss" is the weighted sum of the others."""
+    log_mel = LogMel(LogMelConfig(floor=1e-4))
+    rate = log_mel.config.sampling_rate
+    loudest = real.unfold(1, 1024, 512).square().mean(-1).amax(1, keepdim=True).sqrt()  # (B, 1)
+    gain = LEVEL / loudest.clamp(min=SOFTEST)
+    made, real = gain * made, gain * real
+    parts = {key: torch.zeros((), device=made.device) for key in ("magnitude", "logarithm", "texture")}
+    for window, hop in WINDOWS:
+        floor = FLOOR * math.sqrt(window / 1024)
+        ours, theirs = ((power(w, window, hop) + 1e-4).sqrt() for w in (made, real))
+        if window <= SHORT:
+            difference = (ours - theirs).abs().mean((1, 2))
+            parts["magnitude"] += (difference / (theirs.mean((1, 2)) + floor)).mean()
+        ours, theirs, heard = logarithms(ours, theirs, floor)
+        if window <= SHORT:
+            parts["logarithm"] += gap(ours, theirs, heard)
+        patch = max(1, round(PATCH[0] * window / rate)), round(PATCH[1] * rate / hop)
+        parts["texture"] += F.l1_loss(texture(ours, patch), texture(theirs, patch))
+    ours, theirs = (log_mel(w, rate).exp().squeeze(1) for w in (made, real))
+    parts["mel"] = gap(*logarithms(ours, theirs, MEL_FLOOR))
+    loss = 0.5 * parts["magnitude"] + 0.1 * parts["logarithm"] + 0.4 * parts["texture"] + parts["mel"]
+    return {"loss": loss, **parts}
+
+
+@torch.no_grad()
+def decoded(library: Library, run: Run) -> Tensor:
+    """The log-mels that the run's trained VAE makes of those of the first sounds: (n, 1, 512, 64)."""
+    vae = VAE.from_pretrained(run.checkpoint, "vae", device=run.device)
+    generator = run.generator(0)
+    mels = []
+    for indices in torch.arange(min(DECODED, len(library))).split(8):
+        latents = vae.encode(library.mels(indices).to(run.device)).sample(generator)
+        mels.append(vae.decode(latents).cpu())
+    return torch.cat(mels)
+
+
+def louder(mels: Tensor, generator: torch.Generator) -> list[int]:
+    """Where excerpts of mels (B, T, F) begin: of two places drawn for each, the one with more to hear."""
+    starts = torch.randint(mels.shape[1] - FRAMES + 1, (len(mels), 2), generator=generator)
+    return [
+        max(places, key=lambda start: mel[start : start + FRAMES].mean().item())
+        for mel, places in zip(mels, starts.tolist(), strict=True)
+    ]
+
+
+@torch.no_grad()
+def errors(vocoder: HifiGan, library: Library) -> tuple[float, float]:
+    """Mean absolute error of the log-mels of sounds that went through the vocoder, and of their levels in dB."""
+    device, log_mel = vocoder.mean.device, LogMel()
+    mel_errors, level_errors = [], []
+    for i in range(len(library)):
+        mel = library.mels([i])
+        sound = vocoder(mel[:, 0].to(device)).cpu()
+        mel_errors.append(F.l1_loss(log_mel(sound, log_mel.config.sampling_rate), mel).item())
+        level_errors.append(abs(level(sound[0].numpy()) - level(library.waveforms([i])[0].numpy())))
+    return sum(mel_errors) / len(library), sum(level_errors) / len(library)
+
+
+def train_vocoder(library: Library, run: Run) -> None:
+    """Train the vocoder into the run's checkpoint, where the trained VAE must lie.
+
+    Args:
+        library: to train on.
+        run: where and how.
+    """
+    torch.manual_seed(run.seed)
+    vocoder = HifiGan(HifiGanConfig.from_dict(SIZES["vocoder"]))
+    initialise(vocoder, library.mels(range(min(200, len(library)))))
+    hop = vocoder.hop_length
+
+    from_vae = decoded(library, run)
+
+    def loss(generator: torch.Generator) -> dict[str, Tensor]:
+        indices = library.draw(run.size(BATCH), generator)
+        half = len(indices) // 2
+        indices[:half] %= len(from_vae)
+        mels = rearrange(
+            torch.cat([from_vae[indices[:half]], library.mels(indices[half:])]), "b 1 t f -> b t f"
+        )
+        starts = louder(mels, generator)
+        heard = torch.stack([mel[start : start + FRAMES] for mel, start in zip(mels, starts, strict=True)])
+        real = torch.stack(
+            [
+                waveform[(start + EDGE) * hop : (start + FRAMES - EDGE) * hop]
+                for waveform, start in zip(library.waveforms(indices), starts, strict=True)
+            ]
+        )
+        made = vocoder(heard.to(run.device))[:, EDGE * hop : -EDGE * hop]
+        return distance(made, real.to(run.device))
+
+    train("vocoder", vocoder, loss, run, steps=STEPS, rate=1e-3, average=0.998, betas=(0.8, 0.99), clip=5.0)
+    mel_error, level_error = errors(vocoder, make_library(UNSEEN, run.seed + 1))
+    print(f"vocoder, unseen sounds there and back: log-mel {mel_error:.3f}, level {level_error:.2f} dB off")
+    vocoder.save_pretrained(run.checkpoint / "vocoder")
