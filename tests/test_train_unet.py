@@ -1,0 +1,214 @@
+"""The trainers of VAE and UNet: two steps, what they leave, a run cut in two; and the command for all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import audioldm2
+from audioldm2 import VAE, AudioLDM2Pipeline, UNet
+from audioldm2.models.unet import UNetConfig
+from audioldm2.models.vae import VAEConfig
+from scripts.tiny import training
+from scripts.tiny.assemble import assemble
+from scripts.tiny.data import Library, make_library
+from scripts.tiny.sizes import SIZES
+from scripts.tiny.train_unet import encode_texts, train_unet
+from scripts.tiny.train_vae import library_latents, train_vae
+from scripts.tiny.training import Run, schedule, train
+
+SHIPPED = Path(audioldm2.__file__).parent / "tiny"
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def library() -> Library:
+    return make_library(4, seed=1)
+
+
+def start(folder: Path, *without: str) -> Run:
+    """A run in which every part is trained, but for some."""
+    run = Run(folder, steps=2, batch=2)
+    shutil.copytree(SHIPPED, run.checkpoint, ignore=shutil.ignore_patterns("README.md", *without))
+    return run
+
+
+def moved(before: nn.Module, after: nn.Module) -> bool:
+    """Whether each parameter did, and is a number."""
+    pairs = zip(before.parameters(), after.parameters(), strict=True)
+    return all(torch.isfinite(b).all() and not torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_vae_learns_and_its_latents_have_variance_1(library: Library, tmp_path: Path) -> None:
+    run = start(tmp_path, "vae")
+    train_vae(library, run)
+    vae = VAE.from_pretrained(run.checkpoint, subfolder="vae")
+    torch.manual_seed(run.seed)
+    assert moved(VAE(VAEConfig.from_dict(SIZES["vae"])), vae)
+    latents = library_latents(library, run)
+    assert latents.shape == (4, 8, 64, 8)
+    assert (latents * vae.config.scaling_factor).std().item() == pytest.approx(1, abs=1e-3)
+    assert (tmp_path / "plots" / "vae.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_latents_are_kept_until_the_vae_is_another(library: Library, tmp_path: Path) -> None:
+    run = start(tmp_path)
+    first = library_latents(library, run)
+    changed = tmp_path.joinpath("latents.pt").stat().st_mtime_ns
+    assert torch.equal(library_latents(library, run), first)
+    assert tmp_path.joinpath("latents.pt").stat().st_mtime_ns == changed
+    VAE(VAEConfig.from_dict(SIZES["vae"])).save_pretrained(run.checkpoint / "vae")
+    assert not torch.allclose(library_latents(library, run), first)
+
+
+def test_the_unet_learns(library: Library, tmp_path: Path) -> None:
+    run = start(tmp_path, "unet")
+    train_unet(library, run)
+    torch.manual_seed(run.seed)
+    assert moved(
+        UNet(UNetConfig.from_dict(SIZES["unet"])), UNet.from_pretrained(run.checkpoint, subfolder="unet")
+    )
+
+
+def test_the_unet_learns_with_what_the_pipeline_will_say(tmp_path: Path) -> None:
+    """Each text's conditions are its own, whatever it was encoded beside."""
+    pipe = AudioLDM2Pipeline.from_pretrained("tiny")
+    texts = ["a bell", "a loud falling sweep over rain, and there is wind", ""]
+    said = encode_texts(pipe, texts)
+    for i, text in enumerate(texts):
+        vectors, states, mask = said.of(torch.tensor([i]), "cpu")
+        t5, t5_mask, gpt2 = pipe.encode_prompt(text, "cpu", 1, False)
+        assert torch.equal(mask, t5_mask.long())
+        torch.testing.assert_close(vectors, gpt2, rtol=0, atol=1e-4)
+        torch.testing.assert_close(states, t5, rtol=1e-2, atol=1e-2)  # kept in float16
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [start(tmp_path / name, "unet") for name in ("whole", "cut")]
+    train_unet(library, runs[0])
+    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+    steps = iter([None, KeyboardInterrupt])
+    draw = Library.draw
+
+    def killed(self: Library, *arguments: object) -> torch.Tensor:
+        if next(steps, None) is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return draw(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Library, "draw", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_unet(library, runs[1])
+    assert torch.load(runs[1].folder / "unet.pt", weights_only=True)["done"] == 1
+    train_unet(library, runs[1])
+    whole, cut = (UNet.from_pretrained(run.checkpoint, subfolder="unet").state_dict() for run in runs)
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+# --- the loop
+
+
+def learn(run: Run, **options: float) -> nn.Module:
+    """A line through points of one."""
+    torch.manual_seed(0)
+    line = nn.Linear(1, 1)
+
+    def loss(generator: torch.Generator) -> dict[str, torch.Tensor]:
+        x = torch.randn(32, 1, generator=generator)
+        return {"loss": (line(x) - (3 * x + 1)).square().mean()}
+
+    train("line", line, loss, run, steps=300, rate=0.1, warmup=10, **options)
+    return line
+
+
+def test_the_loop_learns_and_a_finished_stage_is_not_learnt_again(tmp_path: Path) -> None:
+    line = learn(Run(tmp_path), average=0.9)
+    assert line.weight.item() == pytest.approx(3, abs=0.05)
+    assert line.bias.item() == pytest.approx(1, abs=0.05)
+    assert not line.training
+    changed = (tmp_path / "plots" / "line.png").stat().st_mtime_ns, torch.load(tmp_path / "line.pt")["curves"]
+    assert torch.equal(learn(Run(tmp_path), average=0.9).weight, line.weight)
+    assert torch.load(tmp_path / "line.pt")["curves"] == changed[1]
+
+
+def test_a_run_of_another_seed_is_not_taken_up(tmp_path: Path) -> None:
+    learn(Run(tmp_path))
+    with pytest.raises(ValueError, match="seed 0 and 300 steps, not with 1 and 300; remove it"):
+        learn(Run(tmp_path, seed=1))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
+    line = nn.Linear(1, 1)
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 1"):
+        train(
+            "line",
+            line,
+            lambda g: {"loss": line(torch.full((1, 1), torch.nan)).sum()},
+            Run(tmp_path),
+            steps=3,
+            rate=1,
+        )
+
+
+def test_the_rate_rises_and_falls() -> None:
+    rates = [schedule(step, 100, 10) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[10] == 1
+    assert rates[11:] == sorted(rates[11:], reverse=True)
+    assert rates[-1] < 0.01
+
+
+# --- the command
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "train_tiny"), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+
+
+def test_the_command_trains_all_and_writes_a_checkpoint_that_sounds(tmp_path: Path) -> None:
+    done = command(
+        "--folder", str(tmp_path), "--sounds", "4", "--steps", "1", "--batch", "2", "--threads", "1"
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert str(tmp_path / "tiny") in done.stdout
+    pipe = AudioLDM2Pipeline.from_pretrained(tmp_path / "tiny")
+    assert pipe.dtype == torch.float16
+    pipe.to(torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a bell", num_inference_steps=1).audios.shape == (1, 81920)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--steps", "0"), "--steps must be at least 1, not 0"),
+        (("--device", "tpu"), "tpu"),
+        (("--stages", "gan"), "invalid choice: 'gan'"),
+    ],
+)
+def test_the_command_refuses_what_makes_no_sense(arguments: tuple[str, ...], says: str) -> None:
+    done = command(*arguments)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_checkpoint_is_not_assembled_from_half_of_its_parts(tmp_path: Path) -> None:
+    run = start(tmp_path, "unet", "vocoder")
+    with pytest.raises(FileNotFoundError, match="lacks unet, vocoder: train them first"):
+        assemble(run, tmp_path / "tiny")
