@@ -251,6 +251,7 @@ def test_a_glide_and_steps_have_their_way_and_span(way: int):
         assert way * measured.direction > 0.98
         assert measured.span == pytest.approx(24, abs=2)
         assert stepping[0] <= measured.stepping <= stepping[1]
+    assert measured.notes == 13
 
 
 def test_a_wailing_pitch_turns_twice_a_period():

@@ -50,6 +50,7 @@ class Measured:
     span: float  # semitones, from the 3rd to the 97th percentile of the pitch
     direction: float  # rank correlation of pitch and time (Spearman 1904): 1 rises throughout, -1 falls
     stepping: float  # share of all movement of the pitch that its fastest fifth makes: much of it in notes
+    notes: float  # stretches of at least 0.1 s in which the pitch stays within 0.6 semitones
     turns: float  # how often the pitch turns round, by 3 semitones at least
     onsets: float  # beginnings: rises of 6 dB within 30 ms
     rate: float  # onsets a second, from the median time between two
@@ -72,15 +73,14 @@ class Measured:
 # Bounds of each kind's quantities.
 Bounds = dict[str, tuple[float, float]]
 LASTING: Bounds = {"lasting": (3.0, inf), "held": (0.5, 1)}
-NOTE: Bounds = {"onsets": (1, 1), "held": (0, 0.85), "steadiness": (0.8, 1), "tonality": (0.35, 1)}
-MELODY: Bounds = {"lasting": (1.6, inf), "tonality": (0.6, 1), "stepping": (0.55, 1), "onsets": (4, 12)}
+NOTE: Bounds = {"onsets": (1, 1), "held": (0, 0.85), "steadiness": (0.8, 1), "tonality": (0.3, 1)}
+MELODY: Bounds = {"lasting": (1.6, inf), "tonality": (0.5, 1), "stepping": (0.45, 1), "notes": (5, 11)}
 KINDS: dict[str, Bounds] = {
-    "tone": {"lasting": (2.2, inf), "held": (0.7, 1), "steadiness": (0.85, 1), "tonality": (0.72, 1)},
+    "tone": {"lasting": (2.2, inf), "held": (0.7, 1), "steadiness": (0.85, 1), "tonality": (0.6, 1)},
     "sweep": {
         "lasting": (1.8, inf),
-        "held": (0.6, 1),
-        "tonality": (0.6, 1),
-        "stepping": (0, 0.5),
+        "tonality": (0.5, 1),
+        "stepping": (0, 0.45),
         "span": (17, inf),
     },
     "pulses": {
@@ -88,13 +88,13 @@ KINDS: dict[str, Bounds] = {
         "regularity": (0.6, 1),
         "frequency": (400, 1900),
         "steadiness": (0.85, 1),
-        "tonality": (0.6, 1),
+        "tonality": (0.5, 1),
     },
     "clicks": {"onsets": (4, inf), "regularity": (0.6, 1), "flatness": (0.6, 1), "low": (0, 0.15)},
     "siren": {
         **LASTING,
         "frequency": (550, 1300),
-        "tonality": (0.5, 1),
+        "tonality": (0.45, 1),
         "span": (6, 18),
         "stepping": (0, 0.55),
         "turns": (2, 9),
@@ -111,7 +111,7 @@ KINDS: dict[str, Bounds] = {
     "wind": {
         **LASTING,
         "centroid": (100, 550),
-        "hum": (-1, 0.1),
+        "hum": (-1, 0.12),
         "steadiness": (0, 0.7),
         "swelling": (0, 12),
     },
@@ -120,7 +120,7 @@ KINDS: dict[str, Bounds] = {
     "birds": {
         "onsets": (4, inf),
         "frequency": (2500, 6000),
-        "tonality": (0.45, 1),
+        "tonality": (0.35, 1),
         "span": (3, 14),
         "steadiness": (0, 0.8),
     },
@@ -200,6 +200,7 @@ def measure(waveform: np.ndarray, depth: float = DEPTH) -> Measured:
         span=float(np.ptp(np.percentile(notes, [3, 97]))),
         direction=rank_correlation(notes),
         stepping=stepping(notes),
+        notes=count_notes(notes),
         turns=turns(notes),
         onsets=len(starts),
         rate=float(1 / np.median(between)),
@@ -293,10 +294,22 @@ def stepping(notes: np.ndarray) -> float:
     )
 
 
+def count_notes(notes: np.ndarray, within: float = 0.6, shortest: int = 10) -> int:
+    """Stretches of a contour (semitones, every 10 ms) that stay within so much of their own mean so far."""
+    count, length, mean = 0, 0, 0.0
+    for note in [*notes.tolist(), inf]:
+        if length and abs(note - mean) > within:
+            count += length >= shortest
+            length, mean = 0, 0.0
+        length += 1
+        mean += (note - mean) / length
+    return count
+
+
 def turns(notes: np.ndarray, least: float = 3.0) -> int:
     """How often a contour (semitones) turns round; movements smaller than `least` do not count."""
     count, way, lowest, highest = 0, 0, notes[0], notes[0]
-    for note in notes:
+    for note in notes.tolist():
         lowest, highest = min(lowest, note), max(highest, note)
         if way <= 0 and note > lowest + least:
             count, way, highest = count + (way < 0), 1, note
