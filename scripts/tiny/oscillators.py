@@ -8,15 +8,15 @@ The sound is what overlapping windows of sinusoids add up to,
     y(t) = sum over frames n and mel bands m of  exp(mel_m[n]) T_m(t - n H),
     T_m(t) = w(t) sum over lines f of  r_m(f) cos(2 pi f t + phi_f)
 
-with a Hann window w of two frames. Lines lie at multiples of 1/H, at which consecutive frames agree; r_m is the
-band's triangle. (A generator sees nothing but the mel. Where that stands still, its output must repeat with the
-frames, whatever its weights are: lines at multiples of the frame rate are all that there can be. That is why
-the tiny checkpoint's frames are as far apart as 32 ms: 31 Hz from line to line.)
+with a Hann window w of two frames. Lines lie at multiples of 1/H, at which consecutive frames agree; r_m is
+the band's triangle. (A generator sees nothing but the mel. Where that stands still, its output must repeat
+with the frames, whatever its weights are: lines at multiples of the frame rate are all that there can be.
+That is why the tiny checkpoint's frames are as far apart as 32 ms: 31 Hz from line to line.)
 
 A generator with slope 0 computes that with four layers:
 
-1. conv_in makes of each band three ramps relu(mel_m - b), whose sum approximates the exponential.
-2. The first up-sampling multiplies them with the T_m, in complex subbands at a low rate: a subband l of width B
+1. conv_in makes of each band three ramps relu(mel_m - b), whose sum approximates the exponential. 2. The
+first up-sampling multiplies them with the T_m, in complex subbands at a low rate: a subband l of width B
    around f_l is an analytic signal (Crochiere and Rabiner 1983, chapter 7), its samples may be as few as its
    bandwidth, a little more in order that short filters can tell it from its images.
 3. The second and third up-sampling interpolate, z(t) = sum_i z[i] p(t - i T) exp(2 pi j f_l (t - i T)) with a
@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from audioldm2.audio.log_mel import LogMelConfig, mel_filter_bank
 from audioldm2.models.hifigan import HifiGan
 
-# Ramps (b, slope) whose sum is exp(x) within 4 dB for x = -5.2 ... 2.5, where sounds lie; below it is silence.
+# Ramps (b, slope) whose sum is exp(x) within 4 dB for x = -5.2 ... 2.5, where sounds lie; below it is
+# silence.
 RAMPS = ((-5.417, 0.01642), (-2.625, 0.1984), (-0.062, 2.584))
 LEVEL = 10 ** (-45.5 / 20)  # of the sum of all lines against the sound that the mels were taken of
 
@@ -102,10 +103,8 @@ def begin_as_oscillators(vocoder: HifiGan, seed: int = 0) -> None:
     vocoder.conv_out.weight[0, :2, middle] = torch.tensor([0.99, -0.99])
 
 
-def _templates(
-    vocoder: HifiGan, count: int, width: float, at: Tensor, generator: torch.Generator
-) -> Tensor:
-    """T_m in each of `count` subbands, as analytic signals, at samples `at` from a frame's begin: (m, l, taps)."""
+def _templates(vocoder: HifiGan, count: int, width: float, at: Tensor, generator: torch.Generator) -> Tensor:
+    """T_m in each of `count` subbands, analytic, at samples `at` from a frame's begin: (m, l, taps)."""
     rate, hop = vocoder.config.sampling_rate, vocoder.hop_length
     mel = LogMelConfig(hop_length=hop)
     filters = mel_filter_bank(mel.n_fft, mel.n_mels, rate, mel.frequency_min, mel.frequency_max)

@@ -55,7 +55,11 @@ def encode_texts(pipe: AudioLDM2Pipeline, texts: list[str]) -> Conditions:
     vectors = []
     for start in tqdm(range(0, len(texts), 256), desc="Encoding captions", disable=None):
         rows = order[start : start + 256]
-        t5, t5_mask, gpt2 = pipe.encode_prompt([texts[i] for i in rows], pipe.device, 1, False)
+        # As negative prompts, which may be empty; they come first. As long as the longest, which is there twice.
+        negative = [texts[i] for i in rows]
+        prompts = [max(negative, key=lambda text: len(pipe.tokenizer_2(text).input_ids))] * len(rows)
+        encoded = pipe.encode_prompt(prompts, pipe.device, 1, True, negative_prompt=negative)
+        t5, t5_mask, gpt2 = (side[: len(rows)] for side in encoded)
         states[rows, : t5.shape[1]] = t5.half().cpu()
         mask[rows, : t5.shape[1]] = t5_mask.long().cpu()
         vectors.append(gpt2.cpu())

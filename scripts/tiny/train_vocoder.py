@@ -1,26 +1,25 @@
 """Training of the vocoder: HiFi-GAN's generator learns to turn log-mel pictures back into sound.
 
-It learns on excerpts of the library's sounds, of two places the louder one, so that little time goes into
-silence. There is no discriminator: on a CPU its time is better spent on more steps. The loss has three parts,
-all of magnitudes, because a mel does not say at which phase a sound is.
+It begins as a bank of oscillators (see oscillators.py), which sounds already, and learns from there to get
+levels right, to sharpen what the VAE blurs, and to make up for the oscillators' coarseness. It learns on
+excerpts of the library's sounds, of two places the louder one, so that little time goes into silence; half of
+the pictures come straight from the sounds, half went through the trained VAE, as in use. There is no
+discriminator: on a CPU its time is better spent on more steps. The loss has three parts, all of magnitudes,
+because a mel does not say at which phase a sound is.
 
-1. Spectra through short windows, point by point: the distance of the magnitudes, relative to the excerpt and
-   of their logarithms (Yamamoto et al. 2020, "Parallel WaveGAN", equations 4 to 6, but with absolute values
-   instead of squares, of which a few sounds would make up all). Long windows are left out. A mel that stands
-   still gives a sound that repeats with its frames, lines at multiples of 100 Hz; the line next to a tone of
-   440 Hz is as wrong as silence to a long window, and better than silence to the ear and to a short one.
+1. Spectra through short windows, point by point: the distance of the magnitudes, relative to the excerpt, and
+of
+   their logarithms (Yamamoto et al. 2020, "Parallel WaveGAN", equations 4 to 6, but with absolute values
+   instead of squares, of which a few sounds would make up all). Long windows are left out: steady sounds have
+   lines at multiples of the frame rate, 31 Hz apart. The line next to a tone is as wrong as silence to a long
+   window, and better than silence to the ear and to a short one.
 2. Spectra through windows of all lengths as textures: mean and spread of the logarithms around a point (after
    McDermott and Simoncelli 2011, who describe rain so). Nobody can hit noise point by point, and a generator
-   that only tries ends with the median of what may come, a buzz; the spread gives it away.
+   that only tries ends with the median of what may come; the spread gives it away.
 3. The distance of the log-mel pictures (Kong et al. 2020, "HiFi-GAN", equation 3).
 
 Each excerpt is first brought to one level, so loud and soft sounds weigh alike, and what lies more than about
-50 dB below it is silence. Without that floor the logarithm's slope, which is steepest where there is least to
-hear, drowns all that is said about the sound itself.
-
-The mel of a steady sound says by fine ripples where in its period each frame begins, and a vocoder may
-learn to read them; but the pipeline's mels come out of the VAE, which smooths them away. So half of what the
-vocoder hears is what the trained VAE makes of sounds.
+50 dB below it is silence.
 """
 
 from __future__ import annotations
@@ -36,14 +35,15 @@ from audioldm2.audio.log_mel import LogMel, LogMelConfig
 from audioldm2.models.hifigan import HifiGan, HifiGanConfig
 from audioldm2.models.vae import VAE
 from scripts.tiny.data import Library, make_library
-from scripts.tiny.sizes import SIZES
+from scripts.tiny.oscillators import begin_as_oscillators
+from scripts.tiny.sizes import HOP, SIZES
 from scripts.tiny.sounds import level
 from scripts.tiny.training import Run, train
 
-STEPS = 9000
+STEPS = 3000
 BATCH = 4
-FRAMES = 80  # of an excerpt
-EDGE = 8  # frames at either end whose sound is not judged: the padding there lies inside real sounds
+FRAMES = 48  # of an excerpt
+EDGE = 3  # frames at either end whose sound is not judged: the padding there lies inside real sounds
 DECODED = 500  # sounds that are sent through the VAE
 WINDOWS = ((2048, 480), (512, 120), (128, 48))  # (window, hop) in samples
 SHORT = 512  # at most so long are windows whose spectra are compared point by point
@@ -52,33 +52,7 @@ LEVEL = 0.1  # RMS to which excerpts are brought, of their loudest 64 ms
 SOFTEST = 2e-3  # RMS; what is softer counts as silence
 FLOOR = 0.1  # then, of a magnitude in a window of 1024, below which nothing is heard
 MEL_FLOOR = 3e-3  # and of a magnitude in a mel band
-CHANGE = 5.0  # times as strongly as level itself, change counts in the first layer at first
 UNSEEN = 34  # sounds on which the result is measured
-
-
-@torch.no_grad()
-def initialise(vocoder: HifiGan, mels: Tensor) -> None:
-    """Draw weights at a variance that keeps the signal's (He et al. 2015); take the mels' mean and spread.
-
-    HiFi-GAN's own normal distribution of 0.01 is so narrow that thousands of steps go by before it sounds.
-    The second convolution of each residual pair starts small, so that the pairs hardly add up; so does the
-    last one. Half of the first layer's filters have no mean over time: they see nothing but change, and see it
-    well. What makes a sound noise, or tells one frame of a steady tone from the next, is small beside levels.
-
-    Args:
-        vocoder: changed in place.
-        mels: some of what it will hear, (..., F).
-    """
-    vocoder.mean.copy_(mels.flatten(0, -2).mean(0))
-    vocoder.scale.fill_(mels.std())
-    for name, layer in vocoder.named_modules():
-        if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d):
-            taps = layer.kernel_size[0] / (layer.stride[0] if isinstance(layer, nn.ConvTranspose1d) else 1)
-            gain = 0.5 if ".plain." in name else 0.03 if name == "conv_out" else math.sqrt(2)
-            nn.init.normal_(layer.weight, 0, gain / math.sqrt(layer.in_channels * taps))
-            nn.init.zeros_(layer.bias)
-    change = vocoder.conv_in.weight[::2]
-    change.sub_(change.mean(2, keepdim=True)).mul_(CHANGE)
 
 
 def power(waveforms: Tensor, window: int, hop: int) -> Tensor:
@@ -146,7 +120,7 @@ def distance(made: Tensor, real: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def decoded(library: Library, run: Run) -> Tensor:
-    """The log-mels that the run's trained VAE makes of those of the first sounds: (n, 1, 512, 64)."""
+    """The log-mels that the run's trained VAE makes of those of the first sounds: (n, 1, 160, 64)."""
     vae = VAE.from_pretrained(run.checkpoint, "vae", device=run.device)
     generator = run.generator(0)
     mels = []
@@ -167,8 +141,8 @@ def louder(mels: Tensor, generator: torch.Generator) -> list[int]:
 
 @torch.no_grad()
 def errors(vocoder: HifiGan, library: Library) -> tuple[float, float]:
-    """Mean absolute error of the log-mels of sounds that went through the vocoder, and of their levels in dB."""
-    device, log_mel = vocoder.mean.device, LogMel()
+    """Mean error of the log-mels of sounds that went through the vocoder, and of their levels in dB."""
+    device, log_mel = vocoder.mean.device, LogMel(LogMelConfig(hop_length=HOP))
     mel_errors, level_errors = [], []
     for i in range(len(library)):
         mel = library.mels([i])
@@ -187,7 +161,7 @@ def train_vocoder(library: Library, run: Run) -> None:
     """
     torch.manual_seed(run.seed)
     vocoder = HifiGan(HifiGanConfig.from_dict(SIZES["vocoder"]))
-    initialise(vocoder, library.mels(range(min(200, len(library)))))
+    begin_as_oscillators(vocoder, run.seed)
     hop = vocoder.hop_length
 
     from_vae = decoded(library, run)
@@ -210,7 +184,7 @@ def train_vocoder(library: Library, run: Run) -> None:
         made = vocoder(heard.to(run.device))[:, EDGE * hop : -EDGE * hop]
         return distance(made, real.to(run.device))
 
-    train("vocoder", vocoder, loss, run, steps=STEPS, rate=1e-3, average=0.998, betas=(0.8, 0.99), clip=5.0)
+    train("vocoder", vocoder, loss, run, steps=STEPS, rate=3e-4, average=0.998, betas=(0.8, 0.99), clip=5.0)
     mel_error, level_error = errors(vocoder, make_library(UNSEEN, run.seed + 1))
     print(f"vocoder, unseen sounds there and back: log-mel {mel_error:.3f}, level {level_error:.2f} dB off")
     vocoder.save_pretrained(run.checkpoint / "vocoder")
