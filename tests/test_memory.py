@@ -642,8 +642,7 @@ def without_data() -> dict[str, Any]:
     """The base checkpoint's stages at float16."""
     with torch.device("meta"):
         return {
-            name: form.stage(form.config.from_dict(BASE[name])).half()
-            for name, (form, *_) in PARTS.items()
+            name: form.stage(form.config.from_dict(BASE[name])).half() for name, (form, *_) in PARTS.items()
         }
 
 

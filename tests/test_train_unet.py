@@ -53,7 +53,7 @@ def test_the_vae_learns_and_its_latents_have_variance_1(library: Library, tmp_pa
     torch.manual_seed(run.seed)
     assert moved(VAE(VAEConfig.from_dict(SIZES["vae"])), vae)
     latents = library_latents(library, run)
-    assert latents.shape == (4, 8, 64, 8)
+    assert latents.shape == (4, 8, 40, 16)
     assert (latents * vae.config.scaling_factor).std().item() == pytest.approx(1, abs=1e-3)
     assert (tmp_path / "plots" / "vae.png").read_bytes().startswith(b"\x89PNG")
 
@@ -77,17 +77,22 @@ def test_the_unet_learns(library: Library, tmp_path: Path) -> None:
     )
 
 
-def test_the_unet_learns_with_what_the_pipeline_will_say(tmp_path: Path) -> None:
-    """Each text's conditions are its own, whatever it was encoded beside."""
+def test_the_unet_learns_with_what_the_pipeline_will_say() -> None:
+    """Each text's conditions are its own, whatever it was encoded beside; so are the empty prompt's."""
     pipe = AudioLDM2Pipeline.from_pretrained("tiny")
-    texts = ["a bell", "a loud falling sweep over rain, and there is wind", ""]
+    pipe.set_progress_bar_config(disable=True)
+    texts = ["a bell", "a loud falling sweep over rain, and there is wind", "white noise"]
     said = encode_texts(pipe, texts)
     for i, text in enumerate(texts):
-        vectors, states, mask = said.of(torch.tensor([i]), "cpu")
-        t5, t5_mask, gpt2 = pipe.encode_prompt(text, "cpu", 1, False)
-        assert torch.equal(mask, t5_mask.long())
-        torch.testing.assert_close(vectors, gpt2, rtol=0, atol=1e-4)
-        torch.testing.assert_close(states, t5, rtol=1e-2, atol=1e-2)  # kept in float16
+        both = pipe.encode_prompt(text, "cpu", 1, True)
+        for row, of in ((said.silence[i], 0), (torch.tensor(i), 1)):
+            vectors, states, mask = said.of(row[None], "cpu")
+            length = mask.shape[1]
+            assert torch.equal(mask[0], both[1][of, :length].long())
+            assert not both[1][of, length:].any()
+            torch.testing.assert_close(vectors[0], both[2][of], rtol=0, atol=1e-4)
+            heard = mask[0].bool()
+            torch.testing.assert_close(states[0, heard], both[0][of, :length][heard], rtol=1e-2, atol=1e-2)
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(

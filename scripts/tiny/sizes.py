@@ -10,8 +10,8 @@ HOP = 512  # samples from one frame of the log-mel pictures to the next, 32 ms
 TOKENS = (64, 48)  # that the two tokenizers read at most
 VOCABULARIES = (600, 400)  # and their sizes, at most
 
-# One latent stands for 8 frames (80 ms) by 8 mel bands, so 5.12 s are 64 x 8 latents, an eighth of what a
-# checkpoint of the Hub has. That, more than anything else, is what makes training here quick.
+# One latent stands for 4 frames (128 ms) by 4 mel bands, so 5.12 s are 40 x 16 latents, less than a third of
+# what a checkpoint of the Hub has. That, more than anything else, is what makes training here quick.
 SIZES: dict[str, dict[str, Any]] = {
     "text_encoder": {
         "projection_dim": 64,
@@ -56,25 +56,25 @@ SIZES: dict[str, dict[str, Any]] = {
         "max_new_tokens": 8,
     },
     "unet": {
-        "sample_size": 20,
-        "in_channels": 16,
-        "out_channels": 16,
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-        "block_out_channels": [40, 64],
+        "sample_size": 40,
+        "in_channels": 8,
+        "out_channels": 8,
+        "down_block_types": ["DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
+        "block_out_channels": [24, 40, 64],
         "layers_per_block": 1,
         "norm_num_groups": 8,
-        "cross_attention_dim": [[None, 128, 96]] * 2,
-        "attention_head_dim": [2, 4],
+        "cross_attention_dim": [[None, 128, 96]] * 3,
+        "attention_head_dim": [2, 2, 4],
     },
     "vae": {
         "in_channels": 1,
         "out_channels": 1,
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "block_out_channels": [8, 16, 32, 48],
+        "down_block_types": ["DownEncoderBlock2D"] * 3,
+        "up_block_types": ["UpDecoderBlock2D"] * 3,
+        "block_out_channels": [12, 24, 40],
         "layers_per_block": 1,
-        "latent_channels": 16,
+        "latent_channels": 8,
         "norm_num_groups": 2,
         "sample_size": 160,
         "scaling_factor": 1.0,  # measured after training

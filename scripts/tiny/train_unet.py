@@ -23,47 +23,63 @@ from scripts.tiny.sizes import SCHEDULER, SIZES
 from scripts.tiny.train_vae import library_latents
 from scripts.tiny.training import Run, train
 
-STEPS = 4400
-BATCH = 16
+STEPS = 3400
+BATCH = 32
 DROPPED = 0.1  # of the conditions, for guidance
 LARGEST_SNR = 5.0
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What is said of texts: T5's states (n, M, 96), their mask (n, M), GPT-2's vectors (n, 8, 128)."""
+    """What the encoders say of texts: T5's states (n, M, 96), their mask (n, M), GPT-2's vectors (n, 8, 128).
+
+    `silence` (n,) is the row, further below, of the empty prompt beside each text: padded to its length.
+    """
 
     states: Tensor
     mask: Tensor
     vectors: Tensor
+    silence: Tensor
 
     def of(self, rows: Tensor, device: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Vectors, states and mask of some texts, as the UNet takes them; no longer than the longest."""
+        """Vectors, states and mask of some rows, as the UNet takes them; no longer than the longest."""
         mask = self.mask[rows]
-        length = int(mask.sum(1).max())
+        length = int(mask.any(0).nonzero().max()) + 1
         states = self.states[rows, :length].float()
         return self.vectors[rows].to(device), states.to(device), mask[:, :length].to(device)
 
 
 @torch.no_grad()
 def encode_texts(pipe: AudioLDM2Pipeline, texts: list[str]) -> Conditions:
-    """The conditions of texts, as the pipeline makes them."""
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    width, limit = pipe.text_encoder_2.config.d_model, pipe.tokenizer_2.model_max_length
-    states = torch.zeros(len(texts), limit, width, dtype=torch.float16)
-    mask = torch.zeros(len(texts), limit, dtype=torch.long)
-    vectors = []
-    for start in tqdm(range(0, len(texts), 256), desc="Encoding captions", disable=None):
-        rows = order[start : start + 256]
-        # As negative prompts, which may be empty; they come first. As long as the longest, which is there twice.
-        negative = [texts[i] for i in rows]
-        prompts = [max(negative, key=lambda text: len(pipe.tokenizer_2(text).input_ids))] * len(rows)
-        encoded = pipe.encode_prompt(prompts, pipe.device, 1, True, negative_prompt=negative)
-        t5, t5_mask, gpt2 = (side[: len(rows)] for side in encoded)
-        states[rows, : t5.shape[1]] = t5.half().cpu()
-        mask[rows, : t5.shape[1]] = t5_mask.long().cpu()
-        vectors.append(gpt2.cpu())
-    return Conditions(states, mask, torch.cat(vectors)[torch.tensor(order).argsort()])
+    """The conditions of texts and of the empty prompt, as the pipeline makes them for guidance.
+
+    Only texts of one length are encoded together: beside longer ones they would be padded, which moves the
+    places of the vectors that GPT-2 generates.
+    """
+    lengths = [len(ids) for ids in pipe.tokenizer_2(texts).input_ids]
+    width, limit = pipe.text_encoder_2.config.d_model, max(lengths)
+    empty = sorted(set(lengths))
+    count = len(texts) + len(empty)
+    states = torch.zeros(count, limit, width, dtype=torch.float16)
+    mask = torch.zeros(count, limit, dtype=torch.long)
+    vectors = torch.zeros(count, *_vectors(pipe))
+    silence = torch.tensor([len(texts) + empty.index(length) for length in lengths])
+    with tqdm(total=len(texts), desc="Encoding captions", disable=None) as bar:
+        for length in empty:
+            for rows in torch.tensor([i for i, n in enumerate(lengths) if n == length]).split(256):
+                batch = [texts[i] for i in rows]
+                encoded = pipe.encode_prompt(batch, pipe.device, 1, True, negative_prompt="")
+                places = torch.cat([silence[rows], rows])  # the negative side comes first
+                for kept, of_all in zip((states, mask, vectors), encoded, strict=True):
+                    into = kept[:, :length] if kept is not vectors else kept
+                    into[places] = of_all.to("cpu", kept.dtype)
+                bar.update(len(rows))
+    return Conditions(states, mask, vectors, silence)
+
+
+def _vectors(pipe: AudioLDM2Pipeline) -> tuple[int, int]:
+    config = pipe.language_model.config
+    return config.max_new_tokens, config.n_embd
 
 
 def train_unet(library: Library, run: Run) -> None:
@@ -72,7 +88,7 @@ def train_unet(library: Library, run: Run) -> None:
     texts = sorted({text for captions in library.captions for text in captions})
     place = {text: i for i, text in enumerate(texts)}
     said = torch.tensor([[place[text] for text in captions] for captions in library.captions])
-    conditions = encode_texts(pipe, [*texts, ""])  # the last is what guidance turns away from
+    conditions = encode_texts(pipe, texts)
     latents = library_latents(library, run) * pipe.vae.config.scaling_factor
     levels = DDIMScheduler(**SCHEDULER).alphas_cumprod.float()  # (1000,)
     snr = levels / (1 - levels)
@@ -85,7 +101,8 @@ def train_unet(library: Library, run: Run) -> None:
         batch = run.size(BATCH)
         rows = library.draw(batch, generator)
         words = said[rows, torch.randint(said.shape[1], (batch,), generator=generator)]
-        words[torch.rand(batch, generator=generator) < DROPPED] = len(texts)
+        dropped = torch.rand(batch, generator=generator) < DROPPED
+        words = torch.where(dropped, conditions.silence[words], words)
         times = torch.randint(len(levels), (batch,), generator=generator)
         noise = torch.randn(latents[rows].shape, generator=generator)
         level = levels[times].view(-1, 1, 1, 1)

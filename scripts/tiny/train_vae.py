@@ -22,7 +22,7 @@ from scripts.tiny.data import Library
 from scripts.tiny.sizes import SIZES
 from scripts.tiny.training import Run, train
 
-STEPS = 1500
+STEPS = 1200
 FRAMES = 960  # a step, in pieces of one length
 LENGTHS = (40, 80, 160)  # frames, multiples of 8
 KL_WEIGHT = 3e-3
@@ -67,7 +67,7 @@ def latent_scale(vae: VAE, library: Library, run: Run) -> float:
 
 @torch.no_grad()
 def library_latents(library: Library, run: Run) -> Tensor:
-    """The most likely latents of all sounds, by the trained VAE, unscaled: (n, 16, 20, 8) float32 on the CPU.
+    """The most likely latents of all sounds, by the trained VAE, unscaled: (n, 8, 40, 16) float32 on the CPU.
 
     They are kept in the run's folder, until the VAE is another one.
     """
