@@ -55,7 +55,7 @@ def test_the_vae_learns_and_its_latents_have_variance_1(library: Library, tmp_pa
     latents = library_latents(library, run)
     assert latents.shape == (4, 8, 40, 16)
     assert (latents * vae.config.scaling_factor).std().item() == pytest.approx(1, abs=1e-3)
-    assert (tmp_path / "plots" / "vae.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "plots" / "vae_2.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_latents_are_kept_until_the_vae_is_another(library: Library, tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 The loss is the mean absolute error of the decoded picture and, lightly weighted, the KL divergence of the
 latents from a standard normal. Pieces of a clip are of several lengths, so that other durations than 5.12 s
-are known, too. Neither a perceptual nor an adversarial loss is used: pictures of synthetic sounds are learnt
-without.
+are known, too. Two rounds, a warm restart (Loshchilov and Hutter 2017), for what is rare in the library.
+Neither a perceptual nor an adversarial loss is used: pictures of synthetic sounds are learnt without.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from scripts.tiny.data import Library
 from scripts.tiny.sizes import SIZES
 from scripts.tiny.training import Run, train
 
-STEPS = 1200
-FRAMES = 960  # a step, in pieces of one length
+ROUNDS = ((1200, 2e-3), (1300, 2e-3))  # steps and learning rate; the second begins anew from the average
+FRAMES = 640  # a step, in pieces of one length
 LENGTHS = (40, 80, 160)  # frames, multiples of 8
 KL_WEIGHT = 3e-3
 FLOOR, SPAN = -11.5, 14.0  # natural logarithm: silence, and from there to the loudest
@@ -52,7 +52,8 @@ def train_vae(library: Library, run: Run) -> None:
         divergence = latents.kl().mean() / latents.mode()[0].numel()
         return {"loss": error + KL_WEIGHT * divergence, "error": error, "KL": divergence}
 
-    train("vae", vae, loss, run, steps=STEPS, rate=2e-3, average=0.995)
+    for i, (steps, rate) in enumerate(ROUNDS, 1):
+        train(f"vae_{i}", vae, loss, run, steps=steps, rate=rate, average=0.995)
     vae.config = dataclasses.replace(vae.config, scaling_factor=latent_scale(vae, library, run))
     vae.save_pretrained(run.checkpoint / "vae")
 
