@@ -12,8 +12,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from audioldm2.atomic import replacing
-from audioldm2.audio.log_mel import LogMel
+from audioldm2.audio.log_mel import LogMel, LogMelConfig
 from scripts.tiny.captions import caption
+from scripts.tiny.sizes import HOP
 from scripts.tiny.sounds import SAMPLES, SAMPLING_RATE, Scene, Sound, draw_scene, render
 
 SIZE = 6000
@@ -28,7 +29,7 @@ class Library:
         scenes: what is to be heard in each.
         captions: `CAPTIONS` of each, in training's phrasings.
         samples: (n, SAMPLES) int16.
-        mels: (n, 512, 64) float16, natural logarithm.
+        mels: (n, 160, 64) float16, natural logarithm.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Library:
         return torch.from_numpy(self._samples[np.asarray(indices)].astype(np.float32) / FULL)
 
     def mels(self, indices: Tensor | list[int]) -> Tensor:
-        """What `LogMel` makes of the sounds: (B, 1, 512, 64) float32."""
+        """What `LogMel` makes of the sounds, a frame every `HOP` samples: (B, 1, 160, 64) float32."""
         return torch.from_numpy(self._mels[np.asarray(indices)].astype(np.float32))[:, None]
 
     def draw(self, batch: int, generator: torch.Generator) -> Tensor:
@@ -55,7 +56,7 @@ class Library:
 
 def make_library(size: int, seed: int) -> Library:
     """A library of so many sounds; another seed gives other sounds."""
-    log_mel = LogMel()
+    log_mel = LogMel(LogMelConfig(hop_length=HOP))
     samples = np.empty((size, SAMPLES), np.int16)
     mels = np.empty((size, SAMPLES // log_mel.config.hop_length, log_mel.config.n_mels), np.float16)
     scenes, captions = [], []

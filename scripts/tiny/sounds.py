@@ -211,12 +211,12 @@ def _pulses(rng: np.random.Generator, trait: str) -> np.ndarray:
 
 
 def _clicks(rng: np.random.Generator, trait: str) -> np.ndarray:
-    length = rng.uniform(0.003, 0.006)
-    t = _time(0.05)
+    length = rng.uniform(0.006, 0.01)
+    t = _time(0.06)
     return _repeated(
         rng,
         RATES["clicks"][trait],
-        lambda i, period: rng.standard_normal(len(t)) * np.exp(-t / length),
+        lambda i, period: rng.choice([-1.0, 1.0], len(t)) * np.exp(-t / length),
     )
 
 

@@ -1,14 +1,13 @@
 """Train the projection and GPT-2: from a caption, as both encoders read it, to the "language of audio".
 
-GPT-2 generates eight vectors, each fed back as in the pipeline, and each is to be what the sound is like in one
-eighth of its time: the mean and the standard deviation over time of the VAE's latents there, standardised over
-the library. AudioLDM 2 regresses pooled features of an AudioMAE in the same way (Liu et al. 2023, section III);
-there is none here, and the latents are what the UNet has to make. The loss is the squared error, through the
-whole generation.
+GPT-2 generates eight vectors, each fed back as in the pipeline, and each is to be what the sound is like in
+one eighth of its time: the mean of the VAE's latents there, standardised over the library. AudioLDM 2
+regresses pooled features of an AudioMAE so (Liu et al. 2023, section III); there is none here, and latents are
+what the UNet has to make. The loss is the squared error, through the whole generation.
 
-A caption does not say everything of its sound (when it begins, its exact pitch), so that the best guess is the
-mean of all sounds that fit, and a part of the variance stays unexplained. An empty prompt, which guidance turns
-away from, is to give the mean of all.
+A caption does not say everything of its sound (when it begins, its exact pitch), so the best guess is the
+mean of all sounds that fit, and a part of the variance stays unexplained. An empty prompt, which guidance
+turns away from, is to give the mean of all.
 """
 
 from __future__ import annotations
@@ -18,24 +17,24 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce
+from einops import rearrange
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from audioldm2.audio.log_mel import LogMel
+from audioldm2.audio.log_mel import LogMel, LogMelConfig
 from audioldm2.models import GPT2, VAE, ClapModel, ProjectionModel, T5Encoder
 from audioldm2.models.gpt2 import GPT2Config
 from audioldm2.models.projection import ProjectionConfig
 from scripts.tiny.captions import caption
 from scripts.tiny.data import Library
-from scripts.tiny.sizes import SIZES
+from scripts.tiny.sizes import HOP, SIZES
 from scripts.tiny.sounds import SAMPLING_RATE, draw_scene, render
 from scripts.tiny.tokenizers import read_tokenizers, tokenize, varied
+from scripts.tiny.train_vae import library_latents
 from scripts.tiny.training import Run, train
 
-STEPS, BATCH, RATE = 2000, 64, 2e-3
+STEPS, BATCH, RATE = 1200, 64, 2e-3
 EMPTY = 0.05  # the part of the captions that is left empty
-AT_ONCE = 16  # spectrograms that the VAE encodes together
+UNSEEN = 200  # sounds that are measured on
 
 
 def train_language(library: Library, run: Run) -> None:
@@ -43,15 +42,12 @@ def train_language(library: Library, run: Run) -> None:
     torch.manual_seed(run.seed)
     projection = ProjectionModel(ProjectionConfig.from_dict(SIZES["projection_model"])).to(run.device)
     gpt2 = GPT2(GPT2Config.from_dict(SIZES["language_model"])).to(run.device)
-    folder = run.checkpoint
     encoders = (
-        ClapModel.from_pretrained(folder, "text_encoder", device=run.device),
-        T5Encoder.from_pretrained(folder, "text_encoder_2", device=run.device),
+        ClapModel.from_pretrained(run.checkpoint, "text_encoder", device=run.device),
+        T5Encoder.from_pretrained(run.checkpoint, "text_encoder_2", device=run.device),
     )
-    vae = VAE.from_pretrained(folder, "vae", device=run.device)
     tokenizers = read_tokenizers(run)
-    batches = tqdm(torch.arange(len(library)).split(AT_ONCE), desc="Hearing the library", disable=None)
-    heard = torch.cat([language_of_audio(vae, library.mels(batch)) for batch in batches])
+    heard = language_of_audio(library_latents(library, run), gpt2.config.max_new_tokens)
     mean, scale = heard.mean(dim=(0, 1)), heard.std(dim=(0, 1))
     targets = (heard - mean) / scale
 
@@ -60,35 +56,32 @@ def train_language(library: Library, run: Run) -> None:
         rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
         texts = ["" if rng.random() < EMPTY else varied(caption(library.scenes[i], rng), rng) for i in batch]
         vectors = generate(projection, gpt2, *conditions(encoders, tokenizers, texts, run.device))
-        return {"loss": F.mse_loss(vectors, targets[batch.to(run.device)])}
+        return {"loss": F.mse_loss(vectors, targets[batch].to(run.device))}
 
     parts = nn.ModuleDict({"projection_model": projection, "language_model": gpt2})
     train("language", parts, loss, run, steps=STEPS, rate=RATE, average=0.995)
     for name, part in parts.items():
-        part.save_pretrained(folder / name)
+        part.save_pretrained(run.checkpoint / name)
 
     with torch.no_grad():
         rng = np.random.default_rng([1, 3])
-        scenes = [draw_scene(rng) for _ in range(200)]
+        scenes = [draw_scene(rng) for _ in range(UNSEEN)]
         waveforms = torch.from_numpy(np.stack([render(scene, rng) for scene in scenes]))
-        heard = (language_of_audio(vae, LogMel()(waveforms, SAMPLING_RATE)) - mean) / scale
+        mels = LogMel(LogMelConfig(hop_length=HOP))(waveforms, SAMPLING_RATE)
+        latents = VAE.from_pretrained(run.checkpoint, "vae").encode(mels).mode()
+        wanted = (language_of_audio(latents, gpt2.config.max_new_tokens) - mean) / scale
         texts = [caption(scene, rng, held_out=True) for scene in scenes]
-        vectors = generate(projection, gpt2, *conditions(encoders, tokenizers, texts, run.device))
-        explained = 1 - F.mse_loss(vectors, heard) / heard.square().mean()
+        vectors = generate(projection, gpt2, *conditions(encoders, tokenizers, texts, run.device)).cpu()
+        explained = 1 - F.mse_loss(vectors, wanted) / wanted.square().mean()
     print(f"language: captions in unseen wordings explain {explained:.1%} of the variance of unseen sounds")
 
 
-@torch.no_grad()
-def language_of_audio(vae: VAE, mels: Tensor) -> Tensor:
-    """What GPT-2 is to say of sounds: log-mel spectrograms (B, 1, T, 64) -> (B, 8, 128), not standardised.
+def language_of_audio(latents: Tensor, count: int) -> Tensor:
+    """What GPT-2 is to say of sounds: their latents (B, C, T, F) -> (B, count, C · F), not standardised.
 
-    For each eighth of the time the mean of the latents over it, then their standard deviation, one number each
-    for every channel and frequency of the latents.
+    The latents' means over `count` equal parts of the time.
     """
-    count = SIZES["language_model"]["max_new_tokens"]
-    latents = vae.encode(mels.to(next(vae.parameters()).device)).mode()
-    pieces = rearrange(latents, "b c (n t) f -> b n t (c f)", n=count)
-    return torch.cat([reduce(pieces, "b n t d -> b n d", "mean"), pieces.std(dim=2, correction=0)], dim=-1)
+    return rearrange(F.adaptive_avg_pool2d(latents, (count, latents.shape[3])), "b c n f -> b n (c f)")
 
 
 @torch.no_grad()

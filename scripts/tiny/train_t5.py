@@ -1,8 +1,8 @@
 """Train the T5 encoder in miniature, on text alone, to hold in its states what a caption says.
 
-Two losses, each by a read-out that is thrown away. Hidden tokens are guessed from those around them, as in BERT
-(Devlin et al. 2019, section 3.1; T5 hides spans and leaves the guessing to a decoder, which there is none of
-here); what reads them out is the embedding. And the facts of the scene are read from the mean of the states: the
+Two losses. Hidden tokens are guessed from those around them, as in BERT (Devlin et al. 2019, section 3.1; T5
+hides spans and leaves the guessing to a decoder, which there is none of here); the embedding reads them out.
+And the facts of the scene are read from the mean of the states, by linear maps that are thrown away: the
 sounds, their traits and the loudness, which is all the world that this Flan-T5 knows. Scenes and captions are
 drawn anew for every batch.
 

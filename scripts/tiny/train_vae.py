@@ -22,9 +22,9 @@ from scripts.tiny.data import Library
 from scripts.tiny.sizes import SIZES
 from scripts.tiny.training import Run, train
 
-STEPS = 2000
-FRAMES = 1024  # a step, in pieces of one length
-LENGTHS = (128, 256, 512)  # frames, multiples of 8
+STEPS = 1500
+FRAMES = 960  # a step, in pieces of one length
+LENGTHS = (40, 80, 160)  # frames, multiples of 8
 KL_WEIGHT = 3e-3
 FLOOR, SPAN = -11.5, 14.0  # natural logarithm: silence, and from there to the loudest
 
@@ -67,7 +67,7 @@ def latent_scale(vae: VAE, library: Library, run: Run) -> float:
 
 @torch.no_grad()
 def library_latents(library: Library, run: Run) -> Tensor:
-    """The most likely latents of all sounds, by the trained VAE, unscaled: (n, 8, 64, 8) float32 on the CPU.
+    """The most likely latents of all sounds, by the trained VAE, unscaled: (n, 16, 20, 8) float32 on the CPU.
 
     They are kept in the run's folder, until the VAE is another one.
     """
