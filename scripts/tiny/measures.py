@@ -50,9 +50,9 @@ class Measured:
     span: float  # semitones, from the 3rd to the 97th percentile of the pitch
     direction: float  # rank correlation of pitch and time (Spearman 1904): 1 rises throughout, -1 falls
     stepping: float  # share of all movement of the pitch that its fastest fifth makes: much of it in notes
-    notes: float  # stretches of at least 0.1 s in which the pitch stays within 0.6 semitones
-    turns: float  # how often the pitch turns round, by 3 semitones at least
-    onsets: float  # beginnings: rises of 6 dB within 30 ms
+    notes: int  # stretches of at least 0.1 s in which the pitch stays within 0.6 semitones
+    turns: int  # how often the pitch turns round, by 3 semitones at least
+    onsets: int  # beginnings: rises of 6 dB within 30 ms
     rate: float  # onsets a second, from the median time between two
     regularity: float  # share of the times between onsets that lie within 25 % of the median
     decay: (
@@ -67,7 +67,7 @@ class Measured:
     swelling: (
         float  # dB between the loud (90th percentile) and the quiet (10th) of a level smoothed over 0.3 s
     )
-    swells: float  # stretches of at least 0.3 s above the middle of that
+    swells: int  # stretches of at least 0.3 s above the middle of that
 
 
 # Bounds of each kind's quantities.
@@ -197,8 +197,8 @@ def measure(waveform: np.ndarray, depth: float = DEPTH) -> Measured:
     heard = levels[slice(*np.flatnonzero(sounding)[[0, -1]] + [0, 1])]
     swelling, swells = swell(heard)
     return Measured(
-        level=level(waveform),
-        lasting=sounding.sum() / FRAMES,
+        level=float(level(waveform)),
+        lasting=float(sounding.sum() / FRAMES),
         held=float((heard > np.percentile(levels[sounding], 95) - 7).mean()),
         frequency=float(np.median(pitch)),
         tonality=float(np.median(share)),
