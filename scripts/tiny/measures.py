@@ -9,7 +9,7 @@ renderings of `sounds.py` span, so that a sound is not refused for the faults th
 30 dB below, a time smeared by 20 ms, a pitch that is 2 % off. They are narrow enough to refuse every other
 kind.
 
-Of two sounds the foreground is measured in its loudest 10 dB; the background, 14 to 20 dB below, is not heard
+Of two sounds the foreground is measured in its loudest 11 dB; the background, 14 to 20 dB below, is not heard
 there. Of the background it is found out whether one is there and how it is coloured: low (engine, wind), dull
 (waves) or bright (rain, noise), not which of the two it is. Where the event hides it (low under a low tone,
 waves under drums) it is not looked for, and "background" is missing from what `matches` says.
@@ -30,7 +30,7 @@ HOP = 160  # samples from one to the next: 10 ms
 HERTZ = SAMPLING_RATE / WINDOW  # a bin
 FRAMES = SAMPLING_RATE / HOP  # a second
 DEPTH = 20.0  # dB below the loudest point to which a sound is measured
-DEPTH_OVER = 10.0  # the same, of a sound over a background
+DEPTH_OVER = 11.0  # the same, of a sound over a background
 SILENCE = -55.0  # dB of full scale, below which nothing is heard
 
 
@@ -50,9 +50,9 @@ class Measured:
     span: float  # semitones, from the 3rd to the 97th percentile of the pitch
     direction: float  # rank correlation of pitch and time (Spearman 1904): 1 rises throughout, -1 falls
     stepping: float  # share of all movement of the pitch that its fastest fifth makes: much of it in notes
-    notes: float  # stretches of at least 0.1 s in which the pitch stays within 0.6 semitones
-    turns: float  # how often the pitch turns round, by 3 semitones at least
-    onsets: float  # beginnings: rises of 6 dB within 30 ms
+    notes: int  # stretches of at least 0.1 s in which the pitch stays within 0.6 semitones
+    turns: int  # how often the pitch turns round, by 3 semitones at least
+    onsets: int  # beginnings: rises of 6 dB within 30 ms
     rate: float  # onsets a second, from the median time between two
     regularity: float  # share of the times between onsets that lie within 25 % of the median
     decay: (
@@ -63,11 +63,11 @@ class Measured:
     low: float  # share of the power below 300 Hz
     high: float  # share of the power above 1 kHz
     tilt: float  # dB, 100 to 700 Hz against 2 to 4 kHz, by power a bin
-    hum: float  # correlation of the waveform with itself 1/65 to 1/35 s later, the highest
+    hum: float  # correlation of the waveform with itself 1/65 to 1/28 s later, the highest
     swelling: (
         float  # dB between the loud (90th percentile) and the quiet (10th) of a level smoothed over 0.3 s
     )
-    swells: float  # stretches of at least 0.3 s above the middle of that
+    swells: int  # stretches of at least 0.3 s above the middle of that
 
 
 # Bounds of each kind's quantities.
@@ -80,7 +80,7 @@ KINDS: dict[str, Bounds] = {
     "sweep": {
         "lasting": (1.8, inf),
         "tonality": (0.5, 1),
-        "stepping": (0, 0.45),
+        "stepping": (0, 0.6),
         "span": (17, inf),
     },
     "pulses": {
@@ -96,7 +96,7 @@ KINDS: dict[str, Bounds] = {
         "frequency": (550, 1300),
         "tonality": (0.45, 1),
         "span": (6, 18),
-        "stepping": (0, 0.55),
+        "stepping": (0, 0.65),
         "turns": (2, 9),
         "direction": (-0.6, 0.6),
     },
@@ -104,19 +104,25 @@ KINDS: dict[str, Bounds] = {
     "pluck": {**NOTE, "decay": (1.25, 4.8)},
     "struck": {**NOTE, "decay": (0.25, 1.25)},
     "scale": {**MELODY, "span": (8.5, 17)},
-    "arpeggio": {**MELODY, "span": (18, 30)},
+    "arpeggio": {**MELODY, "stepping": (0.6, 1), "span": (18, 30)},
     "drums": {"onsets": (4, inf), "regularity": (0.6, 1), "low": (0.4, 1), "high": (0.04, 1)},
     "noise": {**LASTING, "held": (0.7, 1), "flatness": (0.6, 1), "tilt": (-5, 6)},
     "rain": {**LASTING, "flatness": (0.4, 1), "tilt": (-22, -6), "centroid": (2700, 5200)},
     "wind": {
         **LASTING,
-        "centroid": (100, 550),
-        "hum": (-1, 0.12),
-        "steadiness": (0, 0.7),
-        "swelling": (0, 12),
+        "centroid": (150, 550),
+        "tonality": (0, 0.6),
+        "swelling": (1.2, 12),
     },
     "waves": {"centroid": (550, 2300), "tonality": (0, 0.4), "swelling": (10, inf), "swells": (1, 4)},
-    "engine": {**LASTING, "low": (0.6, 1), "centroid": (50, 300), "hum": (0.12, 1), "tonality": (0, 0.72)},
+    "engine": {
+        **LASTING,
+        "low": (0.55, 1),
+        "centroid": (50, 240),
+        "hum": (0.12, 1),
+        "frequency": (25, 112),
+        "swelling": (0, 1.6),
+    },
     "birds": {
         "onsets": (4, inf),
         "frequency": (2500, 6000),
@@ -134,7 +140,7 @@ TRAITS: dict[str, tuple[str, Bounds]] = {
     "arpeggio": DIRECTION,
     "pulses": ("rate", {"slow": (1.2, 3.2), "fast": (5.0, 11.0)}),
     "clicks": ("rate", {"slow": (1.2, 3.2), "fast": (5.0, 11.0)}),
-    "drums": ("rate", {"slow": (1.0, 2.7), "fast": (3.3, 7.5)}),
+    "drums": ("rate", {"slow": (0.9, 2.7), "fast": (3.3, 7.5)}),
 }
 LOUDNESS = {"loud": (-18.0, inf), "soft": (SILENCE, -29.5)}  # dB of full scale
 # No louder can what is loud for an instant be, such as a click: from this peak on, it is loud at any level.
@@ -191,8 +197,8 @@ def measure(waveform: np.ndarray, depth: float = DEPTH) -> Measured:
     heard = levels[slice(*np.flatnonzero(sounding)[[0, -1]] + [0, 1])]
     swelling, swells = swell(heard)
     return Measured(
-        level=level(waveform),
-        lasting=sounding.sum() / FRAMES,
+        level=float(level(waveform)),
+        lasting=float(sounding.sum() / FRAMES),
         held=float((heard > np.percentile(levels[sounding], 95) - 7).mean()),
         frequency=float(np.median(pitch)),
         tonality=float(np.median(share)),
@@ -213,7 +219,7 @@ def measure(waveform: np.ndarray, depth: float = DEPTH) -> Measured:
         low=float(spectrum[band(0, 300)].sum() / spectrum.sum()),
         high=float(spectrum[band(1000, 8000)].sum() / spectrum.sum()),
         tilt=float(10 * np.log10(spectrum[band(100, 700)].mean() / spectrum[band(2000, 4000)].mean())),
-        hum=periodicity(waveform, 35, 65),
+        hum=periodicity(waveform, 28, 65),
         swelling=swelling,
         swells=swells,
     )
