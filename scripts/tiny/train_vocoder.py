@@ -40,7 +40,7 @@ from scripts.tiny.sizes import HOP, SIZES
 from scripts.tiny.sounds import level
 from scripts.tiny.training import Run, train
 
-STEPS = 3000
+STEPS = 900
 BATCH = 4
 FRAMES = 48  # of an excerpt
 EDGE = 3  # frames at either end whose sound is not judged: the padding there lies inside real sounds
@@ -184,7 +184,7 @@ def train_vocoder(library: Library, run: Run) -> None:
         made = vocoder(heard.to(run.device))[:, EDGE * hop : -EDGE * hop]
         return distance(made, real.to(run.device))
 
-    train("vocoder", vocoder, loss, run, steps=STEPS, rate=3e-4, average=0.998, betas=(0.8, 0.99), clip=5.0)
+    train("vocoder", vocoder, loss, run, steps=STEPS, rate=1e-5, average=0.995, betas=(0.8, 0.99), clip=5.0)
     mel_error, level_error = errors(vocoder, make_library(UNSEEN, run.seed + 1))
     print(f"vocoder, unseen sounds there and back: log-mel {mel_error:.3f}, level {level_error:.2f} dB off")
     vocoder.save_pretrained(run.checkpoint / "vocoder")
