@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -52,6 +53,7 @@ LEVEL = 0.1  # RMS to which excerpts are brought, of their loudest 64 ms
 SOFTEST = 2e-3  # RMS; what is softer counts as silence
 FLOOR = 0.1  # then, of a magnitude in a window of 1024, below which nothing is heard
 MEL_FLOOR = 3e-3  # and of a magnitude in a mel band
+HEARD = 100  # sounds by which the level is set
 UNSEEN = 34  # sounds on which the result is measured
 
 
@@ -152,6 +154,22 @@ def errors(vocoder: HifiGan, library: Library) -> tuple[float, float]:
     return sum(mel_errors) / len(library), sum(level_errors) / len(library)
 
 
+@torch.no_grad()
+def set_level(vocoder: HifiGan, library: Library, mels: Tensor) -> None:
+    """Make the output as loud as the library's first sounds, in the median, from mels (n, 1, T, F) of them.
+
+    What is uncertain is made a little too soft by losses that are absolute differences.
+    """
+    device = vocoder.mean.device
+    missing = [
+        level(library.waveforms([i])[0].numpy()) - level(vocoder(mel.to(device))[0].cpu().numpy())
+        for i, mel in enumerate(mels[:HEARD])
+    ]
+    gain = 10 ** (float(np.median(missing)) / 20)
+    vocoder.conv_out.weight.mul_(gain)
+    vocoder.conv_out.bias.mul_(gain)
+
+
 def train_vocoder(library: Library, run: Run) -> None:
     """Train the vocoder into the run's checkpoint, where the trained VAE must lie.
 
@@ -185,6 +203,7 @@ def train_vocoder(library: Library, run: Run) -> None:
         return distance(made, real.to(run.device))
 
     train("vocoder", vocoder, loss, run, steps=STEPS, rate=1e-5, average=0.995, betas=(0.8, 0.99), clip=5.0)
+    set_level(vocoder, library, from_vae)
     mel_error, level_error = errors(vocoder, make_library(UNSEEN, run.seed + 1))
     print(f"vocoder, unseen sounds there and back: log-mel {mel_error:.3f}, level {level_error:.2f} dB off")
     vocoder.save_pretrained(run.checkpoint / "vocoder")
