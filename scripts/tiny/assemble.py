@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from audioldm2.audio.log_mel import ClapFeatureExtractorConfig
 from audioldm2.models import PARTS
 from scripts.tiny.sizes import FEATURES, SCHEDULER, SIZES
 from scripts.tiny.training import Run
+
+CARD = Path(__file__).with_name("card.md")
 
 
 def pipeline(run: Run) -> AudioLDM2Pipeline:
@@ -34,8 +37,17 @@ def pipeline(run: Run) -> AudioLDM2Pipeline:
 
 
 def assemble(run: Run, folder: Path) -> None:
-    """Write the trained checkpoint, float16, in the Hub's layout."""
+    """Write the trained checkpoint, float16, in the Hub's layout, and its card.
+
+    Args:
+        run: whose parts.
+        folder: made where missing.
+
+    Raises:
+        FileNotFoundError: a part is not trained yet.
+    """
     missing = [name for name in PARTS if not (run.checkpoint / name).is_dir()]
     if missing:
         raise FileNotFoundError(f"{run.checkpoint} lacks {', '.join(missing)}: train them first")
     pipeline(run).to(torch.float16).save_pretrained(folder)
+    shutil.copyfile(CARD, folder / "README.md")
