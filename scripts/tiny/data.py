@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from tqdm.auto import tqdm
 
 from audioldm2.atomic import replacing
 from audioldm2.audio.log_mel import LogMel, LogMelConfig
+from scripts.tiny import captions as captions_module
+from scripts.tiny import sounds
 from scripts.tiny.captions import caption
 from scripts.tiny.sizes import HOP
 from scripts.tiny.sounds import SAMPLES, SAMPLING_RATE, Scene, Sound, draw_scene, render
@@ -72,14 +75,16 @@ def make_library(size: int, seed: int) -> Library:
 
 
 def load_library(folder: Path, size: int = SIZE, seed: int = 0) -> Library:
-    """The library in `folder`, made there first where it is missing.
+    """The library in `folder`, made there first where it is missing, or where what makes it has changed.
 
     Args:
         folder: made where missing.
         size: number of sounds.
         seed: of their drawing.
     """
-    place = folder / f"library-{size}-{seed}"
+    makers = (sounds.__file__, captions_module.__file__, __file__)
+    source = zlib.crc32(b"".join(Path(path).read_bytes() for path in makers) + str(HOP).encode())
+    place = folder / f"library-{size}-{seed}-{source:08x}"
     texts, arrays = place / "captions.json", [place / "samples.npy", place / "mels.npy"]
     if not texts.is_file():
         library = make_library(size, seed)

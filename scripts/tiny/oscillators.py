@@ -15,9 +15,8 @@ That is why the tiny checkpoint's frames are as far apart as 32 ms: 31 Hz from l
 
 A generator with slope 0 computes that with four layers:
 
-1. conv_in makes of each band three ramps relu(mel_m - b), whose sum approximates the exponential. 2. The
-first up-sampling multiplies them with the T_m, in complex subbands at a low rate: a subband l of width B
-   around f_l is an analytic signal (Crochiere and Rabiner 1983, chapter 7), its samples may be as few as its
+1. conv_in makes of each band three ramps relu(mel_m - b), whose sum approximates the exponential.
+2. The first up-sampling multiplies them with the T_m, in complex subbands at a low rate: a subband l around f_l is an analytic signal (Crochiere and Rabiner 1983, chapter 7), its samples may be as few as its
    bandwidth, a little more in order that short filters can tell it from its images.
 3. The second and third up-sampling interpolate, z(t) = sum_i z[i] p(t - i T) exp(2 pi j f_l (t - i T)) with a
    windowed sinc p, and join two subbands to one of twice the width, then all to the sound.
@@ -36,8 +35,7 @@ from torch import Tensor, nn
 from audioldm2.audio.log_mel import LogMelConfig, mel_filter_bank
 from audioldm2.models.hifigan import HifiGan
 
-# Ramps (b, slope) whose sum is exp(x) within 4 dB for x = -5.2 ... 2.5, where sounds lie; below it is
-# silence.
+# Ramps (b, slope) whose sum is exp(x) within 4 dB for x = -5.2 ... 2.5, where sounds lie; below is silence.
 RAMPS = ((-5.417, 0.01642), (-2.625, 0.1984), (-0.062, 2.584))
 LEVEL = 10 ** (-45.5 / 20)  # of the sum of all lines against the sound that the mels were taken of
 
@@ -49,6 +47,9 @@ def begin_as_oscillators(vocoder: HifiGan, seed: int = 0) -> None:
     Args:
         vocoder: with three up-samplings, a slope of 0, and twice as many taps as steps in the first.
         seed: of the lines' phases, and of the small weights of what is not used yet.
+
+    Raises:
+        ValueError: its sizes are others.
     """
     config = vocoder.config
     rates, rate = config.upsample_rates, config.sampling_rate
