@@ -16,7 +16,8 @@ That is why the tiny checkpoint's frames are as far apart as 32 ms: 31 Hz from l
 A generator with slope 0 computes that with four layers:
 
 1. conv_in makes of each band three ramps relu(mel_m - b), whose sum approximates the exponential.
-2. The first up-sampling multiplies them with the T_m, in complex subbands at a low rate: a subband l around f_l is an analytic signal (Crochiere and Rabiner 1983, chapter 7), its samples may be as few as its
+2. The first up-sampling multiplies them with the T_m, in complex subbands at a low rate: a subband l around
+   f_l is an analytic signal (Crochiere and Rabiner 1983, chapter 7). Its samples may be as few as its
    bandwidth, a little more in order that short filters can tell it from its images.
 3. The second and third up-sampling interpolate, z(t) = sum_i z[i] p(t - i T) exp(2 pi j f_l (t - i T)) with a
    windowed sinc p, and join two subbands to one of twice the width, then all to the sound.
