@@ -23,7 +23,7 @@ from scripts.tiny.sizes import SCHEDULER, SIZES
 from scripts.tiny.train_vae import library_latents
 from scripts.tiny.training import Run, train
 
-STEPS = 2000
+STEPS = 12000
 BATCH = 32
 DROPPED = 0.1  # of the conditions, for guidance
 LARGEST_SNR = 5.0
