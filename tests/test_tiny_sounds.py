@@ -117,26 +117,26 @@ def test_a_background_lies_as_far_behind_as_it_is_said():
 # --- the measures of a scene: the ceiling, the floor, and between
 
 
-def test_every_real_sound_is_recognised_and_passes_for_no_other():
+def confusion(seeds: int, make: Callable[[Sound, int], np.ndarray]) -> tuple[int, int, int]:
+    """How often sounds fit what they are, how often another content, and how many there were."""
     right, wrong, trials = 0, 0, 0
     for sound in CONTENTS:
-        for seed in range(5):
-            measured = measure(rendered(sound, 100 + seed))
+        for seed in range(seeds):
+            measured = measure(make(sound, seed))
             right += fits(measured, sound)
             wrong += sum(fits(measured, other) for other in CONTENTS if other != sound)
             trials += 1
+    return right, wrong, trials
+
+
+def test_every_real_sound_is_recognised_and_passes_for_no_other():
+    right, wrong, trials = confusion(5, lambda sound, seed: rendered(sound, 100 + seed))
     assert right >= 0.97 * trials
     assert wrong <= 0.005 * trials * (len(CONTENTS) - 1)
 
 
 def test_a_sound_with_the_faults_of_a_generated_one_is_recognised_and_passes_for_no_other():
-    right, wrong, trials = 0, 0, 0
-    for sound in CONTENTS:
-        for seed in range(2):
-            measured = measure(degraded(rendered(sound, 200 + seed), seed))
-            right += fits(measured, sound)
-            wrong += sum(fits(measured, other) for other in CONTENTS if other != sound)
-            trials += 1
+    right, wrong, trials = confusion(2, lambda sound, seed: degraded(rendered(sound, 200 + seed), seed))
     assert right >= 0.93 * trials
     assert wrong <= 0.01 * trials * (len(CONTENTS) - 1)
 

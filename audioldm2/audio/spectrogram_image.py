@@ -6,9 +6,11 @@ The only module that needs matplotlib, which is an optional extra: `pip install 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from importlib.util import find_spec
 from operator import index
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +37,24 @@ def decibels(waveform: Tensor, sampling_rate: int) -> Tensor:
     energy = mel_spectrogram(waveform, filters, n_fft, hop, power=2, center=True, pad_mode="constant")[0]
     loudest = energy.max().clamp(min=1e-10)  # silence is then black
     return 10 * torch.log10((energy / loudest).clamp(min=10 ** (-DEPTH / 10)))
+
+
+def show(axes: Any, picture: Tensor, samples: int, sampling_rate: int, marks: Sequence[int] = MARKS) -> Any:
+    """Draw `decibels`' picture of so many samples into matplotlib's axes, marks in Hz; gives the image."""
+    top = hertz_to_mel(torch.tensor(sampling_rate / 2.0)).item()
+    image = axes.imshow(
+        rearrange(picture, "t m -> m t").numpy(),
+        origin="lower",
+        aspect="auto",
+        interpolation="nearest",
+        cmap="magma",
+        vmin=-DEPTH,
+        vmax=0,
+        extent=(0, samples / sampling_rate, 0, top),
+    )
+    marks = [mark for mark in marks if mark <= sampling_rate / 2]
+    axes.set_yticks(hertz_to_mel(torch.tensor(marks, dtype=torch.float64)).tolist(), [f"{m}" for m in marks])
+    return image
 
 
 def check_can_draw() -> None:
@@ -71,20 +91,7 @@ def save_spectrogram(
     # A Figure of its own, without pyplot: no backend is chosen for the whole program, nothing is left open.
     figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    top = hertz_to_mel(torch.tensor(sampling_rate / 2.0)).item()
-    seconds = channels.shape[1] / sampling_rate
-    image = axes.imshow(
-        rearrange(picture, "t m -> m t").numpy(),
-        origin="lower",
-        aspect="auto",
-        interpolation="nearest",
-        cmap="magma",
-        vmin=-DEPTH,
-        vmax=0,
-        extent=(0, seconds, 0, top),
-    )
-    marks = [mark for mark in MARKS if mark <= sampling_rate / 2]
-    axes.set_yticks(hertz_to_mel(torch.tensor(marks, dtype=torch.float64)).tolist(), [f"{m}" for m in marks])
+    image = show(axes, picture, channels.shape[1], sampling_rate)
     axes.set_xlabel("time (s)")
     axes.set_ylabel("frequency (Hz, mel scale)")
     if title is not None:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from audioldm2 import AudioLDM2Pipeline, ClapFeatureExtractor, DDIMScheduler
 from audioldm2.audio.log_mel import ClapFeatureExtractorConfig
 from audioldm2.models import PARTS
 from scripts.tiny.sizes import FEATURES, SCHEDULER, SIZES
+from scripts.tiny.tokenizers import read_tokenizers
 from scripts.tiny.training import Run
 
 CARD = Path(__file__).with_name("card.md")
@@ -27,10 +27,11 @@ def pipeline(run: Run) -> AudioLDM2Pipeline:
             stages[name] = form.stage.from_pretrained(folder, device=run.device)
         else:
             stages[name] = form.stage(form.config.from_dict(SIZES[name])).to(run.device).eval()
+    tokenizer, tokenizer_2 = read_tokenizers(run)
     return AudioLDM2Pipeline(
         **stages,
-        tokenizer=transformers.RobertaTokenizerFast.from_pretrained(run.checkpoint / "tokenizer"),
-        tokenizer_2=transformers.T5TokenizerFast.from_pretrained(run.checkpoint / "tokenizer_2"),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
         feature_extractor=ClapFeatureExtractor(ClapFeatureExtractorConfig.from_dict(FEATURES)),
         scheduler=DDIMScheduler(**SCHEDULER),
     )

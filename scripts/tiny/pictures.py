@@ -9,11 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange
 
 from audioldm2.atomic import replacing
-from audioldm2.audio.log_mel import hertz_to_mel
-from audioldm2.audio.spectrogram_image import DEPTH, decibels
+from audioldm2.audio.spectrogram_image import decibels, show
 from scripts.tiny.sounds import SAMPLING_RATE
 
 COLUMNS = 5
@@ -29,26 +27,13 @@ def tile(titles: Sequence[str], waveforms: Sequence[np.ndarray], path: Path) -> 
     rows = ceil(len(titles) / COLUMNS)
     figure = Figure(figsize=(10, 1.85 * rows + 0.7), dpi=90, layout="constrained")
     grid = figure.subplots(rows, COLUMNS, sharex=True, sharey=True, squeeze=False)
-    top = hertz_to_mel(torch.tensor(SAMPLING_RATE / 2.0)).item()
     for axes in grid.flat[len(titles) :]:
         axes.set_axis_off()
     for axes, title, waveform in zip(grid.flat, titles, waveforms, strict=False):
         picture = decibels(torch.from_numpy(waveform[None]).float(), SAMPLING_RATE)
-        image = axes.imshow(
-            rearrange(picture, "t m -> m t").numpy(),
-            origin="lower",
-            aspect="auto",
-            interpolation="nearest",
-            cmap="magma",
-            vmin=-DEPTH,
-            vmax=0,
-            extent=(0, len(waveform) / SAMPLING_RATE, 0, top),
-        )
+        image = show(axes, picture, len(waveform), SAMPLING_RATE, MARKS)
         axes.set_title(title, fontsize=9, parse_math=False)
         axes.tick_params(labelsize=7)
-        axes.set_yticks(
-            hertz_to_mel(torch.tensor(MARKS, dtype=torch.float64)).tolist(), [str(mark) for mark in MARKS]
-        )
     figure.supxlabel("time (s)", fontsize=9)
     figure.supylabel("frequency (Hz, mel scale)", fontsize=9)
     bar = figure.colorbar(image, ax=grid, pad=0.01, aspect=50)

@@ -63,7 +63,8 @@ def encode_texts(pipe: AudioLDM2Pipeline, texts: list[str]) -> Conditions:
     count = len(texts) + len(empty)
     states = torch.zeros(count, limit, width, dtype=torch.float16)
     mask = torch.zeros(count, limit, dtype=torch.long)
-    vectors = torch.zeros(count, *_vectors(pipe))
+    gpt2 = pipe.language_model.config
+    vectors = torch.zeros(count, gpt2.max_new_tokens, gpt2.n_embd)
     silence = torch.tensor([len(texts) + empty.index(length) for length in lengths])
     with tqdm(total=len(texts), desc="Encoding captions", disable=None) as bar:
         for length in empty:
@@ -71,16 +72,10 @@ def encode_texts(pipe: AudioLDM2Pipeline, texts: list[str]) -> Conditions:
                 batch = [texts[i] for i in rows]
                 encoded = pipe.encode_prompt(batch, pipe.device, 1, True, negative_prompt="")
                 places = torch.cat([silence[rows], rows])  # the negative side comes first
-                for kept, of_all in zip((states, mask, vectors), encoded, strict=True):
-                    into = kept[:, :length] if kept is not vectors else kept
-                    into[places] = of_all.to("cpu", kept.dtype)
+                for kept, sides in zip((states, mask, vectors), encoded, strict=True):
+                    kept[:, : sides.shape[1]][places] = sides.to("cpu", kept.dtype)
                 bar.update(len(rows))
     return Conditions(states, mask, vectors, silence)
-
-
-def _vectors(pipe: AudioLDM2Pipeline) -> tuple[int, int]:
-    config = pipe.language_model.config
-    return config.max_new_tokens, config.n_embd
 
 
 def train_unet(library: Library, run: Run) -> None:
