@@ -9,7 +9,7 @@ renderings of `sounds.py` span, so that a sound is not refused for the faults th
 30 dB below, a time smeared by 20 ms, a pitch that is 2 % off. They are narrow enough to refuse every other
 kind.
 
-Of two sounds the foreground is measured in its loudest 11 dB; the background, 14 to 20 dB below, is not heard
+Of two sounds the foreground is measured in its loudest 11 dB; the background, 12 to 17 dB below, is not heard
 there. Of the background it is found out whether one is there and how it is coloured: low (engine, wind), dull
 (waves) or bright (rain, noise), not which of the two it is. Where the event hides it (low under a low tone,
 waves under drums) it is not looked for, and "background" is missing from what `matches` says.
@@ -101,8 +101,8 @@ KINDS: dict[str, Bounds] = {
         "direction": (-0.6, 0.6),
     },
     "bell": {**NOTE, "decay": (4.8, 30)},
-    "pluck": {**NOTE, "decay": (1.25, 4.8)},
-    "struck": {**NOTE, "decay": (0.25, 1.25)},
+    "pluck": {**NOTE, "decay": (1.3, 4.8)},
+    "struck": {**NOTE, "decay": (0.25, 1.3)},
     "scale": {**MELODY, "span": (8.5, 17)},
     "arpeggio": {**MELODY, "stepping": (0.6, 1), "span": (18, 30)},
     "drums": {"onsets": (4, inf), "regularity": (0.6, 1), "low": (0.4, 1), "high": (0.04, 1)},
@@ -138,11 +138,11 @@ TRAITS: dict[str, tuple[str, Bounds]] = {
     "sweep": DIRECTION,
     "scale": DIRECTION,
     "arpeggio": DIRECTION,
-    "pulses": ("rate", {"slow": (1.2, 3.2), "fast": (5.0, 11.0)}),
-    "clicks": ("rate", {"slow": (1.2, 3.2), "fast": (5.0, 11.0)}),
+    "pulses": ("rate", {"slow": (1.2, 3.2), "fast": (3.8, 8.0)}),
+    "clicks": ("rate", {"slow": (1.2, 3.2), "fast": (3.8, 8.0)}),
     "drums": ("rate", {"slow": (0.9, 2.7), "fast": (3.3, 7.5)}),
 }
-LOUDNESS = {"loud": (-18.0, inf), "soft": (SILENCE, -29.5)}  # dB of full scale
+LOUDNESS = {"loud": (-19.5, inf), "soft": (SILENCE, -29.0)}  # dB of full scale
 # No louder can what is loud for an instant be, such as a click: from this peak on, it is loud at any level.
 FULL = 0.6
 

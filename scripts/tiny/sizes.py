@@ -61,7 +61,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "out_channels": 8,
         "down_block_types": ["DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"],
         "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
-        "block_out_channels": [24, 40, 64],
+        "block_out_channels": [32, 48, 64],
         "layers_per_block": 1,
         "norm_num_groups": 8,
         "cross_attention_dim": [[None, 128, 96]] * 3,
@@ -77,7 +77,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "latent_channels": 8,
         "norm_num_groups": 2,
         "sample_size": 160,
-        "scaling_factor": 1.0,  # measured after training
+        "scaling_factor": 1.0,  # train_vae.py standardises the latents
     },
     "vocoder": {
         "model_in_dim": 64,
@@ -103,4 +103,4 @@ FEATURES: dict[str, Any] = {
     "truncation": "rand_trunc",
     "padding": "repeatpad",
 }
-SCHEDULER: dict[str, Any] = BASE["scheduler"]
+SCHEDULER: dict[str, Any] = {**BASE["scheduler"], "prediction_type": "v_prediction"}

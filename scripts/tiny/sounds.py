@@ -44,14 +44,14 @@ FOREGROUNDS = ("tone", "siren", "bell", "pluck", "drums", "birds", "pulses")  # 
 BACKGROUNDS = ("noise", "rain", "wind", "waves", "engine")
 MIXED = 0.15  # the part of the scenes that has two sounds
 # Range of a scene's level, in dB of full scale; "" is where the caption does not say.
-LEVELS = {"loud": (-16.0, -12.0), "": (-27.0, -20.0), "soft": (-38.0, -32.0)}
-BEHIND = (-20.0, -14.0)  # dB, level of a background against what is heard over it
+LEVELS = {"loud": (-15.0, -11.0), "": (-26.0, -21.0), "soft": (-38.0, -32.0)}
+BEHIND = (-17.0, -12.5)  # dB, level of a background against what is heard over it
 FRAME = 1024  # samples over which a level is taken
 
 PITCHES = {"low": (120.0, 250.0), "middle": (500.0, 1000.0), "high": (2000.0, 4000.0)}  # Hz
 RATES = {  # events a second
-    "pulses": {"slow": (1.5, 2.5), "fast": (6.0, 9.0)},
-    "clicks": {"slow": (1.5, 2.5), "fast": (6.0, 9.0)},
+    "pulses": {"slow": (1.5, 2.5), "fast": (4.5, 6.5)},
+    "clicks": {"slow": (1.5, 2.5), "fast": (4.5, 6.5)},
     "drums": {"slow": (1.3, 2.0), "fast": (4.0, 6.0)},
 }
 SCALE = (0, 2, 4, 5, 7, 9, 11, 12)  # semitones
@@ -94,6 +94,8 @@ def draw_scene(rng: np.random.Generator, kind: str | None = None) -> Scene:
         return Scene((draw_sound(rng, kind),), loudness)
     if rng.random() < MIXED:
         kinds = [str(rng.choice(FOREGROUNDS)), str(rng.choice(BACKGROUNDS))]
+        if loudness == "soft":  # what is 20 dB behind a soft sound is not heard
+            loudness = ""
     else:
         kinds = [str(rng.choice([*KINDS]))]
     return Scene(tuple(draw_sound(rng, kind) for kind in kinds), loudness)
@@ -238,16 +240,17 @@ def _bell(rng: np.random.Generator, trait: str) -> np.ndarray:
 
 
 def _pluck(rng: np.random.Generator, trait: str) -> np.ndarray:
-    pitch, decay = _between(rng, 110, 440), rng.uniform(0.3, 0.42)
+    pitch, decay = _between(rng, 196, 440), rng.uniform(0.3, 0.42)
     t = _time(2.5)
     partials = [
-        np.exp(-t * (1 + 0.25 * (k - 1)) / decay) / k * _voice(k * pitch, 2.5, (1.0,)) for k in range(1, 13)
+        np.exp(-t * (1 + 0.25 * (k - 1)) / decay) / k**1.5 * _voice(k * pitch, 2.5, (1.0,))
+        for k in range(1, 13)
     ]
     return _place([(rng.uniform(0.05, 1.5), _faded(sum(partials), 0.003, 0.05))])
 
 
 def _struck(rng: np.random.Generator, trait: str) -> np.ndarray:
-    pitch, decay = _between(rng, 300, 900), rng.uniform(0.07, 0.11)
+    pitch, decay = _between(rng, 300, 900), rng.uniform(0.1, 0.14)
     t = _time(0.8)
     partials = [
         a * np.exp(-t / (decay * lasting)) * _voice(ratio * pitch, 0.8, (1.0,))

@@ -1,9 +1,13 @@
-"""The UNet: which noise is in latents, given a caption's conditions (Ho et al. 2020, eq. 14).
+"""The UNet: from noisy latents back to latents, given a caption's conditions (Ho et al. 2020, algorithm 1).
 
-Latents are the VAE's, scaled to variance 1; conditions are what the pipeline itself makes of the library's
-captions, so nothing differs between training and use. In one of ten examples the conditions are those of an
-empty prompt, which guidance needs (Ho and Salimans 2022). Examples are weighted by min(SNR, 5) / SNR: what is
-easy, little noise, does not crowd out what is hard (Hang et al. 2023, section 3.4).
+It predicts v = sqrt(abar) eps - sqrt(1 - abar) x_0 (Salimans and Ho 2022, section 4 and appendix D), where
+AudioLDM 2 predicts the noise eps. At t = 900 the noise is 99 % of what comes in, and a UNet that is to return
+it spends all its precision on a copy: after 2000 steps its squared error of 0.003 there still meant one of
+0.2 in x_0, and the caption made no difference to it. Of v, x_0 is nearly all there. Every sampler knows both.
+
+Latents are the VAE's, standardised; conditions are what the pipeline itself makes of the library's captions,
+so nothing differs between training and use. In one of ten examples the conditions are those of an empty
+prompt, which guidance needs (Ho and Salimans 2022).
 """
 
 from __future__ import annotations
@@ -23,10 +27,9 @@ from scripts.tiny.sizes import SCHEDULER, SIZES
 from scripts.tiny.train_vae import library_latents
 from scripts.tiny.training import Run, train
 
-STEPS = 12000
+STEPS = 10000
 BATCH = 32
 DROPPED = 0.1  # of the conditions, for guidance
-LARGEST_SNR = 5.0
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,6 @@ def train_unet(library: Library, run: Run) -> None:
     conditions = encode_texts(pipe, texts)
     latents = library_latents(library, run) * pipe.vae.config.scaling_factor
     levels = DDIMScheduler(**SCHEDULER).alphas_cumprod.float()  # (1000,)
-    snr = levels / (1 - levels)
-    weights = snr.clamp(max=LARGEST_SNR) / snr
     torch.manual_seed(run.seed)
     unet = UNet(UNetConfig.from_dict(SIZES["unet"]))
     torch.nn.init.zeros_(unet.conv_out.weight)  # predicts nothing at first (Ho et al. 2020's code)
@@ -99,14 +100,17 @@ def train_unet(library: Library, run: Run) -> None:
         words = said[rows, torch.randint(said.shape[1], (batch,), generator=generator)]
         dropped = torch.rand(batch, generator=generator) < DROPPED
         words = torch.where(dropped, conditions.silence[words], words)
-        times = torch.randint(len(levels), (batch,), generator=generator)
-        noise = torch.randn(latents[rows].shape, generator=generator)
+        # Spread evenly, so that every step has all levels of noise (Kingma et al. 2021, appendix I.1).
+        spread = (torch.arange(batch) + torch.rand(1, generator=generator)) / batch
+        times = (len(levels) * spread).long()
         level = levels[times].view(-1, 1, 1, 1)
-        noisy = level.sqrt() * latents[rows] + (1 - level).sqrt() * noise
+        signal, spoilt = level.sqrt(), (1 - level).sqrt()
+        noise = torch.randn(latents[rows].shape, generator=generator)
+        noisy = signal * latents[rows] + spoilt * noise
         vectors, states, mask = conditions.of(words, run.device)
         predicted = unet(noisy.to(run.device), times.to(run.device), vectors, states, mask)
-        errors = F.mse_loss(predicted, noise.to(run.device), reduction="none").mean((1, 2, 3))
-        return {"loss": (weights[times].to(run.device) * errors).mean(), "error": errors.mean()}
+        wanted = signal * noise - spoilt * latents[rows]
+        return {"loss": F.mse_loss(predicted, wanted.to(run.device))}
 
-    train("unet", unet, loss, run, steps=STEPS, rate=2e-3, warmup=200, average=0.998)
+    train("unet", unet, loss, run, steps=STEPS, rate=2e-3, warmup=200, average=0.999)
     unet.save_pretrained(run.checkpoint / "unet")

@@ -8,7 +8,6 @@ Neither a perceptual nor an adversarial loss is used: pictures of synthetic soun
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 
 import torch
@@ -38,7 +37,7 @@ def pieces(library: Library, run: Run, generator: torch.Generator) -> Tensor:
 
 
 def train_vae(library: Library, run: Run) -> None:
-    """Train the VAE, measure the latents' scale, and save it as `vae`."""
+    """Train the VAE, standardise its latents, and save it as `vae`."""
     torch.manual_seed(run.seed)
     vae = VAE(VAEConfig.from_dict(SIZES["vae"]))
     with torch.no_grad():  # begins as silence, and learns the rest
@@ -54,16 +53,28 @@ def train_vae(library: Library, run: Run) -> None:
 
     for i, (steps, rate) in enumerate(ROUNDS, 1):
         train(f"vae_{i}", vae, loss, run, steps=steps, rate=rate, average=0.995)
-    vae.config = dataclasses.replace(vae.config, scaling_factor=latent_scale(vae, library, run))
+    standardise(vae, library, run)
     vae.save_pretrained(run.checkpoint / "vae")
 
 
 @torch.no_grad()
-def latent_scale(vae: VAE, library: Library, run: Run) -> float:
-    """What latents are multiplied with to have variance 1 (Rombach et al. 2022, appendix G)."""
-    indices = list(range(min(64, len(library))))
+def standardise(vae: VAE, library: Library, run: Run) -> None:
+    """Give each channel of the latents mean 0 and variance 1, in place; what is decoded stays the same.
+
+    A scaling factor alone (Rombach et al. 2022, appendix G) leaves the channels' means, which carry most of
+    the power where sounds are mostly silence: then a latent at high noise tells the UNet little of the sound.
+    The 1 x 1 convolutions around the latents take up mean and scale of each channel.
+    """
+    indices = list(range(min(256, len(library))))
     latents = torch.cat([vae.encode(library.mels([i]).to(run.device)).mode() for i in indices])
-    return round(1 / latents.std().item(), 4)
+    scale, mean = torch.std_mean(latents, dim=(0, 2, 3))
+    moments, back = vae.to_moments, vae.from_latents
+    moments.bias -= torch.cat([mean, 2 * scale.log()])  # the second half are logarithms of variances
+    means = slice(None, len(mean))
+    moments.weight[means] /= scale.view(-1, 1, 1, 1)
+    moments.bias[means] /= scale
+    back.bias += back.weight[:, :, 0, 0] @ mean
+    back.weight *= scale.view(1, -1, 1, 1)
 
 
 @torch.no_grad()
