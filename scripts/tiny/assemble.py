@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ from audioldm2.models import PARTS
 from scripts.tiny.sizes import FEATURES, SCHEDULER, SIZES
 from scripts.tiny.tokenizers import read_tokenizers
 from scripts.tiny.training import Run
-
-CARD = Path(__file__).with_name("card.md")
 
 
 def pipeline(run: Run) -> AudioLDM2Pipeline:
@@ -38,17 +35,8 @@ def pipeline(run: Run) -> AudioLDM2Pipeline:
 
 
 def assemble(run: Run, folder: Path) -> None:
-    """Write the trained checkpoint, float16, in the Hub's layout, and its card.
-
-    Args:
-        run: whose parts.
-        folder: made where missing.
-
-    Raises:
-        FileNotFoundError: a part is not trained yet.
-    """
+    """Write the trained checkpoint, float16, in the Hub's layout."""
     missing = [name for name in PARTS if not (run.checkpoint / name).is_dir()]
     if missing:
         raise FileNotFoundError(f"{run.checkpoint} lacks {', '.join(missing)}: train them first")
     pipeline(run).to(torch.float16).save_pretrained(folder)
-    shutil.copyfile(CARD, folder / "README.md")
