@@ -12,19 +12,18 @@ import pytest
 import torch
 from torch import nn
 
-import audioldm2
 from audioldm2 import VAE, AudioLDM2Pipeline, UNet
 from audioldm2.models.unet import UNetConfig
 from audioldm2.models.vae import VAEConfig
 from scripts.tiny import training
 from scripts.tiny.assemble import assemble
 from scripts.tiny.data import Library, make_library
-from scripts.tiny.sizes import SIZES
+from scripts.tiny.sizes import SIZES, TOKENS
 from scripts.tiny.train_unet import encode_texts, train_unet
 from scripts.tiny.train_vae import library_latents, train_vae
 from scripts.tiny.training import Run, schedule, train
+from scripts.tiny_checkpoint import write_random_checkpoint
 
-SHIPPED = Path(audioldm2.__file__).parent / "tiny"
 ROOT = Path(__file__).parent.parent
 
 
@@ -33,10 +32,18 @@ def library() -> Library:
     return make_library(4, seed=1)
 
 
-def start(folder: Path, *without: str) -> Run:
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the trained one's sizes, with random weights."""
+    folder = tmp_path_factory.mktemp("parts")
+    write_random_checkpoint(folder, SIZES, limits=TOKENS)
+    return folder
+
+
+def start(parts: Path, folder: Path, *without: str) -> Run:
     """A run in which every part is trained, but for some."""
     run = Run(folder, steps=2, batch=2)
-    shutil.copytree(SHIPPED, run.checkpoint, ignore=shutil.ignore_patterns("README.md", *without))
+    shutil.copytree(parts, run.checkpoint, ignore=shutil.ignore_patterns(*without))
     return run
 
 
@@ -46,8 +53,10 @@ def moved(before: nn.Module, after: nn.Module) -> bool:
     return all(torch.isfinite(b).all() and not torch.equal(a, b) for a, b in pairs)
 
 
-def test_the_vae_learns_and_its_latents_have_variance_1(library: Library, tmp_path: Path) -> None:
-    run = start(tmp_path, "vae")
+def test_the_vae_learns_and_its_latents_have_variance_1(
+    parts: Path, library: Library, tmp_path: Path
+) -> None:
+    run = start(parts, tmp_path, "vae")
     train_vae(library, run)
     vae = VAE.from_pretrained(run.checkpoint, subfolder="vae")
     torch.manual_seed(run.seed)
@@ -58,8 +67,8 @@ def test_the_vae_learns_and_its_latents_have_variance_1(library: Library, tmp_pa
     assert (tmp_path / "plots" / "vae_2.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_latents_are_kept_until_the_vae_is_another(library: Library, tmp_path: Path) -> None:
-    run = start(tmp_path)
+def test_latents_are_kept_until_the_vae_is_another(parts: Path, library: Library, tmp_path: Path) -> None:
+    run = start(parts, tmp_path)
     first = library_latents(library, run)
     changed = tmp_path.joinpath("latents.pt").stat().st_mtime_ns
     assert torch.equal(library_latents(library, run), first)
@@ -68,8 +77,8 @@ def test_latents_are_kept_until_the_vae_is_another(library: Library, tmp_path: P
     assert not torch.allclose(library_latents(library, run), first)
 
 
-def test_the_unet_learns(library: Library, tmp_path: Path) -> None:
-    run = start(tmp_path, "unet")
+def test_the_unet_learns(parts: Path, library: Library, tmp_path: Path) -> None:
+    run = start(parts, tmp_path, "unet")
     train_unet(library, run)
     torch.manual_seed(run.seed)
     assert moved(
@@ -77,9 +86,9 @@ def test_the_unet_learns(library: Library, tmp_path: Path) -> None:
     )
 
 
-def test_the_unet_learns_with_what_the_pipeline_will_say() -> None:
+def test_the_unet_learns_with_what_the_pipeline_will_say(parts: Path) -> None:
     """Each text's conditions are its own, whatever it was encoded beside; so are the empty prompt's."""
-    pipe = AudioLDM2Pipeline.from_pretrained("tiny")
+    pipe = AudioLDM2Pipeline.from_pretrained(parts)
     pipe.set_progress_bar_config(disable=True)
     texts = ["a bell", "a loud falling sweep over rain, and there is wind", "white noise"]
     said = encode_texts(pipe, texts)
@@ -96,9 +105,9 @@ def test_the_unet_learns_with_what_the_pipeline_will_say() -> None:
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(
-    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    parts: Path, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs = [start(tmp_path / name, "unet") for name in ("whole", "cut")]
+    runs = [start(parts, tmp_path / name, "unet") for name in ("whole", "cut")]
     train_unet(library, runs[0])
     monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
     steps = iter([None, KeyboardInterrupt])
@@ -213,7 +222,7 @@ def test_the_command_refuses_what_makes_no_sense(arguments: tuple[str, ...], say
     assert "Traceback" not in done.stderr
 
 
-def test_a_checkpoint_is_not_assembled_from_half_of_its_parts(tmp_path: Path) -> None:
-    run = start(tmp_path, "unet", "vocoder")
+def test_a_checkpoint_is_not_assembled_from_half_of_its_parts(parts: Path, tmp_path: Path) -> None:
+    run = start(parts, tmp_path, "unet", "vocoder")
     with pytest.raises(FileNotFoundError, match="lacks unet, vocoder: train them first"):
         assemble(run, tmp_path / "tiny")

@@ -35,7 +35,15 @@ def pipeline(run: Run) -> AudioLDM2Pipeline:
 
 
 def assemble(run: Run, folder: Path) -> None:
-    """Write the trained checkpoint, float16, in the Hub's layout."""
+    """Write the trained checkpoint, float16, in the Hub's layout.
+
+    Args:
+        run: whose parts.
+        folder: made where missing.
+
+    Raises:
+        FileNotFoundError: a part is not trained yet.
+    """
     missing = [name for name in PARTS if not (run.checkpoint / name).is_dir()]
     if missing:
         raise FileNotFoundError(f"{run.checkpoint} lacks {', '.join(missing)}: train them first")

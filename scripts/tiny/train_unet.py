@@ -59,7 +59,8 @@ def encode_texts(pipe: AudioLDM2Pipeline, texts: list[str]) -> Conditions:
     Only texts of one length are encoded together: beside longer ones they would be padded, which moves the
     places of the vectors that GPT-2 generates.
     """
-    lengths = [len(ids) for ids in pipe.tokenizer_2(texts).input_ids]
+    lengths = [len(ids) for ids in pipe.tokenizer_2(texts, truncation=True).input_ids]
+    pipe.set_progress_bar_config(disable=True)
     width, limit = pipe.text_encoder_2.config.d_model, max(lengths)
     empty = sorted(set(lengths))
     count = len(texts) + len(empty)
