@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shutil
 import socket
@@ -14,6 +15,9 @@ import torch
 from audioldm2 import AudioLDM2Pipeline, CheckpointError, DPMSolverMultistepScheduler, UNet, cli, read_wav
 from audioldm2.checkpoints import hub
 from audioldm2.models import PARTS
+from scripts.tiny.evaluation import CONTENTS, Prompt, generate
+from scripts.tiny.measures import misses
+from scripts.tiny.sounds import Scene, Sound
 from tests.reference import reference_pipeline
 from tests.test_hub import NEEDED, digest
 
@@ -125,6 +129,59 @@ def test_the_model_card_says_what_matters() -> None:
 
 
 # --- what it gives
+
+# One prompt of each family, with the seed of its noise, and what is to be heard.
+FAMILIES = {
+    "A low steady tone": Scene((Sound("tone", "low"),)),
+    "A medium-pitched steady tone": Scene((Sound("tone", "middle"),)),
+    "A high steady tone": Scene((Sound("tone", "high"),)),
+    "A rising sweep": Scene((Sound("sweep", "rising"),)),
+    "A falling sweep": Scene((Sound("sweep", "falling"),)),
+    "Slow beeps": Scene((Sound("pulses", "slow"),)),
+    "Fast beeps": Scene((Sound("pulses", "fast"),)),
+    "Slow clicks": Scene((Sound("clicks", "slow"),)),
+    "Fast clicks": Scene((Sound("clicks", "fast"),)),
+    "A siren": Scene((Sound("siren"),)),
+    "A bell": Scene((Sound("bell"),)),
+    "A plucked string": Scene((Sound("pluck"),)),
+    "A marimba note": Scene((Sound("struck"),)),
+    "A rising scale": Scene((Sound("scale", "rising"),)),
+    "A falling scale": Scene((Sound("scale", "falling"),)),
+    "A rising arpeggio": Scene((Sound("arpeggio", "rising"),)),
+    "A falling arpeggio": Scene((Sound("arpeggio", "falling"),)),
+    "A slow drum beat": Scene((Sound("drums", "slow"),)),
+    "A fast drum beat": Scene((Sound("drums", "fast"),)),
+    "White noise": Scene((Sound("noise"),)),
+    "Loud rain": Scene((Sound("rain"),), "loud"),
+    "Wind": Scene((Sound("wind"),)),
+    "Sea waves": Scene((Sound("waves"),)),
+    "A soft engine hum": Scene((Sound("engine"),), "soft"),
+    "Chirping birds": Scene((Sound("birds"),)),
+    "A bell over rain": Scene((Sound("bell"), Sound("rain"))),
+}
+SEED = 0
+
+
+@pytest.fixture(scope="module")
+def heard(pipe: AudioLDM2Pipeline) -> dict[str, np.ndarray]:
+    """A sound of each prompt, at 20 steps of DPM-Solver++."""
+    sampler = pipe.scheduler
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(sampler.config)
+    prompts = [Prompt(scene, text, SEED) for text, scene in FAMILIES.items()]
+    guidance = inspect.signature(pipe.__call__).parameters["guidance_scale"].default
+    sounds = generate(pipe, prompts, steps=20, guidance=guidance, batch=8)
+    pipe.scheduler = sampler
+    return {prompt.text: sound for prompt, sound in zip(prompts, sounds[:, 0], strict=True)}
+
+
+@pytest.mark.parametrize("text", FAMILIES)
+def test_a_prompt_is_heard(heard: dict[str, np.ndarray], text: str) -> None:
+    missed = {name: why for name, why in misses(FAMILIES[text], heard[text]).items() if why}
+    assert not missed
+
+
+def test_every_family_has_a_prompt() -> None:
+    assert {scene.sounds[0] for scene in FAMILIES.values()} == {*CONTENTS}
 
 
 def test_diffusers_gives_the_same_sound(pipe: AudioLDM2Pipeline) -> None:
