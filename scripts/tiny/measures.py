@@ -73,7 +73,7 @@ class Measured:
 # Bounds of each kind's quantities.
 Bounds = dict[str, tuple[float, float]]
 LASTING: Bounds = {"lasting": (3.0, inf), "held": (0.5, 1)}
-NOTE: Bounds = {"onsets": (1, 1), "held": (0, 0.85), "steadiness": (0.8, 1), "tonality": (0.3, 1)}
+NOTE: Bounds = {"onsets": (1, 1), "held": (0, 0.85), "steadiness": (0.5, 1), "tonality": (0.3, 1)}
 MELODY: Bounds = {"lasting": (1.6, inf), "tonality": (0.5, 1), "stepping": (0.45, 1), "notes": (5, 11)}
 KINDS: dict[str, Bounds] = {
     "tone": {"lasting": (2.2, inf), "held": (0.7, 1), "steadiness": (0.85, 1), "tonality": (0.6, 1)},
@@ -101,8 +101,8 @@ KINDS: dict[str, Bounds] = {
         "direction": (-0.6, 0.6),
     },
     "bell": {**NOTE, "decay": (4.8, 30)},
-    "pluck": {**NOTE, "decay": (1.3, 4.8)},
-    "struck": {**NOTE, "decay": (0.25, 1.3)},
+    "pluck": {**NOTE, "decay": (1.5, 4.8)},
+    "struck": {**NOTE, "decay": (0.25, 1.5)},
     "scale": {**MELODY, "span": (8.5, 17)},
     "arpeggio": {**MELODY, "stepping": (0.6, 1), "span": (18, 30)},
     "drums": {"onsets": (4, inf), "regularity": (0.6, 1), "low": (0.4, 1), "high": (0.04, 1)},
@@ -142,7 +142,7 @@ TRAITS: dict[str, tuple[str, Bounds]] = {
     "clicks": ("rate", {"slow": (1.2, 3.2), "fast": (3.8, 8.0)}),
     "drums": ("rate", {"slow": (0.9, 2.7), "fast": (3.3, 7.5)}),
 }
-LOUDNESS = {"loud": (-19.5, inf), "soft": (SILENCE, -29.0)}  # dB of full scale
+LOUDNESS = {"loud": (-20.5, inf), "soft": (SILENCE, -27.0)}  # dB of full scale
 # No louder can what is loud for an instant be, such as a click: from this peak on, it is loud at any level.
 FULL = 0.6
 
