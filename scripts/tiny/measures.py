@@ -9,7 +9,7 @@ renderings of `sounds.py` span, so that a sound is not refused for the faults th
 30 dB below, a time smeared by 20 ms, a pitch that is 2 % off. They are narrow enough to refuse every other
 kind.
 
-Of two sounds the foreground is measured in its loudest 11 dB; the background, 12 to 17 dB below, is not heard
+Of two sounds the foreground is measured in its loudest 11 dB; the background, 15 to 20 dB below, is not heard
 there. Of the background it is found out whether one is there and how it is coloured: low (engine, wind), dull
 (waves) or bright (rain, noise), not which of the two it is. Where the event hides it (low under a low tone,
 waves under drums) it is not looked for, and "background" is missing from what `matches` says.
@@ -325,7 +325,7 @@ def turns(notes: np.ndarray, least: float = 3.0) -> int:
 
 
 def onsets(levels: np.ndarray, depth: float, rise: float = 6.0) -> np.ndarray:
-    """Times (s) at which the level (dB, every 10 ms) rises by `rise` dB in 30 ms, at least 70 ms apart.
+    """Times (s) at which the level (dB, every 10 ms) rises by `rise` dB in 30 ms, at least 110 ms apart.
 
     What lies more than `depth` dB below the loudest point counts as silence.
     """
@@ -336,7 +336,7 @@ def onsets(levels: np.ndarray, depth: float, rise: float = 6.0) -> np.ndarray:
         if rises[frame] >= rise:
             frame += int(rises[frame : frame + 6].argmax())
             found.append(frame)
-            frame += 7
+            frame += 11
         else:
             frame += 1
     return np.array(found) / FRAMES
