@@ -9,7 +9,7 @@ renderings of `sounds.py` span, so that a sound is not refused for the faults th
 30 dB below, a time smeared by 20 ms, a pitch that is 2 % off. They are narrow enough to refuse every other
 kind.
 
-Of two sounds the foreground is measured in its loudest 11 dB; the background, 12 to 17 dB below, is not heard
+Of two sounds the foreground is measured in its loudest 11 dB; the background, 15 to 20 dB below, is not heard
 there. Of the background it is found out whether one is there and how it is coloured: low (engine, wind), dull
 (waves) or bright (rain, noise), not which of the two it is. Where the event hides it (low under a low tone,
 waves under drums) it is not looked for, and "background" is missing from what `matches` says.
@@ -73,7 +73,7 @@ class Measured:
 # Bounds of each kind's quantities.
 Bounds = dict[str, tuple[float, float]]
 LASTING: Bounds = {"lasting": (3.0, inf), "held": (0.5, 1)}
-NOTE: Bounds = {"onsets": (1, 1), "held": (0, 0.85), "steadiness": (0.8, 1), "tonality": (0.3, 1)}
+NOTE: Bounds = {"onsets": (1, 1), "held": (0, 0.85), "steadiness": (0.5, 1), "tonality": (0.3, 1)}
 MELODY: Bounds = {"lasting": (1.6, inf), "tonality": (0.5, 1), "stepping": (0.45, 1), "notes": (5, 11)}
 KINDS: dict[str, Bounds] = {
     "tone": {"lasting": (2.2, inf), "held": (0.7, 1), "steadiness": (0.85, 1), "tonality": (0.6, 1)},
@@ -101,8 +101,8 @@ KINDS: dict[str, Bounds] = {
         "direction": (-0.6, 0.6),
     },
     "bell": {**NOTE, "decay": (4.8, 30)},
-    "pluck": {**NOTE, "decay": (1.3, 4.8)},
-    "struck": {**NOTE, "decay": (0.25, 1.3)},
+    "pluck": {**NOTE, "decay": (1.5, 4.8)},
+    "struck": {**NOTE, "decay": (0.25, 1.5)},
     "scale": {**MELODY, "span": (8.5, 17)},
     "arpeggio": {**MELODY, "stepping": (0.6, 1), "span": (18, 30)},
     "drums": {"onsets": (4, inf), "regularity": (0.6, 1), "low": (0.4, 1), "high": (0.04, 1)},
@@ -142,7 +142,7 @@ TRAITS: dict[str, tuple[str, Bounds]] = {
     "clicks": ("rate", {"slow": (1.2, 3.2), "fast": (3.8, 8.0)}),
     "drums": ("rate", {"slow": (0.9, 2.7), "fast": (3.3, 7.5)}),
 }
-LOUDNESS = {"loud": (-19.5, inf), "soft": (SILENCE, -29.0)}  # dB of full scale
+LOUDNESS = {"loud": (-20.5, inf), "soft": (SILENCE, -27.0)}  # dB of full scale
 # No louder can what is loud for an instant be, such as a click: from this peak on, it is loud at any level.
 FULL = 0.6
 
@@ -325,7 +325,7 @@ def turns(notes: np.ndarray, least: float = 3.0) -> int:
 
 
 def onsets(levels: np.ndarray, depth: float, rise: float = 6.0) -> np.ndarray:
-    """Times (s) at which the level (dB, every 10 ms) rises by `rise` dB in 30 ms, at least 70 ms apart.
+    """Times (s) at which the level (dB, every 10 ms) rises by `rise` dB in 30 ms, at least 110 ms apart.
 
     What lies more than `depth` dB below the loudest point counts as silence.
     """
@@ -336,7 +336,7 @@ def onsets(levels: np.ndarray, depth: float, rise: float = 6.0) -> np.ndarray:
         if rises[frame] >= rise:
             frame += int(rises[frame : frame + 6].argmax())
             found.append(frame)
-            frame += 7
+            frame += 11
         else:
             frame += 1
     return np.array(found) / FRAMES

@@ -40,12 +40,12 @@ KINDS: dict[str, tuple[str, ...]] = {
     "engine": (),
     "birds": (),
 }
-FOREGROUNDS = ("tone", "siren", "bell", "pluck", "drums", "birds", "pulses")  # of scenes with two sounds
+FOREGROUNDS = ("tone", "siren", "bell", "pluck", "drums", "birds")  # of scenes with two sounds
 BACKGROUNDS = ("noise", "rain", "wind", "waves", "engine")
 MIXED = 0.15  # the part of the scenes that has two sounds
 # Range of a scene's level, in dB of full scale; "" is where the caption does not say.
 LEVELS = {"loud": (-15.0, -11.0), "": (-26.0, -21.0), "soft": (-38.0, -32.0)}
-BEHIND = (-17.0, -12.5)  # dB, level of a background against what is heard over it
+BEHIND = (-20.0, -15.0)  # dB, level of a background against what is heard over it
 FRAME = 1024  # samples over which a level is taken
 
 PITCHES = {"low": (120.0, 250.0), "middle": (500.0, 1000.0), "high": (2000.0, 4000.0)}  # Hz

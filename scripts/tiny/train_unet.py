@@ -45,11 +45,11 @@ class Conditions:
     silence: Tensor
 
     def of(self, rows: Tensor, device: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Vectors, states and mask of some rows, as the UNet takes them; no longer than the longest."""
-        mask = self.mask[rows]
-        length = int(mask.any(0).nonzero().max()) + 1
-        states = self.states[rows, :length].float()
-        return self.vectors[rows].to(device), states.to(device), mask[:, :length].to(device)
+        """Vectors, states and mask of some rows, as the UNet takes them.
+
+        As long as the longest text of all, not of these rows: one shape, for which a UNet is compiled once.
+        """
+        return self.vectors[rows].to(device), self.states[rows].float().to(device), self.mask[rows].to(device)
 
 
 @torch.no_grad()
@@ -93,6 +93,7 @@ def train_unet(library: Library, run: Run) -> None:
     torch.manual_seed(run.seed)
     unet = UNet(UNetConfig.from_dict(SIZES["unet"]))
     torch.nn.init.zeros_(unet.conv_out.weight)  # predicts nothing at first (Ho et al. 2020's code)
+    predict = torch.compile(unet, dynamic=False) if run.compile else unet
 
     def loss(generator: torch.Generator) -> dict[str, Tensor]:
         batch = run.size(BATCH)
@@ -108,7 +109,7 @@ def train_unet(library: Library, run: Run) -> None:
         noise = torch.randn(latents[rows].shape, generator=generator)
         noisy = signal * latents[rows] + spoilt * noise
         vectors, states, mask = conditions.of(words, run.device)
-        predicted = unet(noisy.to(run.device), times.to(run.device), vectors, states, mask)
+        predicted = predict(noisy.to(run.device), times.to(run.device), vectors, states, mask)
         wanted = signal * noise - spoilt * latents[rows]
         return {"loss": F.mse_loss(predicted, wanted.to(run.device))}
 
