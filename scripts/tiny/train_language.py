@@ -5,6 +5,10 @@ one eighth of its time: the mean of the latents of the VAE there, standardised o
 regresses pooled features of an AudioMAE so (Liu et al. 2023, section III); there is none here, and latents
 are what the UNet has to make. The loss is the squared error, through the whole generation.
 
+Frequencies are taken in pairs, so that this fills half of a vector only. The other half is GPT-2's to choose:
+its last layer norm gives all vectors one length, and with no channel to spare it could not say both silence
+and noise.
+
 A caption does not say everything of its sound (when it begins, its exact pitch), so the best guess is the
 mean of all sounds that fit, and a part of the variance stays unexplained. An empty prompt, which guidance
 turns away from, is to give the mean of all.
@@ -32,7 +36,7 @@ from scripts.tiny.tokenizers import read_tokenizers, tokenize, varied
 from scripts.tiny.train_vae import library_latents
 from scripts.tiny.training import Run, train
 
-STEPS, BATCH, RATE = 800, 64, 2e-3
+STEPS, BATCH, RATE = 1200, 64, 2e-3
 EMPTY = 0.05  # the part of the captions that is left empty
 UNSEEN = 200  # sounds that are measured on
 
@@ -56,7 +60,8 @@ def train_language(library: Library, run: Run) -> None:
         rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
         texts = ["" if rng.random() < EMPTY else varied(caption(library.scenes[i], rng), rng) for i in batch]
         vectors = generate(projection, gpt2, *conditions(encoders, tokenizers, texts, run.device))
-        return {"loss": F.mse_loss(vectors, targets[batch].to(run.device))}
+        wanted = targets[batch].to(run.device)
+        return {"loss": F.mse_loss(vectors[..., : wanted.shape[-1]], wanted)}
 
     parts = nn.ModuleDict({"projection_model": projection, "language_model": gpt2})
     train("language", parts, loss, run, steps=STEPS, rate=RATE, average=0.995)
@@ -72,16 +77,16 @@ def train_language(library: Library, run: Run) -> None:
         wanted = (language_of_audio(latents, gpt2.config.max_new_tokens) - mean) / scale
         texts = [caption(scene, rng, held_out=True) for scene in scenes]
         vectors = generate(projection, gpt2, *conditions(encoders, tokenizers, texts, run.device)).cpu()
-        explained = 1 - F.mse_loss(vectors, wanted) / wanted.square().mean()
+        explained = 1 - F.mse_loss(vectors[..., : wanted.shape[-1]], wanted) / wanted.square().mean()
     print(f"language: captions in unseen wordings explain {explained:.1%} of the variance of unseen sounds")
 
 
 def language_of_audio(latents: Tensor, count: int) -> Tensor:
-    """What GPT-2 is to say of sounds: their latents (B, C, T, F) -> (B, count, C · F), not standardised.
+    """What GPT-2 is to say of sounds: their latents (B, C, T, F) -> (B, count, C · F/2), not standardised.
 
-    The latents' means over `count` equal parts of the time.
+    The latents' means over `count` equal parts of the time and pairs of frequencies.
     """
-    return rearrange(F.adaptive_avg_pool2d(latents, (count, latents.shape[3])), "b c n f -> b n (c f)")
+    return rearrange(F.adaptive_avg_pool2d(latents, (count, latents.shape[3] // 2)), "b c n f -> b n (c f)")
 
 
 @torch.no_grad()
