@@ -142,7 +142,7 @@ TRAITS: dict[str, tuple[str, Bounds]] = {
     "clicks": ("rate", {"slow": (1.2, 3.2), "fast": (3.8, 8.0)}),
     "drums": ("rate", {"slow": (0.9, 2.7), "fast": (3.3, 7.5)}),
 }
-LOUDNESS = {"loud": (-23.5, inf), "soft": (SILENCE, -26.0)}  # dB of full scale; nearer to this than that
+LOUDNESS = {"loud": (-21.5, inf), "soft": (SILENCE, -25.5)}  # dB of full scale
 # No louder can what is loud for an instant be, such as a click: from this peak on, it is loud at any level.
 FULL = 0.6
 
