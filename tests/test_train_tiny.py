@@ -162,11 +162,12 @@ def test_disturbed_pictures_keep_their_levels() -> None:
     assert (pictures.mean(dim=(1, 2)) + 20).abs().max() < 2.5
 
 
-def test_language_of_audio_is_the_mean_of_an_eighth() -> None:
-    latents = torch.randn(2, 16, 40, 8)
+def test_language_of_audio_is_the_mean_of_an_eighth_of_the_time_and_pairs_of_frequencies() -> None:
+    latents = torch.randn(2, 8, 40, 16)
     heard = train_language.language_of_audio(latents, 8)
-    assert heard.shape == (2, 8, 128)
-    torch.testing.assert_close(heard[1, 2], latents[1, :, 10:15].mean(dim=1).flatten())
+    assert heard.shape == (2, 8, 64)
+    pairs = latents[1, :, 10:15].mean(dim=1).view(8, 8, 2).mean(dim=2)
+    torch.testing.assert_close(heard[1, 2], pairs.flatten())
 
 
 def test_facts_are_places_in_the_lists() -> None:

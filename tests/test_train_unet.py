@@ -20,7 +20,7 @@ from scripts.tiny.assemble import assemble
 from scripts.tiny.data import Library, make_library
 from scripts.tiny.sizes import SIZES, TOKENS
 from scripts.tiny.train_unet import encode_texts, train_unet
-from scripts.tiny.train_vae import library_latents, train_vae
+from scripts.tiny.train_vae import library_latents, standardise, train_vae
 from scripts.tiny.training import Run, schedule, train
 from scripts.tiny_checkpoint import write_random_checkpoint
 
@@ -67,6 +67,30 @@ def test_the_vae_learns_and_its_latents_have_variance_1(
     assert (tmp_path / "plots" / "vae_2.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_standardised_latents_are_decoded_as_before(library: Library, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = VAE(VAEConfig.from_dict(SIZES["vae"])).eval()
+    for parameter in vae.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    mel = library.mels([0, 1])
+    with torch.no_grad():
+        before = vae.encode(mel)
+        decoded = vae.decode(before.mode())
+        standardise(vae, library, Run(tmp_path))
+        after = vae.encode(mel)
+        torch.testing.assert_close(vae.decode(after.mode()), decoded, rtol=0, atol=1e-4 * decoded.abs().max())
+        latents = torch.cat([vae.encode(library.mels([i])).mode() for i in range(len(library))])
+    scale, mean = torch.std_mean(latents, dim=(0, 2, 3))
+    torch.testing.assert_close(scale, torch.ones(8), rtol=0, atol=1e-4)
+    torch.testing.assert_close(mean, torch.zeros(8), rtol=0, atol=1e-4)
+    # The spread around the mean is scaled as the mean is.
+    ratio = (after.log_variance - before.log_variance) / 2
+    shift = (after.mode() - after.mode().mean((2, 3), keepdim=True)).abs().log() - (
+        before.mode() - before.mode().mean((2, 3), keepdim=True)
+    ).abs().log()
+    torch.testing.assert_close(ratio.mean((0, 2, 3)), shift.mean((0, 2, 3)), rtol=0, atol=1e-2)
+
+
 def test_latents_are_kept_until_the_vae_is_another(parts: Path, library: Library, tmp_path: Path) -> None:
     run = start(parts, tmp_path)
     first = library_latents(library, run)
@@ -96,12 +120,14 @@ def test_the_unet_learns_with_what_the_pipeline_will_say(parts: Path) -> None:
         both = pipe.encode_prompt(text, "cpu", 1, True)
         for row, of in ((said.silence[i], 0), (torch.tensor(i), 1)):
             vectors, states, mask = said.of(row[None], "cpu")
-            length = mask.shape[1]
-            assert torch.equal(mask[0], both[1][of, :length].long())
-            assert not both[1][of, length:].any()
+            length = both[1].shape[1]
+            assert torch.equal(mask[0, :length], both[1][of].long())
+            assert not mask[0, length:].any()
             torch.testing.assert_close(vectors[0], both[2][of], rtol=0, atol=1e-4)
-            heard = mask[0].bool()
-            torch.testing.assert_close(states[0, heard], both[0][of, :length][heard], rtol=1e-2, atol=1e-2)
+            heard = mask[0, :length].bool()
+            torch.testing.assert_close(
+                states[0, :length][heard], both[0][of, :length][heard], rtol=1e-2, atol=1e-2
+            )
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(

@@ -48,11 +48,11 @@ LEVELS = {"loud": (-14.0, -12.0), "": (-24.5, -22.0), "soft": (-37.0, -34.0)}
 BEHIND = (-19.0, -16.0)  # dB, level of a background against what is heard over it
 FRAME = 1024  # samples over which a level is taken
 
-PITCHES = {"low": (150.0, 200.0), "middle": (620.0, 800.0), "high": (2500.0, 3200.0)}  # Hz
+PITCHES = {"low": (160.0, 180.0), "middle": (670.0, 740.0), "high": (2700.0, 3000.0)}  # Hz
 RATES = {  # events a second
-    "pulses": {"slow": (1.8, 2.1), "fast": (5.0, 5.6)},
-    "clicks": {"slow": (1.8, 2.1), "fast": (5.0, 5.6)},
-    "drums": {"slow": (1.5, 1.8), "fast": (4.4, 5.0)},
+    "pulses": {"slow": (1.9, 2.0), "fast": (5.2, 5.3)},
+    "clicks": {"slow": (1.9, 2.0), "fast": (5.2, 5.3)},
+    "drums": {"slow": (1.6, 1.7), "fast": (4.6, 4.7)},
 }
 SCALE = (0, 2, 4, 5, 7, 9, 11, 12)  # semitones
 ARPEGGIO = (0, 4, 7, 12, 16, 19, 24)
@@ -156,7 +156,7 @@ def _voice(frequency: np.ndarray | float, seconds: float, harmonics: tuple[float
 
 def _timbre(rng: np.random.Generator) -> tuple[float, ...]:
     """Strengths of three harmonics, the first the strongest."""
-    return (1.0, rng.uniform(0.1, 0.25), rng.uniform(0.03, 0.1))
+    return (1.0, rng.uniform(0.15, 0.25), rng.uniform(0.05, 0.1))
 
 
 def _filtered_noise(rng: np.random.Generator, gain: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
@@ -173,8 +173,8 @@ def _slow_curve(rng: np.random.Generator, points: int, low: float, high: float) 
 
 def _whole(rng: np.random.Generator, waveform: np.ndarray) -> np.ndarray:
     """A clip that lasts (nearly) from beginning to end."""
-    start = rng.uniform(0, 0.2)
-    seconds = rng.uniform(4.5, SECONDS - start)
+    start = rng.uniform(0, 0.15)
+    seconds = rng.uniform(4.6, 4.9)
     return _place([(start, _faded(waveform[: int(seconds * SAMPLING_RATE)], 0.15, 0.2))])
 
 
@@ -183,7 +183,7 @@ def _repeated(
 ) -> np.ndarray:
     """Events at a steady rate (Hz); `event` makes the i-th, given the time between two (s)."""
     period = 1 / rng.uniform(*rate)
-    starts = np.arange(rng.uniform(0.05, 0.2), SECONDS - 0.3, period)
+    starts = np.arange(rng.uniform(0.05, 0.12), SECONDS - 0.3, period)
     return _place([(start, event(i, period)) for i, start in enumerate(starts)])
 
 
@@ -191,20 +191,20 @@ def _repeated(
 
 
 def _tone(rng: np.random.Generator, trait: str) -> np.ndarray:
-    start, seconds = rng.uniform(0, 0.3), rng.uniform(3.8, 4.5)
+    start, seconds = rng.uniform(0, 0.15), rng.uniform(4.1, 4.5)
     sound = _voice(_between(rng, *PITCHES[trait]), seconds, _timbre(rng))
     return _place([(start, _faded(sound, rng.uniform(0.02, 0.1), 0.1))])
 
 
 def _sweep(rng: np.random.Generator, trait: str) -> np.ndarray:
-    start, seconds = rng.uniform(0, 0.3), rng.uniform(3.6, 4.3)
-    ends = _between(rng, 240, 300), _between(rng, 2300, 3000)
+    start, seconds = rng.uniform(0, 0.15), rng.uniform(3.9, 4.3)
+    ends = _between(rng, 260, 290), _between(rng, 2500, 2800)
     way = np.geomspace(*(ends if trait == "rising" else ends[::-1]), len(_time(seconds)))
     return _place([(start, _faded(_voice(way, seconds, _timbre(rng)), 0.05, 0.1))])
 
 
 def _pulses(rng: np.random.Generator, trait: str) -> np.ndarray:
-    pitch, timbre = _between(rng, 800, 1000), _timbre(rng)
+    pitch, timbre = _between(rng, 860, 940), _timbre(rng)
     return _repeated(
         rng,
         RATES["pulses"][trait],
@@ -224,44 +224,44 @@ def _clicks(rng: np.random.Generator, trait: str) -> np.ndarray:
 
 def _siren(rng: np.random.Generator, trait: str) -> np.ndarray:
     t = _time(SECONDS)
-    turns = rng.uniform(0.62, 0.72) * t + rng.uniform(0, 0.15)
-    pitch = _between(rng, 820, 920) * 2 ** (rng.uniform(0.45, 0.55) * np.sin(2 * np.pi * turns))
+    turns = rng.uniform(0.65, 0.69) * t + rng.uniform(0, 0.06)
+    pitch = _between(rng, 840, 900) * 2 ** (rng.uniform(0.47, 0.53) * np.sin(2 * np.pi * turns))
     return _whole(rng, _voice(pitch, SECONDS, (1.0, rng.uniform(0.25, 0.4), rng.uniform(0.1, 0.2))))
 
 
 def _bell(rng: np.random.Generator, trait: str) -> np.ndarray:
-    pitch, decay = _between(rng, 540, 680), rng.uniform(1.3, 1.6)
+    pitch, decay = _between(rng, 580, 640), rng.uniform(1.4, 1.6)
     t = _time(SECONDS)
     partials = [
         a * np.exp(-t / (decay * lasting)) * _voice(pitch * ratio, SECONDS, (1.0,))
         for ratio, a, lasting in BELL
     ]
-    return _place([(rng.uniform(0.05, 0.4), _faded(sum(partials), 0.004, 0.05))])
+    return _place([(rng.uniform(0.05, 0.2), _faded(sum(partials), 0.004, 0.05))])
 
 
 def _pluck(rng: np.random.Generator, trait: str) -> np.ndarray:
-    pitch, decay = _between(rng, 262, 330), rng.uniform(0.34, 0.42)
+    pitch, decay = _between(rng, 280, 310), rng.uniform(0.36, 0.42)
     t = _time(2.5)
     partials = [
         np.exp(-t * (1 + 0.25 * (k - 1)) / decay) / k**1.5 * _voice(k * pitch, 2.5, (1.0,))
         for k in range(1, 13)
     ]
-    return _place([(rng.uniform(0.05, 0.6), _faded(sum(partials), 0.003, 0.05))])
+    return _place([(rng.uniform(0.05, 0.25), _faded(sum(partials), 0.003, 0.05))])
 
 
 def _struck(rng: np.random.Generator, trait: str) -> np.ndarray:
-    pitch, decay = _between(rng, 440, 587), rng.uniform(0.11, 0.14)
+    pitch, decay = _between(rng, 490, 540), rng.uniform(0.11, 0.14)
     t = _time(0.8)
     partials = [
         a * np.exp(-t / (decay * lasting)) * _voice(ratio * pitch, 0.8, (1.0,))
         for ratio, a, lasting in ((1.0, 1.0, 1.0), (3.93, 0.4, 0.5), (9.2, 0.1, 0.25))
     ]
-    return _place([(rng.uniform(0.05, 0.8), _faded(sum(partials), 0.002, 0.05))])
+    return _place([(rng.uniform(0.05, 0.3), _faded(sum(partials), 0.002, 0.05))])
 
 
 def _melody(rng: np.random.Generator, trait: str, steps: tuple[int, ...], root: float) -> np.ndarray:
     steps = steps if trait == "rising" else steps[::-1]
-    each, timbre, start = rng.uniform(0.38, 0.46), _timbre(rng), rng.uniform(0.05, 0.3)
+    each, timbre, start = rng.uniform(0.41, 0.44), _timbre(rng), rng.uniform(0.05, 0.15)
     t = _time(each)
     notes = [
         _faded(_voice(root * 2 ** (step / 12), each, timbre), 0.01, 0.04) * np.exp(-t / 0.5) for step in steps
@@ -270,11 +270,11 @@ def _melody(rng: np.random.Generator, trait: str, steps: tuple[int, ...], root: 
 
 
 def _scale(rng: np.random.Generator, trait: str) -> np.ndarray:
-    return _melody(rng, trait, SCALE, _between(rng, 330, 392))
+    return _melody(rng, trait, SCALE, _between(rng, 345, 370))
 
 
 def _arpeggio(rng: np.random.Generator, trait: str) -> np.ndarray:
-    return _melody(rng, trait, ARPEGGIO, _between(rng, 247, 294))
+    return _melody(rng, trait, ARPEGGIO, _between(rng, 258, 277))
 
 
 def _drums(rng: np.random.Generator, trait: str) -> np.ndarray:
@@ -303,7 +303,7 @@ def _rain(rng: np.random.Generator, trait: str) -> np.ndarray:
 
 
 def _wind(rng: np.random.Generator, trait: str) -> np.ndarray:
-    corner = rng.uniform(250, 380)
+    corner = rng.uniform(280, 350)
     low = _filtered_noise(rng, lambda f: (f > 40) / (1 + (f / corner) ** 4))
     gust = _filtered_noise(rng, lambda f: np.exp(-(((f - 1.7 * corner) / 120) ** 2)))
     return _whole(rng, low * _slow_curve(rng, 6, 0.5, 1.0) + gust * _slow_curve(rng, 8, 0.0, 0.8))
@@ -311,12 +311,12 @@ def _wind(rng: np.random.Generator, trait: str) -> np.ndarray:
 
 def _waves(rng: np.random.Generator, trait: str) -> np.ndarray:
     surf = _filtered_noise(rng, lambda f: 1 / (1 + (f / rng.uniform(1200, 2000)) ** 2))
-    turns = _time(SECONDS) / rng.uniform(2.2, 2.6) + rng.uniform(0, 0.3)
+    turns = _time(SECONDS) / rng.uniform(2.3, 2.5) + rng.uniform(0, 0.1)
     return surf * (0.06 + (0.5 - 0.5 * np.cos(2 * np.pi * turns)) ** 2)
 
 
 def _engine(rng: np.random.Generator, trait: str) -> np.ndarray:
-    turning = _between(rng, 42, 52) * (
+    turning = _between(rng, 45, 49) * (
         1 + 0.02 * np.sin(2 * np.pi * (rng.uniform(0.3, 1.0) * _time(SECONDS)))
     )
     hum = _voice(turning, SECONDS, tuple(1 / k**0.7 for k in range(1, 13)))
@@ -325,14 +325,14 @@ def _engine(rng: np.random.Generator, trait: str) -> np.ndarray:
 
 
 def _birds(rng: np.random.Generator, trait: str) -> np.ndarray:
-    parts, at = [], rng.uniform(0.05, 0.3)
+    parts, at = [], rng.uniform(0.05, 0.15)
     while at < SECONDS - 0.8:
-        pitch, seconds, gap = _between(rng, 3000, 3800), rng.uniform(0.08, 0.11), rng.uniform(0.06, 0.09)
-        for _ in range(rng.integers(2, 5)):
+        pitch, seconds, gap = _between(rng, 3200, 3600), rng.uniform(0.09, 0.1), rng.uniform(0.07, 0.08)
+        for _ in range(3):
             bend = np.geomspace(pitch * rng.uniform(1.2, 1.5), pitch, len(_time(seconds)))
             parts.append((at, _faded(_voice(bend, seconds, (1.0, 0.1)), 0.01, 0.03)))
             at += seconds + gap
-        at += rng.uniform(0.3, 0.5)
+        at += rng.uniform(0.38, 0.44)
     return _place(parts)
 
 
