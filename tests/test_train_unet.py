@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from audioldm2 import VAE, AudioLDM2Pipeline, UNet
 from audioldm2.models.unet import UNetConfig
 from audioldm2.models.vae import VAEConfig
 from scripts.tiny import training
-from scripts.tiny.assemble import assemble
+from scripts.tiny.assemble import assemble, take_parts
 from scripts.tiny.data import Library, make_library
 from scripts.tiny.sizes import SIZES, TOKENS
 from scripts.tiny.train_unet import encode_texts, train_unet
@@ -246,6 +247,47 @@ def test_the_command_refuses_what_makes_no_sense(arguments: tuple[str, ...], say
     assert done.returncode == 2
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_parts_that_are_trained_are_taken_as_float32(parts: Path, tmp_path: Path) -> None:
+    given, run = tmp_path / "given", Run(tmp_path / "run")
+    VAE.from_pretrained(parts, subfolder="vae").half().save_pretrained(given / "vae")
+    shutil.copytree(parts / "tokenizer", given / "tokenizer")
+    shutil.copytree(parts / "vocoder", run.checkpoint / "vocoder")
+    shutil.copytree(parts / "unet", given / "vocoder")  # not looked at: the run has one
+    assert take_parts(run, given) == {"vae", "tokenizer", "vocoder"}
+    taken = VAE.from_pretrained(run.checkpoint, subfolder="vae")
+    for name, value in VAE.from_pretrained(given, subfolder="vae").state_dict().items():
+        assert torch.equal(taken.state_dict()[name], value.float()), name
+    assert taken.state_dict()[name].dtype == torch.float32
+    assert same_files(run.checkpoint / "tokenizer", given / "tokenizer")
+    assert same_files(run.checkpoint / "vocoder", parts / "vocoder")
+
+
+def same_files(one: Path, other: Path) -> bool:
+    return {p.name: p.read_bytes() for p in one.iterdir()} == {
+        p.name: p.read_bytes() for p in other.iterdir()
+    }
+
+
+def test_the_command_trains_what_the_parts_lack(parts: Path, tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    shutil.copytree(parts, given, ignore=shutil.ignore_patterns("vae"))
+    done = command(
+        "--parts", str(given), "--steps", "2", "--sounds", "4", "--batch", "2", "--folder", str(tmp_path)
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"^(\w+): [\d.]+ min$", done.stdout, re.MULTILINE) == ["vae"]
+    assert (tmp_path / "tiny" / "vae").is_dir()
+
+
+@pytest.mark.parametrize("given", ["nothing", "broken"])
+def test_the_command_refuses_parts_that_are_none(tmp_path: Path, given: str) -> None:
+    (tmp_path / "broken" / "vae").mkdir(parents=True)
+    done = command("--parts", str(tmp_path / given), "--folder", str(tmp_path / "run"))
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert given in done.stderr
 
 
 def test_a_checkpoint_is_not_assembled_from_half_of_its_parts(parts: Path, tmp_path: Path) -> None:

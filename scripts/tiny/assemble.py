@@ -9,6 +9,7 @@ import torch
 
 from audioldm2 import AudioLDM2Pipeline, ClapFeatureExtractor, DDIMScheduler
 from audioldm2.audio.log_mel import ClapFeatureExtractorConfig
+from audioldm2.checkpoints.layout import TOKENIZERS
 from audioldm2.models import PARTS
 from scripts.tiny.sizes import FEATURES, SCHEDULER, SIZES
 from scripts.tiny.tokenizers import read_tokenizers
@@ -32,6 +33,35 @@ def pipeline(run: Run) -> AudioLDM2Pipeline:
         feature_extractor=ClapFeatureExtractor(ClapFeatureExtractorConfig.from_dict(FEATURES)),
         scheduler=DDIMScheduler(**SCHEDULER),
     )
+
+
+def take_parts(run: Run, folder: Path) -> set[str]:
+    """Take trained parts from a folder in the Hub's layout into the run's checkpoint, as float32.
+
+    Args:
+        run: what it has already is left alone.
+        folder: holds some parts, each in a subfolder of its name.
+
+    Returns:
+        The names of the parts in `folder`.
+
+    Raises:
+        FileNotFoundError: it holds none.
+        CheckpointError: one of them cannot be read.
+    """
+    found = {name for name in (*PARTS, *TOKENIZERS) if (folder / name).is_dir()}
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no part of a checkpoint, such as {folder / 'vae'}")
+    for name in found:
+        place = run.checkpoint / name
+        if place.is_dir():
+            continue
+        if name in PARTS:
+            stage = PARTS[name][0].stage
+            stage.from_pretrained(folder / name, torch_dtype=torch.float32).save_pretrained(place)
+        else:
+            shutil.copytree(folder / name, place)
+    return found
 
 
 def assemble(run: Run, folder: Path) -> None:

@@ -9,7 +9,7 @@ renderings of `sounds.py` span, so that a sound is not refused for the faults th
 30 dB below, a time smeared by 20 ms, a pitch that is 2 % off. They are narrow enough to refuse every other
 kind.
 
-Of two sounds the foreground is measured in its loudest 11 dB; the background, 15 to 20 dB below, is not heard
+Of two sounds the foreground is measured in its loudest 13 dB; the background, 17 to 20 dB below, is not heard
 there. Of the background it is found out whether one is there and how it is coloured: low (engine, wind), dull
 (waves) or bright (rain, noise), not which of the two it is. Where the event hides it (low under a low tone,
 waves under drums) it is not looked for, and "background" is missing from what `matches` says.
@@ -30,7 +30,7 @@ HOP = 160  # samples from one to the next: 10 ms
 HERTZ = SAMPLING_RATE / WINDOW  # a bin
 FRAMES = SAMPLING_RATE / HOP  # a second
 DEPTH = 20.0  # dB below the loudest point to which a sound is measured
-DEPTH_OVER = 11.0  # the same, of a sound over a background
+DEPTH_OVER = 13.0  # the same, of a sound over a background
 SILENCE = -55.0  # dB of full scale, below which nothing is heard
 
 

@@ -36,7 +36,7 @@ from scripts.tiny.tokenizers import read_tokenizers, tokenize, varied
 from scripts.tiny.train_vae import library_latents
 from scripts.tiny.training import Run, train
 
-STEPS, BATCH, RATE = 1200, 64, 2e-3
+STEPS, BATCH, RATE = 4000, 64, 2e-3
 EMPTY = 0.05  # the part of the captions that is left empty
 UNSEEN = 200  # sounds that are measured on
 

@@ -27,7 +27,7 @@ from scripts.tiny.sizes import SCHEDULER, SIZES
 from scripts.tiny.train_vae import library_latents
 from scripts.tiny.training import Run, train
 
-STEPS = 10000
+STEPS = 18000
 BATCH = 32
 DROPPED = 0.1  # of the conditions, for guidance
 

@@ -41,7 +41,7 @@ from scripts.tiny.sizes import HOP, SIZES
 from scripts.tiny.sounds import level
 from scripts.tiny.training import Run, train
 
-STEPS = 900
+STEPS = 1800
 BATCH = 4
 FRAMES = 48  # of an excerpt
 EDGE = 3  # frames at either end whose sound is not judged: the padding there lies inside real sounds
