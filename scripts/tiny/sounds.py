@@ -5,10 +5,10 @@
     waveform = render(scene, rng)   # (SAMPLES,) float32 in [-1, 1], 16 kHz
 
 A scene names a kind, for most kinds a trait (how high, which way, how fast), and a loudness; all that a scene
-does not name (pitch within the trait's range, beginning, length, timbre) is drawn anew for each rendering, from
-narrow ranges: what varies by more than a cell of the latents, 128 ms by 4 mel bands, a small UNet needs far
-longer for than hours. A part of the scenes has two sounds, an event over a background. `captions.py` puts scenes into words and
-`measures.py` finds out from a waveform alone whether it is what a scene says.
+does not name (pitch within the trait's range, beginning, length, timbre) is drawn anew for each rendering.
+Its ranges are narrow: what varies by more than a cell of the latents, 128 ms by 4 mel bands, takes a small
+UNet days to learn, not hours. A part of the scenes has two sounds, an event over a background. `captions.py`
+puts scenes into words and `measures.py` finds out from a waveform alone whether it is what a scene says.
 """
 
 from __future__ import annotations
