@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 from audioldm2 import VAE, AudioLDM2Pipeline, UNet
+from audioldm2.checkpoints.layout import TOKENIZERS
+from audioldm2.models import PARTS
 from audioldm2.models.unet import UNetConfig
 from audioldm2.models.vae import VAEConfig
 from scripts.tiny import training
-from scripts.tiny.assemble import assemble, take_parts
+from scripts.tiny.assemble import assemble, pipeline, take_parts
 from scripts.tiny.data import Library, make_library
 from scripts.tiny.sizes import SIZES, TOKENS
 from scripts.tiny.train_unet import encode_texts, train_unet
@@ -279,6 +281,13 @@ def test_the_command_trains_what_the_parts_lack(parts: Path, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     assert re.findall(r"^(\w+): [\d.]+ min$", done.stdout, re.MULTILINE) == ["vae"]
     assert (tmp_path / "tiny" / "vae").is_dir()
+
+
+def test_the_parts_that_lie_here_are_all_but_the_unet_and_of_todays_sizes(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    assert take_parts(run, ROOT / "scripts" / "tiny" / "parts") == {*PARTS, *TOKENIZERS} - {"unet"}
+    for name, stage in pipeline(run).stages.items():
+        assert stage.config == PARTS[name][0].config.from_dict(SIZES[name]), name
 
 
 @pytest.mark.parametrize("given", ["nothing", "broken"])

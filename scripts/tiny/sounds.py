@@ -7,8 +7,9 @@
 A scene names a kind, for most kinds a trait (how high, which way, how fast), and a loudness; all that a scene
 does not name (pitch within the trait's range, beginning, length, timbre) is drawn anew for each rendering.
 Its ranges are narrow: what varies by more than a cell of the latents, 128 ms by 4 mel bands, takes a small
-UNet days to learn, not hours. A part of the scenes has two sounds, an event over a background. `captions.py`
-puts scenes into words and `measures.py` finds out from a waveform alone whether it is what a scene says.
+UNet longer than two hours to learn. A part of the scenes has two sounds, an event over a background.
+`captions.py` puts scenes into words and `measures.py` finds out from a waveform alone whether it is what a
+scene says.
 """
 
 from __future__ import annotations
