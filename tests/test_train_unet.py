@@ -128,9 +128,7 @@ def test_the_unet_learns_with_what_the_pipeline_will_say(parts: Path) -> None:
             assert not mask[0, length:].any()
             torch.testing.assert_close(vectors[0], both[2][of], rtol=0, atol=1e-4)
             heard = mask[0, :length].bool()
-            torch.testing.assert_close(
-                states[0, :length][heard], both[0][of, :length][heard], rtol=1e-2, atol=1e-2
-            )
+            torch.testing.assert_close(states[0, :length][heard], both[0][of][heard], rtol=1e-2, atol=1e-2)
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(

@@ -60,8 +60,7 @@ def train_language(library: Library, run: Run) -> None:
         rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
         texts = ["" if rng.random() < EMPTY else varied(caption(library.scenes[i], rng), rng) for i in batch]
         vectors = generate(projection, gpt2, *conditions(encoders, tokenizers, texts, run.device))
-        wanted = targets[batch].to(run.device)
-        return {"loss": F.mse_loss(vectors[..., : wanted.shape[-1]], wanted)}
+        return {"loss": error(vectors, targets[batch].to(run.device))}
 
     parts = nn.ModuleDict({"projection_model": projection, "language_model": gpt2})
     train("language", parts, loss, run, steps=STEPS, rate=RATE, average=0.995)
@@ -77,7 +76,7 @@ def train_language(library: Library, run: Run) -> None:
         wanted = (language_of_audio(latents, gpt2.config.max_new_tokens) - mean) / scale
         texts = [caption(scene, rng, held_out=True) for scene in scenes]
         vectors = generate(projection, gpt2, *conditions(encoders, tokenizers, texts, run.device)).cpu()
-        explained = 1 - F.mse_loss(vectors[..., : wanted.shape[-1]], wanted) / wanted.square().mean()
+        explained = 1 - error(vectors, wanted) / wanted.square().mean()
     print(f"language: captions in unseen wordings explain {explained:.1%} of the variance of unseen sounds")
 
 
@@ -87,6 +86,11 @@ def language_of_audio(latents: Tensor, count: int) -> Tensor:
     The latents' means over `count` equal parts of the time and pairs of frequencies.
     """
     return rearrange(F.adaptive_avg_pool2d(latents, (count, latents.shape[3] // 2)), "b c n f -> b n (c f)")
+
+
+def error(vectors: Tensor, wanted: Tensor) -> Tensor:
+    """The squared error of vectors (B, count, C) whose first channels are to be `wanted` (B, count, D)."""
+    return F.mse_loss(vectors[..., : wanted.shape[-1]], wanted)
 
 
 @torch.no_grad()

@@ -72,6 +72,13 @@ def train_vae(library: Library, run: Run) -> None:
 
 
 @torch.no_grad()
+def modes(vae: VAE, library: Library, count: int, run: Run) -> Tensor:
+    """The most likely latents of the first sounds, unscaled: (count, 8, 40, 16) float32 on the CPU."""
+    batches = tqdm(torch.arange(count).split(8), desc="Encoding sounds", disable=None)
+    return torch.cat([vae.encode(library.mels(rows).to(run.device)).mode().cpu() for rows in batches])
+
+
+@torch.no_grad()
 def standardise(vae: VAE, library: Library, run: Run) -> None:
     """Give each channel of the latents mean 0 and variance 1, in place; what is decoded stays the same.
 
@@ -79,9 +86,8 @@ def standardise(vae: VAE, library: Library, run: Run) -> None:
     the power where sounds are mostly silence: then a latent at high noise tells the UNet little of the sound.
     The 1 x 1 convolutions around the latents take up mean and scale of each channel.
     """
-    indices = list(range(min(256, len(library))))
-    latents = torch.cat([vae.encode(library.mels([i]).to(run.device)).mode() for i in indices])
-    scale, mean = torch.std_mean(latents, dim=(0, 2, 3))
+    latents = modes(vae, library, min(256, len(library)), run)
+    scale, mean = torch.std_mean(latents.to(run.device), dim=(0, 2, 3))
     moments, back = vae.to_moments, vae.from_latents
     moments.bias -= torch.cat([mean, 2 * scale.log()])  # the second half are logarithms of variances
     means = slice(None, len(mean))
@@ -104,12 +110,7 @@ def library_latents(library: Library, run: Run) -> Tensor:
         if kept["weights"] == weights and len(kept["latents"]) == len(library):
             return kept["latents"]
     vae = VAE.from_pretrained(folder, device=run.device)
-    latents = torch.cat(
-        [
-            vae.encode(library.mels(rows).to(run.device)).mode().cpu()
-            for rows in tqdm(torch.arange(len(library)).split(8), desc="Encoding sounds", disable=None)
-        ]
-    )
+    latents = modes(vae, library, len(library), run)
     with replacing(path) as temporary:
         torch.save({"weights": weights, "latents": latents}, temporary)
     return latents
