@@ -27,9 +27,16 @@ Make sound from a description with AudioLDM 2.
 
 The description works best as a sentence that says what is heard, how and where: "A hammer hits a wooden
 surface", "Slow rain on a tin roof, far thunder". What is not wanted goes into --negative.
+
+--model tiny takes the small checkpoint that lies in this package and needs no download. It knows synthetic
+sounds only: tones (low, middle, high), sweeps, scales and arpeggios (rising, falling), pulses, clicks and
+drums (slow, fast), sirens, bells, plucked and struck notes, noise, rain, wind, waves, engines and birds; loud
+or soft, and one over another: "A bell over rain".
 """
 EXAMPLES = """\
 examples:
+  audioldm2 "A low steady tone" --model tiny
+  audioldm2 "A rising sweep" -o sweep.wav --model tiny --spectrogram sweep.png
   audioldm2 "A hammer hits a wooden surface" -o hammer.wav
   audioldm2 "Techno with a strong beat" -o techno.wav --negative "Low quality" --duration 20 --seed 7
   audioldm2 "Birds in a wood" -o birds.wav --candidates 3 --spectrogram birds.png
@@ -76,7 +83,8 @@ def parser() -> Parser:
         "--duration",
         type=_seconds,
         metavar="SECONDS",
-        help=f"up to {MAX_LENGTH_IN_S:g}; as long as the sounds of the training where not given (10.24)",
+        help=f"up to {MAX_LENGTH_IN_S:g}; as long as the sounds of the training where not given (10.24, or "
+        "5.12 with tiny)",
     )
     sound.add_argument(
         "--candidates",
@@ -115,8 +123,8 @@ def parser() -> Parser:
         "--model",
         default="cvssp/audioldm2",
         metavar="NAME",
-        help="a repository on the Hugging Face Hub (also cvssp/audioldm2-large, cvssp/audioldm2-music), or a "
-        "folder (%(default)s)",
+        help="a repository on the Hugging Face Hub (also cvssp/audioldm2-large, cvssp/audioldm2-music), a "
+        "folder, or tiny, which needs no download (%(default)s)",
     )
     machine.add_argument("--device", help="cpu, cuda, cuda:1, mps; the GPU if there is one where not given")
     machine.add_argument(

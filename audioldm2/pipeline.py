@@ -31,7 +31,7 @@ from audioldm2.arguments import as_negatives, as_texts, check_choice, check_coun
 from audioldm2.audio.log_mel import ClapFeatureExtractor, ClapFeatureExtractorConfig
 from audioldm2.audio.resample import resample
 from audioldm2.checkpoints.errors import CheckpointError
-from audioldm2.checkpoints.hub import checkpoint_folder
+from audioldm2.checkpoints.hub import checkpoint_folder, default_dtype
 from audioldm2.checkpoints.layout import (
     INDEX,
     TOKENIZERS,
@@ -154,8 +154,11 @@ class AudioLDM2Pipeline:
         """Load a checkpoint in the Hub's layout: a subfolder a part, and model_index.json.
 
         Args:
-            repo_or_folder: a folder, or "owner/name" on the Hub, of which only what is needed is downloaded.
-            torch_dtype: None keeps the checkpoint's own.
+            repo_or_folder: a folder, "tiny" for the checkpoint in this package, or "owner/name" on the Hub,
+                of which only what is needed is downloaded. A local folder wins, if it holds a checkpoint even
+                over "tiny".
+            torch_dtype: None keeps the checkpoint's own; for "tiny", whose weights are float16 only to be
+                small, it is float32.
             device: where the parts go; None is the CPU.
             variant: weights of a variant, such as "fp16".
             revision: branch, tag or commit on the Hub.
@@ -180,6 +183,7 @@ class AudioLDM2Pipeline:
             token=token,
             local_files_only=local_files_only,
         )
+        dtype = default_dtype(folder) if torch_dtype is None else torch_dtype
         classes = read_index(folder, _KNOWN_CLASSES)
         check_folders(folder, [*classes])
         parts: dict[str, Any] = {}
@@ -190,7 +194,7 @@ class AudioLDM2Pipeline:
             }
             for name, forms in PARTS.items():
                 form = next(f for f in forms if classes[name] in (f.class_name, *f.aliases))
-                parts[name] = load_stage(folder / name, form, torch_dtype, device, variant, put_off=True)
+                parts[name] = load_stage(folder / name, form, dtype, device, variant, put_off=True)
             for name, tokenizer in tokenizers.items():
                 parts[name] = tokenizer.result()
         for name, build in (("feature_extractor", _build_feature_extractor), ("scheduler", _build_scheduler)):

@@ -573,9 +573,9 @@ def pipeline_refusal(folder: Path | str) -> str:
 )
 def test_a_name_that_is_neither_folder_nor_repository(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert (
-        pipeline_refusal(name)
-        == f"{name!r} is neither a folder here nor a repository on the Hub (owner/name)"
+    assert pipeline_refusal(name) == (
+        f"{name!r} is neither a folder here nor a repository on the Hub (owner/name); "
+        '"tiny" is in the package and needs no Hub'
     )
 
 

@@ -161,7 +161,7 @@ def test_the_pictures_are_small_and_as_large_as_they_should_be(tmp_path: Path):
 
 
 def test_it_measures_prints_draws_and_writes(checkpoint: Path, tmp_path: Path):
-    card, readme = tmp_path / "scripts" / "tiny" / "card.md", tmp_path / "README.md"
+    card, readme = tmp_path / "audioldm2" / "tiny" / "README.md", tmp_path / "README.md"
     card.parent.mkdir(parents=True)
     card.write_text("before\n<!-- scores -->\nold\n<!-- /scores -->\nafter\n")
     readme.write_text("<!-- tiny: trade -->\n<!-- /tiny: trade -->\n")

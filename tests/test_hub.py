@@ -38,6 +38,7 @@ from audioldm2.models import PARTS
 
 WHOLE = "owner/tiny"  # every part, safetensors and .bin and a variant, and what nobody needs
 BINARY = "owner/binary"  # .bin only
+OFFLINE = '"tiny" is in the package and needs no Hub'
 MAIN, SHARDED, EVIL = "a" * 40, "b" * 40, "c" * 40  # commits
 TOKENIZERS = (
     "tokenizer/merges.txt",
@@ -361,7 +362,9 @@ def test_local_files_only_asks_nothing(reached, digests):
     assert outcome.stages == digests
     assert not outcome.warnings
     outcome = reached["before any download"]
-    assert outcome.error == f"{WHOLE} was not downloaded before; run once without local_files_only"
+    assert outcome.error == (
+        f"{WHOLE} was not downloaded before; run once without local_files_only; {OFFLINE}"
+    )
     assert outcome.asked == []
 
 
@@ -398,7 +401,7 @@ def test_bin_is_downloaded_where_there_is_nothing_else(reached, digests):
 def test_what_the_hub_does_not_have_is_a_clear_error(reached):
     assert reached["no such repository"].error == (
         "'owner/unknown' is neither a folder here nor a repository on the Hub (owner/name); "
-        "a private one needs a token"
+        f"a private one needs a token; {OFFLINE}"
     )
     assert reached["no such revision"].error == f"{WHOLE} on the Hub has no revision 'unknown'"
     assert reached["gated"].error.startswith("owner/gated is gated on the Hub; ask for access there")
@@ -416,7 +419,7 @@ def test_the_hub_out_of_reach_and_nothing_downloaded(request, name):
     }[name]
     error = request.getfixturevalue(name)[step].error
     assert error.startswith(f"{repository} is no folder here, and the Hub is out of reach (")
-    assert error.endswith("); pass the path of a local folder that holds the checkpoint")
+    assert error.endswith(f"); pass the path of a local folder that holds the checkpoint; {OFFLINE}")
     assert "\n" not in error
 
 

@@ -1,4 +1,6 @@
-"""Finding a checkpoint: a local folder, or a repository on the Hugging Face Hub.
+"""Finding a checkpoint: a local folder, "tiny", or a repository on the Hugging Face Hub.
+
+"tiny" is the one that lies in the package: small, trained on synthetic sounds (its README.md tells more).
 
 Of a repository only what is needed is downloaded: the configs, the tokenizers, and one weight format.
 """
@@ -12,9 +14,15 @@ import warnings
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path, PurePosixPath
 
+import torch
+
 from audioldm2.checkpoints.errors import CheckpointError
 from audioldm2.checkpoints.tensors import shard_names, weights_file
 
+SHIPPED = "tiny"
+SHIPPED_FOLDER = Path(__file__).resolve().parents[1] / SHIPPED
+
+_OFFLINE = f'; "{SHIPPED}" is in the package and needs no Hub'  # at the end of what cannot be found
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SMALL = (".json", ".txt", ".model")  # configs, tokenizers and their vocabularies
 _SHARD_INDEX = re.compile(r".*\.index(\.[^.]+)?\.json")
@@ -58,7 +66,9 @@ def checkpoint_folder(
     """The local folder of a checkpoint, downloaded first where `repo_or_folder` is a repository on the Hub.
 
     Args:
-        repo_or_folder: a folder, or "owner/name" on the Hub. A folder that exists wins.
+        repo_or_folder: a folder, "tiny" for the checkpoint that lies in the package, or "owner/name" on the
+            Hub. A folder that exists wins; one that is called "tiny" and is meant by that name alone has to
+            hold `first_file` for it.
         folders: the subfolders that are needed ("" is the top).
         first_file: what loading reads first, in the first of `folders`; by it an earlier download is found.
         check: called with the folder when only that file is there, to refuse before the rest is downloaded.
@@ -74,13 +84,20 @@ def checkpoint_folder(
     """
     name = str(repo_or_folder)
     local = Path(name).expanduser()
-    if name and local.is_dir():
+    first = PurePosixPath(folders[0], first_file)
+    if name and local.is_dir() and (name != SHIPPED or (local / first).is_file()):
         return local
+    if name == SHIPPED:
+        if not SHIPPED_FOLDER.is_dir():
+            raise CheckpointError(
+                f"this installation of audioldm2 lacks {SHIPPED_FOLDER}, its tiny checkpoint; install it anew"
+            )
+        return SHIPPED_FOLDER
     if name and local.exists():
         raise CheckpointError(f"{name} is a file; pass the folder that holds it")
     no_repository = f"{name!r} is neither a folder here nor a repository on the Hub (owner/name)"
     if not _REPOSITORY.fullmatch(name):
-        raise CheckpointError(no_repository)
+        raise CheckpointError(f"{no_repository}{_OFFLINE}")
 
     # The Hub's client is slow to import and not needed for a local folder.
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
@@ -91,13 +108,14 @@ def checkpoint_folder(
         RevisionNotFoundError,
     )
 
-    first = PurePosixPath(folders[0], first_file)
     cache = None if cache_dir is None else Path(cache_dir).expanduser()
     try:
         if local_files_only:
             folder = _downloaded(name, first, revision, cache)
             if folder is None:
-                raise CheckpointError(f"{name} was not downloaded before; run once without local_files_only")
+                raise CheckpointError(
+                    f"{name} was not downloaded before; run once without local_files_only{_OFFLINE}"
+                )
             return folder
         info = HfApi(token=token).model_info(name, revision=revision)
         files = needed_files([entry.rfilename for entry in info.siblings or []], folders, variant)
@@ -121,13 +139,13 @@ def checkpoint_folder(
             )
         )
     except HFValidationError as error:
-        raise CheckpointError(no_repository) from error
+        raise CheckpointError(f"{no_repository}{_OFFLINE}") from error
     except GatedRepoError as error:
         raise CheckpointError(
             f"{name} is gated on the Hub; ask for access there and log in (hf auth login)"
         ) from error
     except RepositoryNotFoundError as error:
-        raise CheckpointError(f"{no_repository}; a private one needs a token") from error
+        raise CheckpointError(f"{no_repository}; a private one needs a token{_OFFLINE}") from error
     except RevisionNotFoundError as error:
         raise CheckpointError(f"{name} on the Hub has no revision {revision!r}") from error
     except CheckpointError:
@@ -145,8 +163,16 @@ def checkpoint_folder(
             return folder
         raise CheckpointError(
             f"{name} is no folder here, and the Hub is out of reach ({_first_line(error)}); "
-            "pass the path of a local folder that holds the checkpoint"
+            f"pass the path of a local folder that holds the checkpoint{_OFFLINE}"
         ) from error
+
+
+def default_dtype(folder: Path) -> torch.dtype | None:
+    """What a checkpoint is loaded in where nobody says: its own dtype (None), or float32.
+
+    float32 is for the one in the package, whose weights are float16 to be small, not to be run so.
+    """
+    return torch.float32 if folder.resolve() == SHIPPED_FOLDER else None
 
 
 def _downloaded(name: str, first: PurePosixPath, revision: str | None, cache: Path | None) -> Path | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from audioldm2.checkpoints.hub import checkpoint_folder
+from audioldm2.checkpoints.hub import checkpoint_folder, default_dtype
 from audioldm2.checkpoints.stage import Format, load_stage, save_stage
 from audioldm2.models.clap import ClapConfig, ClapModel
 from audioldm2.models.gpt2 import GPT2, GPT2Config
@@ -106,10 +106,10 @@ def _give_pretrained(form: Format[Any]) -> None:
         """The stage with a checkpoint's weights, in eval mode.
 
         Args:
-            repo_or_folder: a folder, or "owner/name" on the Hub.
+            repo_or_folder: a folder, "tiny" for the checkpoint in this package, or "owner/name" on the Hub.
             subfolder: where in it the stage lies, such as "unet"; "" is the top.
-            torch_dtype: None keeps the checkpoint's own.
-            device, variant, revision, cache_dir, token, local_files_only: as in `AudioLDM2Pipeline`.
+            torch_dtype, device, variant, revision, cache_dir, token, local_files_only: as in
+                `AudioLDM2Pipeline`.
 
         Raises:
             CheckpointError: the checkpoint cannot be found, read or fitted.
@@ -123,7 +123,8 @@ def _give_pretrained(form: Format[Any]) -> None:
             token=token,
             local_files_only=local_files_only,
         )
-        return load_stage(folder / subfolder, form, torch_dtype, device or "cpu", variant)
+        dtype = default_dtype(folder) if torch_dtype is None else torch_dtype
+        return load_stage(folder / subfolder, form, dtype, device or "cpu", variant)
 
     def save_pretrained(self: nn.Module, folder: str | Path) -> None:
         """Write config.json and weights into `folder`, such that diffusers and transformers load them."""

@@ -16,8 +16,6 @@ from scripts.tiny.sizes import FEATURES, SCHEDULER, SIZES
 from scripts.tiny.tokenizers import read_tokenizers
 from scripts.tiny.training import Run
 
-CARD = Path(__file__).with_name("card.md")
-
 
 def pipeline(run: Run) -> AudioLDM2Pipeline:
     """A pipeline of the parts in `run.checkpoint`, float32; what is not trained yet has random weights."""
@@ -68,7 +66,7 @@ def take_parts(run: Run, folder: Path) -> set[str]:
 
 
 def assemble(run: Run, folder: Path) -> None:
-    """Write the trained checkpoint, float16, in the Hub's layout, and its card.
+    """Write the trained checkpoint, float16, in the Hub's layout.
 
     Args:
         run: whose parts.
@@ -81,4 +79,3 @@ def assemble(run: Run, folder: Path) -> None:
     if missing:
         raise FileNotFoundError(f"{run.checkpoint} lacks {', '.join(missing)}: train them first")
     pipeline(run).to(torch.float16).save_pretrained(folder)
-    shutil.copyfile(CARD, folder / "README.md")

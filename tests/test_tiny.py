@@ -1,0 +1,221 @@
+"""The checkpoint that lies in the package, audioldm2/tiny: found by its name, offline, and diffusers' too."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shutil
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from audioldm2 import AudioLDM2Pipeline, CheckpointError, DPMSolverMultistepScheduler, UNet, cli, read_wav
+from audioldm2.checkpoints import hub
+from audioldm2.models import PARTS
+from scripts.tiny.evaluation import CONTENTS, Prompt, generate
+from scripts.tiny.measures import misses
+from scripts.tiny.sounds import Scene, Sound
+from tests.reference import reference_pipeline
+from tests.test_hub import NEEDED, digest
+
+FOLDER = Path(hub.__file__).resolve().parents[1] / "tiny"
+LOW_TONE = "A low steady tone"
+SAMPLES = 81920  # 5.12 s, the length of the sounds in the training
+
+
+@pytest.fixture(scope="module")
+def pipe() -> AudioLDM2Pipeline:
+    """The shipped pipeline, float32; its scheduler is not to be changed."""
+    loaded = AudioLDM2Pipeline.from_pretrained("tiny")
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+@pytest.fixture
+def unplugged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No connection can be made, and no host's address be asked for."""
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError("the network was called")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+# --- found by its name
+
+
+@pytest.mark.usefixtures("unplugged")
+def test_the_name_alone_loads_everything_offline(pipe: AudioLDM2Pipeline) -> None:
+    loaded = AudioLDM2Pipeline.from_pretrained("tiny")
+    for name, stage in loaded.stages.items():
+        alone = PARTS[name][0].stage.from_pretrained("tiny", subfolder=name)
+        assert digest(alone) == digest(stage) == digest(pipe.stages[name]), name
+        assert not alone.training
+    with pytest.raises(CheckpointError, match="the network was called"):
+        AudioLDM2Pipeline.from_pretrained("cvssp/audioldm2-not-downloaded-before")
+
+
+@pytest.mark.parametrize("where", ["tiny", FOLDER, str(FOLDER)], ids=["name", "path", "text"])
+def test_it_runs_in_float32_where_nobody_says(where: str | Path) -> None:
+    loaded = AudioLDM2Pipeline.from_pretrained(where)
+    assert {p.dtype for stage in loaded.stages.values() for p in stage.parameters()} == {torch.float32}
+    assert UNet.from_pretrained(where, subfolder="unet").conv_in.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_an_explicit_dtype_is_kept(dtype: torch.dtype) -> None:
+    assert AudioLDM2Pipeline.from_pretrained("tiny", torch_dtype=dtype).dtype == dtype
+    assert UNet.from_pretrained("tiny", subfolder="unet", torch_dtype=dtype).conv_in.weight.dtype == dtype
+
+
+def test_a_checkpoint_in_a_local_folder_of_that_name_wins(
+    pipe: AudioLDM2Pipeline, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_checkpoint, tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    local = UNet.from_pretrained(tiny_checkpoint, subfolder="unet")
+    assert local.config != pipe.unet.config
+    assert AudioLDM2Pipeline.from_pretrained("tiny").unet.config == local.config
+    assert UNet.from_pretrained("tiny", subfolder="unet").config == local.config
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_is_no_checkpoint_does_not_stand_in_its_way(
+    pipe: AudioLDM2Pipeline, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """scripts/tiny, say, for who works in scripts."""
+    (tmp_path / "tiny").mkdir() if kind == "folder" else (tmp_path / "tiny").touch()
+    monkeypatch.chdir(tmp_path)
+    assert AudioLDM2Pipeline.from_pretrained("tiny").unet.config == pipe.unet.config
+    with pytest.raises(CheckpointError):
+        AudioLDM2Pipeline.from_pretrained("./tiny")
+
+
+def test_an_installation_without_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "SHIPPED_FOLDER", tmp_path / "gone")
+    with pytest.raises(CheckpointError, match=r"lacks .*gone.* tiny checkpoint; install it anew"):
+        AudioLDM2Pipeline.from_pretrained("tiny")
+    with pytest.raises(CheckpointError, match=r"lacks .*gone"):
+        UNet.from_pretrained("tiny", subfolder="unet")
+
+
+@pytest.mark.usefixtures("unplugged")
+@pytest.mark.parametrize("options", [{}, {"local_files_only": True}], ids=["out of reach", "only local"])
+@pytest.mark.parametrize("name", ["./nothing", "owner/not-there", "a/b/c"])
+def test_what_cannot_be_found_points_to_it(name: str, options: dict, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match='"tiny" is in the package and needs no Hub'):
+        AudioLDM2Pipeline.from_pretrained(name, cache_dir=tmp_path, **options)
+
+
+# --- what lies there
+
+
+def test_the_folder_holds_what_is_read_and_is_small() -> None:
+    files = sorted(path for path in FOLDER.rglob("*") if path.is_file())
+    assert {str(path.relative_to(FOLDER)) for path in files} <= {*NEEDED, "README.md"}
+    assert sum(path.stat().st_size for path in files) <= 10_000_000
+
+
+def test_the_model_card_says_what_matters() -> None:
+    card = (FOLDER / "README.md").read_text(encoding="utf-8")
+    headings = [line.lstrip("# ").lower() for line in card.splitlines() if line.startswith("#")]
+    for heading in ("what it knows", "how it was made", "scores", "licence"):
+        assert any(heading in found for found in headings), f"the card has no heading on {heading}"
+    assert re.search(r"^license: \S+$", card, re.MULTILINE), "the card's front matter names no licence"
+
+
+# --- what it gives
+
+# One prompt of each family, with the seed of its noise, and what is to be heard.
+FAMILIES = {
+    "A low steady tone": Scene((Sound("tone", "low"),)),
+    "A medium-pitched steady tone": Scene((Sound("tone", "middle"),)),
+    "A high steady tone": Scene((Sound("tone", "high"),)),
+    "A rising sweep": Scene((Sound("sweep", "rising"),)),
+    "A falling sweep": Scene((Sound("sweep", "falling"),)),
+    "Slow beeps": Scene((Sound("pulses", "slow"),)),
+    "Fast beeps": Scene((Sound("pulses", "fast"),)),
+    "Slow clicks": Scene((Sound("clicks", "slow"),)),
+    "Fast clicks": Scene((Sound("clicks", "fast"),)),
+    "A siren": Scene((Sound("siren"),)),
+    "A bell": Scene((Sound("bell"),)),
+    "A plucked string": Scene((Sound("pluck"),)),
+    "A marimba note": Scene((Sound("struck"),)),
+    "A rising scale": Scene((Sound("scale", "rising"),)),
+    "A falling scale": Scene((Sound("scale", "falling"),)),
+    "A rising arpeggio": Scene((Sound("arpeggio", "rising"),)),
+    "A falling arpeggio": Scene((Sound("arpeggio", "falling"),)),
+    "A slow drum beat": Scene((Sound("drums", "slow"),)),
+    "A fast drum beat": Scene((Sound("drums", "fast"),)),
+    "White noise": Scene((Sound("noise"),)),
+    "Loud rain": Scene((Sound("rain"),), "loud"),
+    "Wind": Scene((Sound("wind"),)),
+    "Sea waves": Scene((Sound("waves"),)),
+    "A soft engine hum": Scene((Sound("engine"),), "soft"),
+    "Chirping birds": Scene((Sound("birds"),)),
+    "A bell over rain": Scene((Sound("bell"), Sound("rain"))),
+}
+SEED = 0
+
+
+@pytest.fixture(scope="module")
+def heard(pipe: AudioLDM2Pipeline) -> dict[str, np.ndarray]:
+    """A sound of each prompt, at 20 steps of DPM-Solver++."""
+    sampler = pipe.scheduler
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(sampler.config)
+    prompts = [Prompt(scene, text, SEED) for text, scene in FAMILIES.items()]
+    guidance = inspect.signature(pipe.__call__).parameters["guidance_scale"].default
+    sounds = generate(pipe, prompts, steps=20, guidance=guidance, batch=8)
+    pipe.scheduler = sampler
+    return {prompt.text: sound for prompt, sound in zip(prompts, sounds[:, 0], strict=True)}
+
+
+@pytest.mark.parametrize("text", FAMILIES)
+def test_a_prompt_is_heard(heard: dict[str, np.ndarray], text: str) -> None:
+    missed = {name: why for name, why in misses(FAMILIES[text], heard[text]).items() if why}
+    assert not missed
+
+
+def test_every_family_has_a_prompt() -> None:
+    assert {scene.sounds[0] for scene in FAMILIES.values()} == {*CONTENTS}
+
+
+def test_diffusers_gives_the_same_sound(pipe: AudioLDM2Pipeline) -> None:
+    arguments = {"negative_prompt": "Low quality", "num_inference_steps": 4, "audio_length_in_s": 5.12}
+    theirs = reference_pipeline(FOLDER, torch_dtype=torch.float32)
+    expected = theirs(LOW_TONE, generator=torch.Generator().manual_seed(0), **arguments).audios
+    actual = pipe(LOW_TONE, generator=torch.Generator().manual_seed(0), **arguments).audios
+    assert actual.shape == expected.shape == (1, SAMPLES)
+    assert expected.std() > 0.005, "silence proves nothing"
+    assert np.abs(actual - expected).max() <= 1e-3
+
+
+@pytest.mark.usefixtures("unplugged")
+def test_the_command_line_takes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--steps", "4", "--seed", "3", "--device", "cpu", "--format", "float32"]
+    assert cli.main([LOW_TONE, "--model", "tiny", *options]) == 0
+    out, err = capsys.readouterr()
+    assert out == "audio.wav: 5.12 s at 16000 Hz, seed 3\n"
+    assert "loading tiny" in err
+    waveform, _ = read_wav("audio.wav")
+
+    loaded = AudioLDM2Pipeline.from_pretrained("tiny")
+    loaded.set_progress_bar_config(disable=True)
+    loaded.scheduler = DPMSolverMultistepScheduler.from_config(loaded.scheduler.config)
+    audio = loaded(LOW_TONE, num_inference_steps=4, generator=torch.Generator().manual_seed(3)).audios
+    np.testing.assert_array_equal(waveform[0].numpy(), audio[0])
+
+
+def test_the_command_line_points_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([LOW_TONE, "--model", "./nothing", "--quiet"]) == 1
+    assert '"tiny" is in the package' in capsys.readouterr().err
