@@ -7,8 +7,10 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -22,7 +24,8 @@ from scripts.tiny import training
 from scripts.tiny.assemble import assemble, pipeline, take_parts
 from scripts.tiny.data import Library, make_library
 from scripts.tiny.sizes import SIZES, TOKENS
-from scripts.tiny.train_unet import encode_texts, train_unet
+from scripts.tiny.sounds import Scene, Sound
+from scripts.tiny.train_unet import BLIND, encode_texts, scene_means, shares, train_unet
 from scripts.tiny.train_vae import library_latents, standardise, train_vae
 from scripts.tiny.training import Run, schedule, train
 from scripts.tiny_checkpoint import write_random_checkpoint
@@ -105,12 +108,34 @@ def test_latents_are_kept_until_the_vae_is_another(parts: Path, library: Library
 
 
 def test_the_unet_learns(parts: Path, library: Library, tmp_path: Path) -> None:
-    run = start(parts, tmp_path, "unet")
+    run = replace(start(parts, tmp_path, "unet"), batch=BLIND)  # one of them is noise alone
     train_unet(library, run)
     torch.manual_seed(run.seed)
     assert moved(
         UNet(UNetConfig.from_dict(SIZES["unet"])), UNet.from_pretrained(run.checkpoint, subfolder="unet")
     )
+
+
+def scenes_only(*scenes: Scene) -> Library:
+    return Library([*scenes], [], np.empty(0), np.empty(0))
+
+
+def test_noise_alone_is_to_become_the_mean_of_a_scene() -> None:
+    bell, loud = Scene((Sound("bell"),)), Scene((Sound("bell"),), "loud")
+    latents = torch.randn(4, 8, 2, 2, generator=torch.Generator().manual_seed(0))
+    means, rows = scene_means(scenes_only(bell, loud, bell, bell), latents)
+    assert rows.tolist() == [1, 2, 1, 1]
+    expected = torch.stack([latents.mean(0), latents[[0, 2, 3]].mean(0), latents[1]])
+    torch.testing.assert_close(means, expected)
+
+
+def test_every_kind_and_trait_is_drawn_as_often() -> None:
+    rising, falling = Scene((Sound("sweep", "rising"),)), Scene((Sound("sweep", "falling"),), "soft")
+    bell, both = Scene((Sound("bell"),)), Scene((Sound("bell"), Sound("rain")))
+    often = shares(scenes_only(bell, rising, bell, both, falling, bell, bell, both))
+    assert often[[0, 2, 5, 6]].sum() == often[1] == often[4]
+    assert often[[3, 7]].tolist() == [1, 1]
+    assert often.mean() == 1  # two sounds keep their share
 
 
 def test_the_unet_learns_with_what_the_pipeline_will_say(parts: Path) -> None:
@@ -137,16 +162,15 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     runs = [start(parts, tmp_path / name, "unet") for name in ("whole", "cut")]
     train_unet(library, runs[0])
     monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
-    steps = iter([None, KeyboardInterrupt])
-    draw = Library.draw
+    generator = Run.generator
 
-    def killed(self: Library, *arguments: object) -> torch.Tensor:
-        if next(steps, None) is KeyboardInterrupt:
+    def killed(run: Run, step: int) -> torch.Generator:
+        if step == 1:
             raise KeyboardInterrupt
-        return draw(self, *arguments)
+        return generator(run, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Library, "draw", killed)
+        patch.setattr(Run, "generator", killed)
         with pytest.raises(KeyboardInterrupt):
             train_unet(library, runs[1])
     assert torch.load(runs[1].folder / "unet.pt", weights_only=True)["done"] == 1

@@ -103,4 +103,12 @@ FEATURES: dict[str, Any] = {
     "truncation": "rand_trunc",
     "padding": "repeatpad",
 }
-SCHEDULER: dict[str, Any] = {**BASE["scheduler"], "prediction_type": "v_prediction"}
+# With the Hub's schedule a trace of the sound is left in the noise of the last timestep, and a UNet learns to
+# read the loudness there; sampling begins without it, and soft and loud sounds come out the same. So the last
+# level is noise alone, and every walk begins there (Lin et al. 2024, arXiv 2305.08891, sections 3.1 and 3.3).
+SCHEDULER: dict[str, Any] = {
+    **BASE["scheduler"],
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+}

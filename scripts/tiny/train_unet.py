@@ -8,10 +8,18 @@ it spends all its precision on a copy: after 2000 steps its squared error of 0.0
 Latents are the VAE's, standardised; conditions are what the pipeline itself makes of the library's captions,
 so nothing differs between training and use. In one of ten examples the conditions are those of an empty
 prompt, which guidance needs (Ho and Salimans 2022).
+
+Sampling begins at noise alone, where x_0 can only be the mean of all sounds that the caption can mean. One
+example in eight is there, and has that mean for its x_0: single sounds would teach the same on average, but
+slowly, for what they have of their own is noise to the gradient. Captions are learnt to be read from these.
+
+The library has as many low, middle and high tones together as it has bells. Here each is drawn as often as
+bells are: a rising sweep is not learnt from looking at falling ones.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +38,7 @@ from scripts.tiny.training import Run, train
 STEPS = 18000
 BATCH = 32
 DROPPED = 0.1  # of the conditions, for guidance
+BLIND = 8  # one example in so many is noise alone
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,21 @@ def encode_texts(pipe: AudioLDM2Pipeline, texts: list[str]) -> Conditions:
     return Conditions(states, mask, vectors, silence)
 
 
+def scene_means(library: Library, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean latents of all sounds, then of each scene: (1 + scenes, C, T, F); and each sound's row, (n,)."""
+    place = {scene: i for i, scene in enumerate(dict.fromkeys(library.scenes), 1)}
+    rows = torch.tensor([place[scene] for scene in library.scenes])
+    means = [latents[rows == i].mean(0) for i in place.values()]
+    return torch.stack([latents.mean(0), *means]), rows
+
+
+def shares(library: Library) -> Tensor:
+    """How often to draw each sound, (n,): single ones so that every kind and trait comes equally often."""
+    contents = Counter(scene.sounds for scene in library.scenes if len(scene.sounds) == 1)
+    each = contents.total() / max(1, len(contents))
+    return torch.tensor([each / contents[s.sounds] if len(s.sounds) == 1 else 1.0 for s in library.scenes])
+
+
 def train_unet(library: Library, run: Run) -> None:
     """Train the UNet and save it as `unet`."""
     pipe = pipeline(run)
@@ -89,7 +113,9 @@ def train_unet(library: Library, run: Run) -> None:
     said = torch.tensor([[place[text] for text in captions] for captions in library.captions])
     conditions = encode_texts(pipe, texts)
     latents = library_latents(library, run) * pipe.vae.config.scaling_factor
-    levels = DDIMScheduler(**SCHEDULER).alphas_cumprod.float()  # (1000,)
+    means, scenes = scene_means(library, latents)
+    often = shares(library)
+    levels = DDIMScheduler(**SCHEDULER).alphas_cumprod.float()  # (1000,), the last is 0: noise alone
     torch.manual_seed(run.seed)
     unet = UNet(UNetConfig.from_dict(SIZES["unet"]))
     torch.nn.init.zeros_(unet.conv_out.weight)  # predicts nothing at first (Ho et al. 2020's code)
@@ -97,20 +123,23 @@ def train_unet(library: Library, run: Run) -> None:
 
     def loss(generator: torch.Generator) -> dict[str, Tensor]:
         batch = run.size(BATCH)
-        rows = library.draw(batch, generator)
+        rows = torch.multinomial(often, batch, replacement=True, generator=generator)
         words = said[rows, torch.randint(said.shape[1], (batch,), generator=generator)]
         dropped = torch.rand(batch, generator=generator) < DROPPED
         words = torch.where(dropped, conditions.silence[words], words)
         # Spread evenly, so that every step has all levels of noise (Kingma et al. 2021, appendix I.1).
-        spread = (torch.arange(batch) + torch.rand(1, generator=generator)) / batch
-        times = (len(levels) * spread).long()
+        sighted = batch - batch // BLIND
+        spread = (torch.arange(batch) + torch.rand(1, generator=generator)) / sighted
+        times = (len(levels) * spread).long().clamp(max=len(levels) - 1)
+        clean = latents[rows]  # (B, C, T, F), x_0
+        clean[sighted:] = means[torch.where(dropped, 0, scenes[rows])[sighted:]]
         level = levels[times].view(-1, 1, 1, 1)
         signal, spoilt = level.sqrt(), (1 - level).sqrt()
-        noise = torch.randn(latents[rows].shape, generator=generator)
-        noisy = signal * latents[rows] + spoilt * noise
+        noise = torch.randn(clean.shape, generator=generator)
+        noisy = signal * clean + spoilt * noise
         vectors, states, mask = conditions.of(words, run.device)
         predicted = predict(noisy.to(run.device), times.to(run.device), vectors, states, mask)
-        wanted = signal * noise - spoilt * latents[rows]
+        wanted = signal * noise - spoilt * clean
         return {"loss": F.mse_loss(predicted, wanted.to(run.device))}
 
     train("unet", unet, loss, run, steps=STEPS, rate=2e-3, warmup=200, average=0.999)
