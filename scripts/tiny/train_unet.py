@@ -35,7 +35,7 @@ from scripts.tiny.sizes import SCHEDULER, SIZES
 from scripts.tiny.train_vae import library_latents
 from scripts.tiny.training import Run, train
 
-STEPS = 18000
+STEPS = 30000
 BATCH = 32
 DROPPED = 0.1  # of the conditions, for guidance
 BLIND = 8  # one example in so many is noise alone
