@@ -97,12 +97,14 @@ def test_standardised_latents_are_decoded_as_before(library: Library, tmp_path: 
     torch.testing.assert_close(ratio.mean((0, 2, 3)), shift.mean((0, 2, 3)), rtol=0, atol=1e-2)
 
 
-def test_latents_are_kept_until_the_vae_is_another(parts: Path, library: Library, tmp_path: Path) -> None:
+def test_latents_are_of_one_vae_and_one_library(parts: Path, library: Library, tmp_path: Path) -> None:
     run = start(parts, tmp_path)
     first = library_latents(library, run)
     changed = tmp_path.joinpath("latents.pt").stat().st_mtime_ns
     assert torch.equal(library_latents(library, run), first)
     assert tmp_path.joinpath("latents.pt").stat().st_mtime_ns == changed
+    assert not torch.equal(library_latents(make_library(4, seed=2), run), first)
+    library_latents(library, run)
     VAE(VAEConfig.from_dict(SIZES["vae"])).save_pretrained(run.checkpoint / "vae")
     assert not torch.allclose(library_latents(library, run), first)
 
