@@ -25,7 +25,7 @@ from scripts.tiny.assemble import assemble, pipeline, take_parts
 from scripts.tiny.data import Library, make_library
 from scripts.tiny.sizes import SIZES, TOKENS
 from scripts.tiny.sounds import Scene, Sound
-from scripts.tiny.train_unet import BLIND, encode_texts, scene_means, shares, train_unet
+from scripts.tiny.train_unet import BLIND, encode_texts, multiscale, scene_means, shares, train_unet
 from scripts.tiny.train_vae import library_latents, standardise, train_vae
 from scripts.tiny.training import Run, schedule, train
 from scripts.tiny_checkpoint import write_random_checkpoint
@@ -97,12 +97,14 @@ def test_standardised_latents_are_decoded_as_before(library: Library, tmp_path: 
     torch.testing.assert_close(ratio.mean((0, 2, 3)), shift.mean((0, 2, 3)), rtol=0, atol=1e-2)
 
 
-def test_latents_are_kept_until_the_vae_is_another(parts: Path, library: Library, tmp_path: Path) -> None:
+def test_latents_are_of_one_vae_and_one_library(parts: Path, library: Library, tmp_path: Path) -> None:
     run = start(parts, tmp_path)
     first = library_latents(library, run)
     changed = tmp_path.joinpath("latents.pt").stat().st_mtime_ns
     assert torch.equal(library_latents(library, run), first)
     assert tmp_path.joinpath("latents.pt").stat().st_mtime_ns == changed
+    assert not torch.equal(library_latents(make_library(4, seed=2), run), first)
+    library_latents(library, run)
     VAE(VAEConfig.from_dict(SIZES["vae"])).save_pretrained(run.checkpoint / "vae")
     assert not torch.allclose(library_latents(library, run), first)
 
@@ -127,6 +129,15 @@ def test_noise_alone_is_to_become_the_mean_of_a_scene() -> None:
     assert rows.tolist() == [1, 2, 1, 1]
     expected = torch.stack([latents.mean(0), latents[[0, 2, 3]].mean(0), latents[1]])
     torch.testing.assert_close(means, expected)
+
+
+def test_an_error_of_many_cells_alike_counts_more() -> None:
+    wanted = torch.randn(2, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+    sign = 1 - 2 * (torch.arange(16) % 2)
+    for error, weight in ((torch.ones(16, 16), 1 + 1 + 4 + 16), (sign[:, None] * sign, 1)):
+        losses = multiscale(wanted + 0.1 * error, wanted)
+        assert losses["mse"].item() == pytest.approx(0.01, rel=1e-4)
+        assert losses["loss"].item() == pytest.approx(0.01 * weight, rel=1e-4)
 
 
 def test_every_kind_and_trait_is_drawn_as_often() -> None:

@@ -7,7 +7,7 @@
 A scene names a kind, for most kinds a trait (how high, which way, how fast), and a loudness; all that a scene
 does not name (pitch within the trait's range, beginning, length, timbre) is drawn anew for each rendering.
 Its ranges are narrow: what varies by more than a cell of the latents, 128 ms by 4 mel bands, takes a small
-UNet longer than two hours to learn. A part of the scenes has two sounds, an event over a background.
+UNet longer than hours to learn. A part of the scenes has two sounds, an event over a background.
 `captions.py` puts scenes into words and `measures.py` finds out from a waveform alone whether it is what a
 scene says.
 """
@@ -318,12 +318,9 @@ def _waves(rng: np.random.Generator, trait: str) -> np.ndarray:
 
 
 def _engine(rng: np.random.Generator, trait: str) -> np.ndarray:
-    turning = _between(rng, 45, 49) * (
-        1 + 0.02 * np.sin(2 * np.pi * (rng.uniform(0.3, 1.0) * _time(SECONDS)))
-    )
-    hum = _voice(turning, SECONDS, tuple(1 / k**0.7 for k in range(1, 13)))
-    beat = 1 + 0.3 * _voice(turning / 2, SECONDS, (1.0,))
-    return _whole(rng, hum * beat + 0.4 * _filtered_noise(rng, lambda f: 1 / (1 + (f / 300) ** 4)))
+    # It turns evenly: a picture with a frame in 32 ms shows a beat of 20 Hz as a pattern that drifts.
+    hum = _voice(_between(rng, 45, 49), SECONDS, tuple(1 / k**0.7 for k in range(1, 13)))
+    return _whole(rng, hum + 0.4 * _filtered_noise(rng, lambda f: 1 / (1 + (f / 300) ** 4)))
 
 
 def _birds(rng: np.random.Generator, trait: str) -> np.ndarray:

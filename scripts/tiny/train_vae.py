@@ -101,16 +101,18 @@ def standardise(vae: VAE, library: Library, run: Run) -> None:
 def library_latents(library: Library, run: Run) -> Tensor:
     """The most likely latents of all sounds, by the trained VAE, unscaled: (n, 8, 40, 16) float32 on the CPU.
 
-    They are kept in the run's folder, until the VAE is another one.
+    They are kept in the run's folder, until the VAE or the library is another one.
     """
     folder, path = run.checkpoint / "vae", run.folder / "latents.pt"
-    weights = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(folder.iterdir()))).hexdigest()
+    source = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(folder.iterdir())))
+    source.update(library.mels(torch.arange(len(library))).numpy())
+    of = source.hexdigest()
     if path.is_file():
         kept = torch.load(path, weights_only=True)
-        if kept["weights"] == weights and len(kept["latents"]) == len(library):
+        if kept.get("of") == of:
             return kept["latents"]
     vae = VAE.from_pretrained(folder, device=run.device)
     latents = modes(vae, library, len(library), run)
     with replacing(path) as temporary:
-        torch.save({"weights": weights, "latents": latents}, temporary)
+        torch.save({"of": of, "latents": latents}, temporary)
     return latents
