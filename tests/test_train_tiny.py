@@ -107,6 +107,14 @@ def test_both_tokenizers_read_every_letter(untrained: Path) -> None:
         assert len(tokenizer("a loud bell").input_ids) < len(tokenizer("q zzxy vvkw").input_ids)
 
 
+def test_a_changed_library_leaves_the_tokenizers_alone(untrained: Path, folder: Path) -> None:
+    """Encoders have learnt with them: the same words must keep their numbers."""
+    tokenizers.write_tokenizers(Library([], [["zebra crossing"]], np.empty(0), np.empty(0)), Run(folder))
+    for name in ("tokenizer", "tokenizer_2"):
+        before = (untrained / "checkpoint" / name / "tokenizer.json").read_bytes()
+        assert (folder / "checkpoint" / name / "tokenizer.json").read_bytes() == before
+
+
 def test_varied_captions_keep_their_words_of_content() -> None:
     rng = np.random.default_rng(0)
     for _ in range(200):

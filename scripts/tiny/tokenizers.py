@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from audioldm2.checkpoints.layout import TOKENIZERS
 from scripts.tiny.data import Library
 from scripts.tiny.sizes import TOKENS, VOCABULARIES
 from scripts.tiny.training import Run
@@ -28,7 +29,12 @@ CAPITALS = {"as it is": 0.4, "none": 0.3, "first": 0.3}
 
 
 def write_tokenizers(library: Library, run: Run) -> None:
-    """Write `tokenizer` (CLAP's) and `tokenizer_2` (T5's) into the run's checkpoint."""
+    """Write `tokenizer` (CLAP's) and `tokenizer_2` (T5's) into the run's checkpoint, where none are yet.
+
+    They stay when the library changes: to encoders that learnt with them, other numbers would be other words.
+    """
+    if all((run.checkpoint / name).is_dir() for name in TOKENIZERS):
+        return
     captions = [caption for captions in library.captions for caption in captions]
     texts = captions + [text.lower() for text in captions]
     letters = string.ascii_letters + string.digits + string.punctuation
