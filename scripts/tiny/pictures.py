@@ -32,7 +32,7 @@ def tile(titles: Sequence[str], waveforms: Sequence[np.ndarray], path: Path) -> 
     for axes, title, waveform in zip(grid.flat, titles, waveforms, strict=False):
         picture = decibels(torch.from_numpy(waveform[None]).float(), SAMPLING_RATE)
         image = show(axes, picture, len(waveform), SAMPLING_RATE, MARKS)
-        axes.set_title(title, fontsize=9, parse_math=False)
+        axes.set_title(title, fontsize=7, parse_math=False)
         axes.tick_params(labelsize=7)
     figure.supxlabel("time (s)", fontsize=9)
     figure.supylabel("frequency (Hz, mel scale)", fontsize=9)
