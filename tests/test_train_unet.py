@@ -26,7 +26,7 @@ from scripts.tiny.data import Library, make_library
 from scripts.tiny.sizes import SIZES, TOKENS
 from scripts.tiny.sounds import Scene, Sound
 from scripts.tiny.train_unet import BLIND, encode_texts, multiscale, scene_means, shares, train_unet
-from scripts.tiny.train_vae import library_latents, standardise, train_vae
+from scripts.tiny.train_vae import importance, library_latents, standardise, train_vae
 from scripts.tiny.training import Run, schedule, train
 from scripts.tiny_checkpoint import write_random_checkpoint
 
@@ -97,6 +97,20 @@ def test_standardised_latents_are_decoded_as_before(library: Library, tmp_path: 
     torch.testing.assert_close(ratio.mean((0, 2, 3)), shift.mean((0, 2, 3)), rtol=0, atol=1e-2)
 
 
+def test_channels_count_by_how_exact_the_vae_is(library: Library, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = VAE(VAEConfig.from_dict(SIZES["vae"])).eval()
+    variances = torch.tensor([0.0, 0.05, 0.15, 0.2, 0.45, 0.95, 1.95, 4.95]).clamp(min=1e-9)
+    with torch.no_grad():
+        vae.to_moments.weight[8:].zero_()
+        vae.to_moments.bias[8:] = variances.log()
+    weights = importance(vae, library, Run(tmp_path))
+    assert weights.shape == (8, 1, 1)
+    assert weights.mean().item() == pytest.approx(1)
+    expected = torch.tensor([100.0, 50, 25, 20, 10, 5, 2.5, 1])
+    torch.testing.assert_close(weights.flatten() / weights[-1].item(), expected)
+
+
 def test_latents_are_of_one_vae_and_one_library(parts: Path, library: Library, tmp_path: Path) -> None:
     run = start(parts, tmp_path)
     first = library_latents(library, run)
@@ -135,9 +149,20 @@ def test_an_error_of_many_cells_alike_counts_more() -> None:
     wanted = torch.randn(2, 8, 16, 16, generator=torch.Generator().manual_seed(0))
     sign = 1 - 2 * (torch.arange(16) % 2)
     for error, weight in ((torch.ones(16, 16), 1 + 1 + 4 + 16), (sign[:, None] * sign, 1)):
-        losses = multiscale(wanted + 0.1 * error, wanted)
+        losses = multiscale(wanted + 0.1 * error, wanted, torch.ones(8, 1, 1))
         assert losses["mse"].item() == pytest.approx(0.01, rel=1e-4)
         assert losses["loss"].item() == pytest.approx(0.01 * weight, rel=1e-4)
+
+
+def test_an_error_counts_as_much_as_its_channel() -> None:
+    wanted = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    weights = torch.linspace(0.1, 1.9, 8).view(-1, 1, 1)
+    for channel in range(8):
+        error = torch.zeros(8, 1, 1)
+        error[channel] = 0.1
+        losses = multiscale(wanted + error, wanted, weights)
+        assert losses["mse"].item() == pytest.approx(0.01 * weights[channel].item() / 8, rel=1e-4)
+        assert losses["loss"].item() == pytest.approx(22 * losses["mse"].item(), rel=1e-4)
 
 
 def test_every_kind_and_trait_is_drawn_as_often() -> None:

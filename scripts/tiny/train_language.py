@@ -3,7 +3,8 @@
 GPT-2 generates eight vectors, each fed back as in the pipeline, and each is to be what the sound is like in
 one eighth of its time: the mean of the latents of the VAE there, standardised over the library. AudioLDM 2
 regresses pooled features of an AudioMAE so (Liu et al. 2023, section III); there is none here, and latents
-are what the UNet has to make. The loss is the squared error, through the whole generation.
+are what the UNet has to make. The loss is the squared error, through the whole generation; each channel of
+the latents counts as much as it is heard.
 
 Frequencies are taken in pairs, so that this fills half of a vector only. The other half is GPT-2's to choose:
 its last layer norm gives all vectors one length, and with no channel to spare it could not say both silence
@@ -33,7 +34,7 @@ from scripts.tiny.data import Library
 from scripts.tiny.sizes import HOP, SIZES
 from scripts.tiny.sounds import SAMPLING_RATE, draw_scene, render
 from scripts.tiny.tokenizers import read_tokenizers, tokenize, varied
-from scripts.tiny.train_vae import library_latents
+from scripts.tiny.train_vae import importance, library_latents
 from scripts.tiny.training import Run, train
 
 STEPS, BATCH, RATE = 4000, 64, 2e-3
@@ -54,13 +55,16 @@ def train_language(library: Library, run: Run) -> None:
     heard = language_of_audio(library_latents(library, run), gpt2.config.max_new_tokens)
     mean, scale = heard.mean(dim=(0, 1)), heard.std(dim=(0, 1))
     targets = (heard - mean) / scale
+    vae = VAE.from_pretrained(run.checkpoint, "vae", device=run.device)
+    channels = importance(vae, library, run)  # (C, 1, 1)
+    weights = channels.flatten().repeat_interleave(targets.shape[-1] // len(channels))  # (C · F/2,)
 
     def loss(generator: torch.Generator) -> dict[str, Tensor]:
         batch = library.draw(run.size(BATCH), generator)
         rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
         texts = ["" if rng.random() < EMPTY else varied(caption(library.scenes[i], rng), rng) for i in batch]
         vectors = generate(projection, gpt2, *conditions(encoders, tokenizers, texts, run.device))
-        return {"loss": error(vectors, targets[batch].to(run.device))}
+        return {"loss": error(vectors, targets[batch].to(run.device), weights)}
 
     parts = nn.ModuleDict({"projection_model": projection, "language_model": gpt2})
     train("language", parts, loss, run, steps=STEPS, rate=RATE, average=0.995)
@@ -72,11 +76,12 @@ def train_language(library: Library, run: Run) -> None:
         scenes = [draw_scene(rng) for _ in range(UNSEEN)]
         waveforms = torch.from_numpy(np.stack([render(scene, rng) for scene in scenes]))
         mels = LogMel(LogMelConfig(hop_length=HOP))(waveforms, SAMPLING_RATE)
-        latents = VAE.from_pretrained(run.checkpoint, "vae").encode(mels).mode()
+        latents = vae.encode(mels.to(run.device)).mode().cpu()
         wanted = (language_of_audio(latents, gpt2.config.max_new_tokens) - mean) / scale
         texts = [caption(scene, rng, held_out=True) for scene in scenes]
         vectors = generate(projection, gpt2, *conditions(encoders, tokenizers, texts, run.device)).cpu()
-        explained = 1 - error(vectors, wanted) / wanted.square().mean()
+        weights = weights.cpu()
+        explained = 1 - error(vectors, wanted, weights) / error(torch.zeros_like(vectors), wanted, weights)
     print(f"language: captions in unseen wordings explain {explained:.1%} of the variance of unseen sounds")
 
 
@@ -88,9 +93,12 @@ def language_of_audio(latents: Tensor, count: int) -> Tensor:
     return rearrange(F.adaptive_avg_pool2d(latents, (count, latents.shape[3] // 2)), "b c n f -> b n (c f)")
 
 
-def error(vectors: Tensor, wanted: Tensor) -> Tensor:
-    """The squared error of vectors (B, count, C) whose first channels are to be `wanted` (B, count, D)."""
-    return F.mse_loss(vectors[..., : wanted.shape[-1]], wanted)
+def error(vectors: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
+    """The squared error of vectors (B, count, C) whose first channels are to be `wanted` (B, count, D).
+
+    Each of those counts as `weights` (D,) say.
+    """
+    return (weights * (vectors[..., : wanted.shape[-1]] - wanted).square()).mean()
 
 
 @torch.no_grad()

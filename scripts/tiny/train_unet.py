@@ -15,6 +15,8 @@ slowly, for what they have of their own is noise to the gradient. Captions are l
 
 The library has as many low, middle and high tones together as it has bells. Here each is drawn as often as
 bells are: a rising sweep is not learnt from looking at falling ones.
+
+An error in a channel of the latents counts as much as it is heard (train_vae.importance).
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from audioldm2.models.unet import UNetConfig
 from scripts.tiny.assemble import pipeline
 from scripts.tiny.data import Library
 from scripts.tiny.sizes import SCHEDULER, SIZES
-from scripts.tiny.train_vae import library_latents
+from scripts.tiny.train_vae import importance, library_latents
 from scripts.tiny.training import Run, train
 
 STEPS = 30000
@@ -105,13 +107,16 @@ def shares(library: Library) -> Tensor:
     return torch.tensor([each / contents[s.sounds] if len(s.sounds) == 1 else 1.0 for s in library.scenes])
 
 
-def multiscale(predicted: Tensor, wanted: Tensor) -> dict[str, Tensor]:
+def multiscale(predicted: Tensor, wanted: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """The mean squared error, and with it that of means over 2 x 2, 4 x 4 and 8 x 8 cells, as "loss".
+
+    Squares are weighted with `weights` (C, 1, 1).
 
     A level that is 2 dB off, or swells, is next to nothing in the error of single cells, nearly all of which
     is what no caption says. In means over many cells that cancels out. The best prediction stays the same:
     the mean of what is wanted (Hoogeboom et al. 2023, arXiv 2301.11093, on multiscale losses).
     """
+    predicted, wanted = predicted * weights.sqrt(), wanted * weights.sqrt()
     mse = loss = F.mse_loss(predicted, wanted)
     for cells in (2, 4, 8):
         loss = loss + cells**2 / 4 * F.mse_loss(F.avg_pool2d(predicted, cells), F.avg_pool2d(wanted, cells))
@@ -128,6 +133,7 @@ def train_unet(library: Library, run: Run) -> None:
     latents = library_latents(library, run) * pipe.vae.config.scaling_factor
     means, scenes = scene_means(library, latents)
     often = shares(library)
+    weights = importance(pipe.vae, library, run)
     levels = DDIMScheduler(**SCHEDULER).alphas_cumprod.float()  # (1000,), the last is 0: noise alone
     torch.manual_seed(run.seed)
     unet = UNet(UNetConfig.from_dict(SIZES["unet"]))
@@ -153,7 +159,7 @@ def train_unet(library: Library, run: Run) -> None:
         vectors, states, mask = conditions.of(words, run.device)
         predicted = predict(noisy.to(run.device), times.to(run.device), vectors, states, mask)
         wanted = signal * noise - spoilt * clean
-        return multiscale(predicted, wanted.to(run.device))
+        return multiscale(predicted, wanted.to(run.device), weights)
 
     train("unet", unet, loss, run, steps=STEPS, rate=2e-3, warmup=200, average=0.999)
     unet.save_pretrained(run.checkpoint / "unet")

@@ -28,6 +28,7 @@ ROUNDS = ((1200, 2e-3, 1.0), (1300, 2e-3, 1.0), (2400, 2e-3, 0.1))
 FRAMES = 640  # a step, in pieces of one length
 LENGTHS = (40, 80, 160)  # frames, multiples of 8
 KL_WEIGHT = 3e-3
+PREDICTED = 0.05  # the variance in which predicted latents are left, about
 SILENCE = -6.0  # natural logarithm; what is below in a picture is not heard (see oscillators.RAMPS)
 FLOOR, SPAN = -11.5, 14.0  # natural logarithm: silence, and from there to the loudest
 
@@ -95,6 +96,22 @@ def standardise(vae: VAE, library: Library, run: Run) -> None:
     moments.bias[means] /= scale
     back.bias += back.weight[:, :, 0, 0] @ mean
     back.weight *= scale.view(1, -1, 1, 1)
+
+
+@torch.no_grad()
+def importance(vae: VAE, library: Library, run: Run) -> Tensor:
+    """How much a squared error in each channel of the scaled latents is to count, (C, 1, 1); 1 in the mean.
+
+    That is the reciprocal of the variance which the VAE leaves the channel in, plus that of what is
+    predicted. A few channels carry the sound, held to 0.05 of their spread; most say nothing, and an error in
+    them is no louder than the VAE's own noise ("posterior collapse": Lucas et al. 2019, arXiv 1911.02469).
+    How much a decoded picture changes, squared, goes from channel to channel as that reciprocal.
+    """
+    batches = torch.arange(min(64, len(library))).split(8)
+    variances = [vae.encode(library.mels(rows).to(run.device)).log_variance.exp() for rows in batches]
+    left = torch.cat(variances).mean((0, 2, 3)) * vae.config.scaling_factor**2
+    weights = 1 / (left + PREDICTED)
+    return (weights / weights.mean()).view(-1, 1, 1)
 
 
 @torch.no_grad()
