@@ -16,6 +16,10 @@ slowly, for what they have of their own is noise to the gradient. Captions are l
 The library has as many low, middle and high tones together as it has bells. Here each is drawn as often as
 bells are: a rising sweep is not learnt from looking at falling ones.
 
+Half of what is left has little noise. What is steady, a pitch or a level, is settled there and nowhere else:
+an error that is heard (0.05 of the latents' spread) is a small one beside more noise. With timesteps drawn
+evenly engines swelled and glides went in steps.
+
 An error in a channel of the latents counts as much as it is heard (train_vae.importance).
 """
 
@@ -41,6 +45,7 @@ STEPS = 30000
 BATCH = 32
 DROPPED = 0.1  # of the conditions, for guidance
 BLIND = 8  # one example in so many is noise alone
+CLEAR = 250  # timesteps; half of the others lie below
 
 
 @dataclass(frozen=True)
@@ -148,8 +153,9 @@ def train_unet(library: Library, run: Run) -> None:
         words = torch.where(dropped, conditions.silence[words], words)
         # Spread evenly, so that every step has all levels of noise (Kingma et al. 2021, appendix I.1).
         sighted = batch - batch // BLIND
-        spread = (torch.arange(batch) + torch.rand(1, generator=generator)) / sighted
-        times = (len(levels) * spread).long().clamp(max=len(levels) - 1)
+        spread = 2 * (torch.arange(batch) + torch.rand(1, generator=generator)) / sighted
+        times = torch.where(spread < 1, CLEAR * spread, len(levels) * (spread - 1))
+        times = times.long().clamp(max=len(levels) - 1)
         clean = latents[rows]  # (B, C, T, F), x_0
         clean[sighted:] = means[torch.where(dropped, 0, scenes[rows])[sighted:]]
         level = levels[times].view(-1, 1, 1, 1)
