@@ -3,8 +3,7 @@
 The loss is the mean absolute error of the decoded picture and, lightly weighted, the KL divergence of the
 latents from a standard normal. Pieces of a clip are of several lengths, so that other durations than 5.12 s
 are known, too. There are three rounds, warm restarts (Loshchilov and Hutter 2017), for what is rare in the
-library; in the last one, what is too soft to be heard counts little, for most of a picture is that. Then
-the decoder alone learns to make little of errors in the latents, which those of a UNet always have.
+library; in the last one, what is too soft to be heard counts little, for most of a picture is that.
 Neither a perceptual nor an adversarial loss is used: pictures of synthetic sounds are learnt without.
 """
 
@@ -26,8 +25,6 @@ from scripts.tiny.training import Run, train
 
 # Steps, learning rate, and how much counts what is not heard; a round begins from the average of the last.
 ROUNDS = ((1200, 2e-3, 1.0), (1300, 2e-3, 1.0), (2400, 2e-3, 0.1))
-LAST = (600, 1e-3, 0.1)  # the same of the decoder's own round
-OFF = 0.3  # of the latents' spread: the most noise that is added to them there
 FRAMES = 640  # a step, in pieces of one length
 LENGTHS = (40, 80, 160)  # frames, multiples of 8
 KL_WEIGHT = 3e-3
@@ -44,43 +41,35 @@ def pieces(library: Library, run: Run, generator: torch.Generator) -> Tensor:
     return torch.stack([mel[:, s : s + length] for mel, s in zip(mels, starts.tolist(), strict=True)])
 
 
-def losses(
-    vae: VAE, library: Library, run: Run, unheard: float, off: float, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """A step's losses. What is not heard counts `unheard`; noise of up to `off` is added to the latents."""
-    mel = pieces(library, run, generator).to(run.device)
-    latents = vae.encode(mel)
-    strength = off * torch.rand(len(mel), 1, 1, 1, generator=generator)
-    noise = strength * torch.randn(latents.mean.shape, generator=generator)
-    decoded = vae.decode(latents.sample(generator) + noise.to(run.device))
-    error = (decoded - mel).abs().mean()
-    heard = (decoded.clamp(min=SILENCE) - mel.clamp(min=SILENCE)).abs().mean()
-    divergence = latents.kl().mean() / latents.mode()[0].numel()
-    weighted = unheard * error + (1 - unheard) * heard
-    return {"loss": weighted + KL_WEIGHT * divergence, "error": error, "heard": heard, "KL": divergence}
-
-
 def train_vae(library: Library, run: Run) -> None:
-    """Train the VAE, standardise its latents, train its decoder on, and save it as `vae`."""
+    """Train the VAE, standardise its latents, and save it as `vae`."""
     torch.manual_seed(run.seed)
     vae = VAE(VAEConfig.from_dict(SIZES["vae"]))
     with torch.no_grad():  # begins as silence, and learns the rest
         vae.decoder.conv_out.bias.fill_(FLOOR + SPAN / 4)
+
+    def loss(generator: torch.Generator, unheard: float) -> dict[str, Tensor]:
+        mel = pieces(library, run, generator).to(run.device)
+        latents = vae.encode(mel)
+        decoded = vae.decode(latents.sample(generator))
+        error = (decoded - mel).abs().mean()
+        heard = (decoded.clamp(min=SILENCE) - mel.clamp(min=SILENCE)).abs().mean()
+        divergence = latents.kl().mean() / latents.mode()[0].numel()
+        weighted = unheard * error + (1 - unheard) * heard
+        return {"loss": weighted + KL_WEIGHT * divergence, "error": error, "heard": heard, "KL": divergence}
+
     for i, (steps, rate, unheard) in enumerate(ROUNDS, 1):
-        loss = partial(losses, vae, library, run, unheard, 0.0)
-        train(f"vae_{i}", vae, loss, run, steps=steps, rate=rate, average=0.995)
+        train(
+            f"vae_{i}",
+            vae,
+            partial(loss, unheard=unheard),
+            run,
+            steps=steps,
+            rate=rate,
+            average=0.995,
+        )
     standardise(vae, library, run)
-    train_decoder(vae, library, run)
     vae.save_pretrained(run.checkpoint / "vae")
-
-
-def train_decoder(vae: VAE, library: Library, run: Run) -> None:
-    """Train the decoder of a VAE, whose latents are standardised and stay as they are."""
-    for part in (vae.encoder, vae.to_moments):
-        part.requires_grad_(False)
-    steps, rate, unheard = LAST
-    loss = partial(losses, vae, library, run, unheard, OFF)
-    train("vae_decoder", vae, loss, run, steps=steps, rate=rate, average=0.99)
 
 
 @torch.no_grad()
