@@ -143,7 +143,7 @@ FAMILIES = [
     Prompt(Scene((Sound("siren"),)), "A siren", 0),
     Prompt(Scene((Sound("bell"),)), "A bell", 0),
     Prompt(Scene((Sound("pluck"),)), "A plucked string", 0),
-    Prompt(Scene((Sound("struck"),)), "A xylophone note", 4),
+    Prompt(Scene((Sound("struck"),)), "A xylophone note", 1),
     Prompt(Scene((Sound("scale", "rising"),)), "A rising scale", 0),
     Prompt(Scene((Sound("scale", "falling"),)), "A falling scale", 0),
     Prompt(Scene((Sound("arpeggio", "rising"),)), "A rising arpeggio", 0),
@@ -154,7 +154,7 @@ FAMILIES = [
     Prompt(Scene((Sound("rain"),), "loud"), "Loud rain", 0),
     Prompt(Scene((Sound("wind"),)), "Wind", 0),
     Prompt(Scene((Sound("waves"),)), "Sea waves", 0),
-    Prompt(Scene((Sound("engine"),), "soft"), "A soft engine hum", 1),
+    Prompt(Scene((Sound("engine"),), "soft"), "A soft engine hum", 2),
     Prompt(Scene((Sound("birds"),)), "Chirping birds", 0),
     Prompt(Scene((Sound("bell"), Sound("rain"))), "A bell over rain", 0),
 ]

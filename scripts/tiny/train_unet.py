@@ -45,6 +45,7 @@ STEPS = 30000
 BATCH = 32
 DROPPED = 0.1  # of the conditions, for guidance
 BLIND = 8  # one example in so many is noise alone
+PAIRS = 0.3  # the part of the examples in which two sounds are heard
 CLEAR = 250  # timesteps; half of the others lie below
 
 
@@ -106,10 +107,15 @@ def scene_means(library: Library, latents: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def shares(library: Library) -> Tensor:
-    """How often to draw each sound, (n,): single ones so that every kind and trait comes equally often."""
-    contents = Counter(scene.sounds for scene in library.scenes if len(scene.sounds) == 1)
-    each = contents.total() / max(1, len(contents))
-    return torch.tensor([each / contents[s.sounds] if len(s.sounds) == 1 else 1.0 for s in library.scenes])
+    """How often to draw each sound, (n,): the single ones so that every kind and trait comes equally often.
+
+    Pairs of sounds, of which there are more than single ones, are drawn equally often, too: they are PAIRS of
+    what is drawn.
+    """
+    contents = Counter(scene.sounds for scene in library.scenes)
+    pairs = sum(len(sounds) > 1 for sounds in contents)
+    rare = {False: (1 - PAIRS) / max(1, len(contents) - pairs), True: PAIRS / max(1, pairs)}
+    return torch.tensor([rare[len(s.sounds) > 1] / contents[s.sounds] for s in library.scenes])
 
 
 def multiscale(predicted: Tensor, wanted: Tensor, weights: Tensor) -> dict[str, Tensor]:
