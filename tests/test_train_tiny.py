@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from audioldm2.models import PARTS
-from scripts.tiny import tokenizers, train_clap, train_language, train_t5, training
+from scripts.tiny import tokenizers, train_clap, train_language, train_ranking, train_t5, training
 from scripts.tiny.captions import caption
 from scripts.tiny.data import Library, load_library, make_library
 from scripts.tiny.sizes import SIZES
@@ -26,6 +26,7 @@ STAGES: dict[str, tuple[ModuleType, Callable[[Library, Run], None], tuple[str, .
     "clap": (train_clap, train_clap.train_clap, ("text_encoder",)),
     "t5": (train_t5, train_t5.train_t5, ("text_encoder_2",)),
     "language": (train_language, train_language.train_language, ("projection_model", "language_model")),
+    "ranking": (train_ranking, train_ranking.train_ranking, ("text_encoder",)),
 }
 
 
@@ -51,6 +52,8 @@ def untrained(library: Library, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def _measured_on_little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_clap, "ROUNDS", 1)
     monkeypatch.setattr(train_language, "UNSEEN", 2)
+    monkeypatch.setattr(train_ranking, "ROUNDS", 1)
+    monkeypatch.setattr(train_ranking, "UNSEEN", 2)
 
 
 @pytest.fixture
@@ -98,6 +101,13 @@ def test_two_steps_move_the_weights_and_a_killed_run_goes_on(
     trainer(library, Run(killed, steps=2, batch=4))
     pairs = zip(_weights(whole, parts), _weights(killed, parts), strict=True)
     assert [name for (name, a), (_, b) in pairs if not torch.equal(a, b)] == []
+
+
+def test_ranking_leaves_what_clap_says_of_texts(library: Library, folder: Path) -> None:
+    before = dict(_weights(folder, ("text_encoder",)))
+    train_ranking.train_ranking(library, Run(folder, steps=2, batch=4))
+    for name, after in _weights(folder, ("text_encoder",)):
+        assert torch.equal(before[name], after) == ("audio" not in name.lower()), name
 
 
 def test_both_tokenizers_read_every_letter(untrained: Path) -> None:

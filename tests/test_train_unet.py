@@ -20,12 +20,23 @@ from audioldm2.checkpoints.layout import TOKENIZERS
 from audioldm2.models import PARTS
 from audioldm2.models.unet import UNetConfig
 from audioldm2.models.vae import VAEConfig
+from scripts.tiny import train_unet as train_unet_module
 from scripts.tiny import training
 from scripts.tiny.assemble import assemble, pipeline, take_parts
 from scripts.tiny.data import Library, make_library
 from scripts.tiny.sizes import SIZES, TOKENS
 from scripts.tiny.sounds import Scene, Sound
-from scripts.tiny.train_unet import BLIND, PAIRS, encode_texts, multiscale, scene_means, shares, train_unet
+from scripts.tiny.train_unet import (
+    BLIND,
+    GOING_ON,
+    HARD,
+    PAIRS,
+    encode_texts,
+    multiscale,
+    scene_means,
+    shares,
+    train_unet,
+)
 from scripts.tiny.train_vae import importance, library_latents, standardise, train_vae
 from scripts.tiny.training import Run, schedule, train
 from scripts.tiny_checkpoint import write_random_checkpoint
@@ -170,10 +181,35 @@ def test_every_kind_and_trait_is_drawn_as_often() -> None:
     bell, both = Scene((Sound("bell"),)), Scene((Sound("bell"), Sound("rain")))
     other = Scene((Sound("bell"), Sound("wind")))
     often = shares(scenes_only(bell, rising, bell, both, falling, bell, bell, both, other))
-    assert often[[0, 2, 5, 6]].sum() == often[1] == often[4]
+    assert often[[0, 2, 5, 6]].sum().item() == pytest.approx(often[1].item())
+    assert often[1] == often[4]
     assert often[[3, 7]].sum() == often[8]
     assert often[[3, 7, 8]].sum() == pytest.approx(PAIRS)
     assert often.sum() == pytest.approx(1)
+
+
+def test_what_is_hard_is_drawn_more_often_alone_and_not_in_pairs() -> None:
+    engine, behind = Scene((Sound("engine"),)), Scene((Sound("bell"), Sound("engine")))
+    often = shares(scenes_only(engine, Scene((Sound("bell"),)), engine, behind))
+    assert often[[0, 2]].sum().item() == pytest.approx(HARD["engine"] * often[1].item())
+    assert often[3].item() == pytest.approx(PAIRS)
+    assert HARD["engine"] > 1
+
+
+def test_the_unet_begins_with_given_weights(
+    parts: Path, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = replace(start(parts, tmp_path, "unet"), begin=parts)
+    begun: dict[str, torch.Tensor] = {}
+    monkeypatch.setattr(
+        train_unet_module,
+        "train",
+        lambda name, unet, *_, **options: begun.update(unet.state_dict(), **options),
+    )
+    train_unet(library, run)
+    given = UNet.from_pretrained(parts, subfolder="unet").state_dict()
+    assert all(torch.equal(begun[name], value) for name, value in given.items())
+    assert begun["rate"] == GOING_ON
 
 
 def test_the_unet_learns_with_what_the_pipeline_will_say(parts: Path) -> None:
@@ -302,6 +338,7 @@ def test_the_command_trains_all_and_writes_a_checkpoint_that_sounds(tmp_path: Pa
         (("--steps", "0"), "--steps must be at least 1, not 0"),
         (("--device", "tpu"), "tpu"),
         (("--stages", "gan"), "invalid choice: 'gan'"),
+        (("--begin", "nowhere"), "--begin: nowhere/unet is not there"),
     ],
 )
 def test_the_command_refuses_what_makes_no_sense(arguments: tuple[str, ...], says: str) -> None:

@@ -42,6 +42,7 @@ class Run:
         steps: of each stage; None is each stage's own number.
         batch: of each step; None is each stage's own.
         compile: compile the UNet first, which takes minutes and makes its steps a fifth faster.
+        begin: a folder in the Hub's layout with the UNet to begin with; None is one with random weights.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class Run:
     steps: int | None = None
     batch: int | None = None
     compile: bool = False
+    begin: Path | None = None
 
     def count(self, steps: int) -> int:
         """How many steps to go, where a stage's own number is `steps`."""
