@@ -42,6 +42,7 @@ def train_ranking(library: Library, run: Run) -> None:
     torch.manual_seed(run.seed)
     pipe = pipeline(run)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
     clap, tokenizer = pipe.text_encoder, pipe.tokenizer
     count = min(SOUNDS, len(library))
     rows = torch.multinomial(shares(library), count, generator=run.generator(0))
