@@ -348,6 +348,20 @@ def test_the_command_refuses_what_makes_no_sense(arguments: tuple[str, ...], say
     assert "Traceback" not in done.stderr
 
 
+def test_the_command_says_what_is_wrong_with_what_it_finds(tmp_path: Path) -> None:
+    (tmp_path / "broken" / "unet").mkdir(parents=True)
+    small = ("--folder", str(tmp_path), "--sounds", "2", "--batch", "2", "--threads", "1", "--stages")
+    assert command(*small, "tokenizers", "vae", "--steps", "1").returncode == 0
+    for arguments, says in (
+        (("vae", "--steps", "2"), "vae_1.pt is of a run with seed 0 and 1 steps"),
+        (("unet", "--begin", str(tmp_path / "broken")), str(tmp_path / "broken" / "unet")),
+    ):
+        done = command(*small, *arguments)
+        assert done.returncode == 1, done.stderr[-2000:]
+        assert says in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def test_parts_that_are_trained_are_taken_as_float32(parts: Path, tmp_path: Path) -> None:
     given, run = tmp_path / "given", Run(tmp_path / "run")
     VAE.from_pretrained(parts, subfolder="vae").half().save_pretrained(given / "vae")

@@ -31,6 +31,10 @@ SAVE_EVERY = 60.0  # s
 Loss = Callable[[torch.Generator], dict[str, Tensor]]
 
 
+class OtherRunError(ValueError):
+    """What lies in the folder is of a run with other arguments."""
+
+
 @dataclass(frozen=True)
 class Run:
     """Where and how a training runs.
@@ -111,7 +115,7 @@ def train(
         clip: longest gradient that is taken as it is.
 
     Raises:
-        ValueError: what lies in the folder is of another run.
+        OtherRunError: what lies in the folder is of another run.
         FloatingPointError: the loss is no number any more.
     """
     steps = run.count(steps)
@@ -132,7 +136,7 @@ def train(
     if path.is_file():
         state = torch.load(path, map_location=run.device, weights_only=True)
         if state["seed"] != run.seed or state["steps"] != steps:
-            raise ValueError(
+            raise OtherRunError(
                 f"{path} is of a run with seed {state['seed']} and {state['steps']} steps, not with "
                 f"{run.seed} and {steps}; remove it to start anew"
             )
