@@ -55,14 +55,11 @@ def train_clap(library: Library, run: Run) -> None:
         batch = library.draw(run.size(BATCH), generator)
         rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
         scenes = [library.scenes[i] for i in batch]
-        said = scenes + [twin for scene in scenes for twin in twins(scene, rng)]
-        texts = [varied(caption(scene, rng), rng) for scene in said]
+        texts, same = captions_to_tell_apart(scenes, rng)
         pictures = torch.from_numpy(features[batch.numpy()]).float()
         disturb(pictures, generator)
         text = clap.text_features(*tokenize(tokenizer, texts, run.device))
         sound = clap.audio_features(rearrange(pictures, "b t m -> b 1 t m").to(run.device))
-        numbers = scene_numbers(said)
-        same = numbers[:, None] == numbers[None, : len(scenes)]
         return {"loss": contrastive_loss(clap, text, sound, same.to(run.device))}
 
     train("clap", clap, loss, run, steps=STEPS, rate=RATE, average=0.995)
@@ -94,6 +91,14 @@ def scene_numbers(scenes: Sequence[Scene]) -> Tensor:
     """For each scene a number that only its likes have, (N,)."""
     numbers: dict[Scene, int] = {}
     return torch.tensor([numbers.setdefault(scene, len(numbers)) for scene in scenes])
+
+
+def captions_to_tell_apart(scenes: list[Scene], rng: np.random.Generator) -> tuple[list[str], Tensor]:
+    """Captions of scenes (B), then of their twins, T in all; and (T, B), whether text i is of scene j."""
+    said = scenes + [twin for scene in scenes for twin in twins(scene, rng)]
+    texts = [varied(caption(scene, rng), rng) for scene in said]
+    numbers = scene_numbers(said)
+    return texts, numbers[:, None] == numbers[None, : len(scenes)]
 
 
 def twins(scene: Scene, rng: np.random.Generator) -> tuple[Scene, Scene]:

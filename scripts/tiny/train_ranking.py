@@ -26,8 +26,8 @@ from scripts.tiny.captions import caption
 from scripts.tiny.data import Library, make_library
 from scripts.tiny.evaluation import Prompt, generate
 from scripts.tiny.sounds import KINDS, SAMPLES, SAMPLING_RATE
-from scripts.tiny.tokenizers import tokenize, varied
-from scripts.tiny.train_clap import ROUNDS, contrastive_loss, disturb, retrieval, scene_numbers, twins
+from scripts.tiny.tokenizers import tokenize
+from scripts.tiny.train_clap import ROUNDS, captions_to_tell_apart, contrastive_loss, disturb, retrieval
 from scripts.tiny.train_unet import shares
 from scripts.tiny.training import Run, train
 
@@ -57,14 +57,11 @@ def train_ranking(library: Library, run: Run) -> None:
         batch = torch.randint(count, (run.size(BATCH),), generator=generator)
         rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
         scenes = [library.scenes[i] for i in rows[batch]]
-        said = scenes + [twin for scene in scenes for twin in twins(scene, rng)]
-        texts = [varied(caption(scene, rng), rng) for scene in said]
+        texts, same = captions_to_tell_apart(scenes, rng)
         pictures = torch.cat([own[batch], generated[batch]]).float()
         disturb(pictures, generator)
         text, sound = fit(texts, pictures)
         better, worse = sound.chunk(2)
-        numbers = scene_numbers(said)
-        same = numbers[:, None] == numbers[None, : len(scenes)]
         contrast = contrastive_loss(clap, text, better, same.to(run.device))
         by = clap.logit_scale_a.exp() * (text[: len(scenes)] * (better - worse)).sum(1)
         preference = F.softplus(-by).mean()

@@ -39,7 +39,6 @@ from audioldm2.models.unet import UNetConfig
 from scripts.tiny.assemble import pipeline
 from scripts.tiny.data import Library
 from scripts.tiny.sizes import SCHEDULER, SIZES
-from scripts.tiny.sounds import Sound
 from scripts.tiny.train_vae import importance, library_latents
 from scripts.tiny.training import Run, train
 
@@ -116,15 +115,12 @@ def shares(library: Library) -> Tensor:
     often, too: they are PAIRS of what is drawn.
     """
     contents = Counter(scene.sounds for scene in library.scenes)
-    often = {sounds: HARD.get(sounds[0].kind, 1) if len(sounds) == 1 else 1 for sounds in contents}
-    both = {two: sum(n for sounds, n in often.items() if (len(sounds) > 1) == two) for two in (False, True)}
-    part = {False: 1 - PAIRS, True: PAIRS}
-
-    def of(sounds: tuple[Sound, ...]) -> float:
-        two = len(sounds) > 1
-        return part[two] * often[sounds] / both[two] / contents[sounds]
-
-    return torch.tensor([of(scene.sounds) for scene in library.scenes])
+    often = torch.tensor([1 / contents[scene.sounds] for scene in library.scenes], dtype=torch.float64)
+    pair = torch.tensor([len(scene.sounds) > 1 for scene in library.scenes])
+    often *= torch.tensor([HARD.get(scene.sounds[0].kind, 1) for scene in library.scenes]).where(~pair, 1)
+    for part, here in ((1 - PAIRS, ~pair), (PAIRS, pair)):
+        often[here] *= part / often[here].sum()
+    return often.float()
 
 
 def multiscale(predicted: Tensor, wanted: Tensor, weights: Tensor) -> dict[str, Tensor]:
