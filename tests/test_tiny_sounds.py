@@ -188,6 +188,25 @@ def test_a_background_of_another_colour_is_not_the_one_asked_for(heard: str, ask
     assert not matches(Scene((event, Sound(asked))), waveform)["background"]
 
 
+def test_a_low_tone_does_not_hide_rain_with_noise_of_its_own():
+    rng = np.random.default_rng(3)
+    rumble = render(Scene((Sound("engine"),)), rng)
+    for pitch in ("low", "middle"):
+        scene = Scene((Sound("tone", pitch), Sound("rain")))
+        waveform = render(scene, rng)
+        waveform += rumble * 10 ** ((level(waveform) - level(rumble) - 12) / 20)
+        assert matches(scene, waveform)["background"] == (pitch == "low")
+
+
+def test_a_smeared_beginning_counts_over_a_background_alone():
+    """It rises by 13 dB in 80 ms, which is 5 dB in 30 ms and 8 in 50."""
+    waveform = envelope_of(
+        lambda t: 10 ** ((np.interp(t, [0.3, 0.38], [-13, 0]) - 30 * np.maximum(t - 0.4, 0)) / 20)
+    )
+    assert measure(waveform, measures.DEPTH_OVER).onsets == 0
+    assert measure(waveform, measures.DEPTH_OVER, measures.ATTACK_OVER).onsets == 1
+
+
 def test_what_is_wrong_is_told():
     sweep = rendered(Sound("sweep", "falling"), 0)
     told = misses(Scene((Sound("sweep", "rising"),), "loud"), sweep)
