@@ -110,6 +110,30 @@ def test_ranking_leaves_what_clap_says_of_texts(library: Library, folder: Path) 
         assert torch.equal(before[name], after) == ("audio" not in name.lower()), name
 
 
+def test_a_killed_ranking_keeps_what_it_generated(
+    library: Library, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    run, training_set = Run(folder, steps=2, batch=4), list(range(len(library)))
+    made: list[list[int]] = []
+
+    def watched(pipe: object, sounds: Library, rows: torch.Tensor, run: Run) -> dict[str, torch.Tensor]:
+        made.append(sorted(rows.tolist()) if sounds is library else [])
+        return both_sides(pipe, sounds, rows, run)
+
+    both_sides = train_ranking.both_sides
+    monkeypatch.setattr(train_ranking, "both_sides", watched)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_ranking, "train", kill)
+        with pytest.raises(KeyboardInterrupt):
+            train_ranking.train_ranking(library, run)
+    assert made == [training_set]
+    train_ranking.train_ranking(library, run)
+    assert made == [training_set, []]  # only what is unseen
+
+
 def test_both_tokenizers_read_every_letter(untrained: Path) -> None:
     for tokenizer in tokenizers.read_tokenizers(Run(untrained)):
         ids = tokenizer("A JAZZY xylophone, quickly; 16 vague owls!").input_ids

@@ -134,8 +134,11 @@ def clap_features(library: Library, path: Path, at_once: int = 8) -> np.ndarray:
     return np.load(path, mmap_mode="r")
 
 
-def disturb(pictures: Tensor, generator: torch.Generator) -> None:
-    """Change pictures (B, T, M), in dB, in place, as a vocoder or an imperfect denoiser might."""
+def disturb(pictures: Tensor, generator: torch.Generator, noise: float = NOISE) -> None:
+    """Change pictures (B, T, M), in dB, in place, as a vocoder or an imperfect denoiser might.
+
+    `noise` is the most of its standard deviation, in dB.
+    """
     count, frames, mels = pictures.shape
 
     def drawn(low: float, high: float) -> Tensor:
@@ -145,7 +148,7 @@ def disturb(pictures: Tensor, generator: torch.Generator) -> None:
     around = F.pad(pictures[blurred][:, None], (1, 1, 1, 1), mode="replicate")
     pictures[blurred] = F.avg_pool2d(around, 3, stride=1)[:, 0]
     torch.maximum(pictures, drawn(*SILENCE), out=pictures)
-    pictures += drawn(0, NOISE) * torch.randn(pictures.shape, generator=generator)
+    pictures += drawn(0, noise) * torch.randn(pictures.shape, generator=generator)
     lowest = pictures.amin(dim=(1, 2))
     for i in range(count):
         for axis, (length, most) in enumerate(zip((frames, mels), STRIPE, strict=True)):

@@ -9,7 +9,6 @@ Neither a perceptual nor an adversarial loss is used: pictures of synthetic soun
 
 from __future__ import annotations
 
-import hashlib
 from functools import partial
 
 import torch
@@ -17,11 +16,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from audioldm2 import VAE
-from audioldm2.atomic import replacing
 from audioldm2.models.vae import VAEConfig
 from scripts.tiny.data import Library
 from scripts.tiny.sizes import SIZES
-from scripts.tiny.training import Run, train
+from scripts.tiny.training import Run, kept, train
 
 # Steps, learning rate, and how much counts what is not heard; a round begins from the average of the last.
 ROUNDS = ((1200, 2e-3, 1.0), (1300, 2e-3, 1.0), (2400, 2e-3, 0.1))
@@ -120,16 +118,12 @@ def library_latents(library: Library, run: Run) -> Tensor:
 
     They are kept in the run's folder, until the VAE or the library is another one.
     """
-    folder, path = run.checkpoint / "vae", run.folder / "latents.pt"
-    source = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(folder.iterdir())))
-    source.update(library.mels(torch.arange(len(library))).numpy())
-    of = source.hexdigest()
-    if path.is_file():
-        kept = torch.load(path, weights_only=True)
-        if kept.get("of") == of:
-            return kept["latents"]
-    vae = VAE.from_pretrained(folder, device=run.device)
-    latents = modes(vae, library, len(library), run)
-    with replacing(path) as temporary:
-        torch.save({"of": of, "latents": latents}, temporary)
-    return latents
+    folder = run.checkpoint / "vae"
+
+    def encode() -> dict[str, Tensor]:
+        vae = VAE.from_pretrained(folder, device=run.device)
+        return {"latents": modes(vae, library, len(library), run)}
+
+    files = [path.read_bytes() for path in sorted(folder.iterdir())]
+    mels = library.mels(torch.arange(len(library))).numpy()
+    return kept(run.folder / "latents.pt", [*files, mels.tobytes()], encode)["latents"]

@@ -14,9 +14,10 @@ uninterrupted one.
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,22 @@ class Run:
     def generator(self, step: int) -> torch.Generator:
         """What is drawn at a step, always the same; on the CPU."""
         return torch.Generator().manual_seed(1_000_003 * self.seed + step)
+
+
+def kept(path: Path, of: Iterable[bytes], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What `make` makes, which takes minutes: kept at `path` until it is to be made of something else."""
+    source = hashlib.sha256()
+    for piece in of:
+        source.update(piece)
+    if path.is_file():
+        found: dict[str, Any] = torch.load(path, weights_only=True)
+        if found.pop("of", "") == source.hexdigest():
+            return found
+    made = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        torch.save({**made, "of": source.hexdigest()}, temporary)
+    return made
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
