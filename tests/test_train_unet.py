@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from audioldm2 import VAE, AudioLDM2Pipeline, UNet
 from audioldm2.checkpoints.layout import TOKENIZERS
@@ -21,6 +21,7 @@ from audioldm2.models import PARTS
 from audioldm2.models.unet import UNetConfig
 from audioldm2.models.vae import VAEConfig
 from scripts.tiny import train_unet as train_unet_module
+from scripts.tiny import train_vae as train_vae_module
 from scripts.tiny import training
 from scripts.tiny.assemble import assemble, pipeline, take_parts
 from scripts.tiny.data import Library, make_library
@@ -37,7 +38,7 @@ from scripts.tiny.train_unet import (
     shares,
     train_unet,
 )
-from scripts.tiny.train_vae import importance, library_latents, standardise, train_vae
+from scripts.tiny.train_vae import importance, library_latents, standardise, train_decoder, train_vae
 from scripts.tiny.training import Run, schedule, train
 from scripts.tiny_checkpoint import write_random_checkpoint
 
@@ -82,6 +83,44 @@ def test_the_vae_learns_and_its_latents_have_variance_1(
     assert latents.shape == (4, 8, 40, 16)
     assert (latents * vae.config.scaling_factor).std().item() == pytest.approx(1, abs=1e-3)
     assert (tmp_path / "plots" / "vae_2.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_decoder_alone_is_trained_on(parts: Path, library: Library, tmp_path: Path) -> None:
+    run = start(parts, tmp_path)
+    before = VAE.from_pretrained(run.checkpoint, subfolder="vae")
+    train_decoder(library, run)
+    after = VAE.from_pretrained(run.checkpoint, subfolder="vae")
+    for name, old in before.named_children():
+        new = after.get_submodule(name)
+        if name in ("decoder", "from_latents"):
+            assert moved(old, new)
+        else:
+            assert all(map(torch.equal, old.parameters(), new.parameters())), name
+    assert (tmp_path / "plots" / "decoder.png").is_file()
+
+
+def test_the_decoder_learns_from_latents_that_were_moved(
+    parts: Path, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fed: list[Tensor] = []
+
+    def watched(vae: VAE, latents: Tensor) -> Tensor:
+        fed.append(latents)
+        return decode(vae, latents)
+
+    decode = VAE.decode
+    monkeypatch.setattr(VAE, "decode", watched)
+    monkeypatch.setattr(train_vae_module, "LENGTHS", (88,))  # 22 rows of latents: no multiple of 4
+    for astray in (0.0, 0.2):
+        monkeypatch.setattr(train_vae_module, "ASTRAY", astray)
+        train_decoder(library, replace(start(parts, tmp_path / str(astray)), steps=1, batch=64))
+    away = fed[1] - fed[0]
+    assert away.shape == (64, 8, 22, 16)
+    spreads = away.std((1, 2, 3))  # of two parts, each between 0 and 0.2
+    assert 0.01 < spreads.min() < 0.09
+    assert 0.19 < spreads.max() < 0.29
+    blocks = away[:, :, :20].unflatten(2, (5, 4)).unflatten(4, (4, 4)).mean((3, 5))
+    assert blocks.std() > 0.5 * away.std()  # 4 x 4 neighbours have a part in common
 
 
 def test_standardised_latents_are_decoded_as_before(library: Library, tmp_path: Path) -> None:
@@ -390,7 +429,7 @@ def test_the_command_trains_what_the_parts_lack(parts: Path, tmp_path: Path) -> 
         "--parts", str(given), "--steps", "2", "--sounds", "4", "--batch", "2", "--folder", str(tmp_path)
     )
     assert done.returncode == 0, done.stderr
-    assert re.findall(r"^(\w+): [\d.]+ min$", done.stdout, re.MULTILINE) == ["vae"]
+    assert re.findall(r"^(\w+): [\d.]+ min$", done.stdout, re.MULTILINE) == ["vae", "decoder"]
     assert (tmp_path / "tiny" / "vae").is_dir()
 
 
