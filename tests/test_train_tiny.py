@@ -68,6 +68,10 @@ def _weights(folder: Path, parts: tuple[str, ...]) -> Iterator[tuple[str, torch.
             yield from ((f"{part}.{name}", tensor) for name, tensor in sorted(load_file(path).items()))
 
 
+def _kill(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_steps_move_the_weights_and_a_killed_run_goes_on(
     stage: str, library: Library, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -90,12 +94,9 @@ def test_two_steps_move_the_weights_and_a_killed_run_goes_on(
     for part in parts:
         PARTS[part][0].stage.from_pretrained(whole / "checkpoint" / part)
 
-    def kill(*_: object) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(training, "SAVE_EVERY", 0.0)
-        patch.setattr(training, "plot", kill)  # which comes after the first step's saving
+        patch.setattr(training, "plot", _kill)  # which comes after the first step's saving
         with pytest.raises(KeyboardInterrupt):
             trainer(library, Run(killed, steps=2, batch=4))
     trainer(library, Run(killed, steps=2, batch=4))
@@ -113,9 +114,6 @@ def test_ranking_leaves_what_clap_says_of_texts(library: Library, folder: Path) 
 def test_a_killed_ranking_keeps_what_it_generated(
     library: Library, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def kill(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
     run, training_set = Run(folder, steps=2, batch=4), list(range(len(library)))
     made: list[list[int]] = []
 
@@ -126,7 +124,7 @@ def test_a_killed_ranking_keeps_what_it_generated(
     both_sides = train_ranking.both_sides
     monkeypatch.setattr(train_ranking, "both_sides", watched)
     with monkeypatch.context() as patch:
-        patch.setattr(train_ranking, "train", kill)
+        patch.setattr(train_ranking, "train", _kill)
         with pytest.raises(KeyboardInterrupt):
             train_ranking.train_ranking(library, run)
     assert made == [training_set]

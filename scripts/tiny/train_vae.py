@@ -84,16 +84,16 @@ def train_decoder(library: Library, run: Run) -> None:
     vae = VAE.from_pretrained(run.checkpoint / "vae", device=run.device)
 
     def loss(generator: torch.Generator) -> dict[str, Tensor]:
-        mel = pieces(library, run, generator)
+        mel = pieces(library, run, generator).to(run.device)
         with torch.no_grad():
-            latents = vae.encode(mel.to(run.device)).sample(generator)
+            latents = vae.encode(mel).sample(generator)
         count, channels, frames, bands = latents.shape
         alone = torch.randn(latents.shape, generator=generator)
         together = torch.randn(count, channels, -(-frames // 4), -(-bands // 4), generator=generator)
         together = together.repeat_interleave(4, 2)[:, :, :frames].repeat_interleave(4, 3)[..., :bands]
         moved = ASTRAY * torch.rand(2, count, 1, 1, 1, generator=generator)
         latents = latents + (moved[0] * alone + moved[1] * together).to(run.device)
-        return errors(vae.decode(latents), mel.to(run.device), UNHEARD)
+        return errors(vae.decode(latents), mel, UNHEARD)
 
     decoder = torch.nn.ModuleDict({"decoder": vae.decoder, "from_latents": vae.from_latents})
     train("decoder", decoder, loss, run, steps=DECODER_STEPS, rate=DECODER_RATE, average=0.995)
