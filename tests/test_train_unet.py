@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -38,7 +39,16 @@ from scripts.tiny.train_unet import (
     shares,
     train_unet,
 )
-from scripts.tiny.train_vae import importance, library_latents, standardise, train_decoder, train_vae
+from scripts.tiny.train_vae import (
+    SILENCE,
+    UNHEARD,
+    importance,
+    levels,
+    library_latents,
+    standardise,
+    train_decoder,
+    train_vae,
+)
 from scripts.tiny.training import Run, schedule, train
 from scripts.tiny_checkpoint import write_random_checkpoint
 
@@ -97,6 +107,18 @@ def test_the_decoder_alone_is_trained_on(parts: Path, library: Library, tmp_path
         else:
             assert all(map(torch.equal, old.parameters(), new.parameters())), name
     assert (tmp_path / "plots" / "decoder.png").is_file()
+    curves = torch.load(tmp_path / "decoder.pt", weights_only=True)["curves"]
+    loss, error, heard, level = (torch.tensor(curves[k]) for k in ("loss", "error", "heard", "level"))
+    assert level.min() > 0
+    torch.testing.assert_close(loss, UNHEARD * error + (1 - UNHEARD) * heard + level)
+
+
+def test_a_level_is_that_of_all_bands_in_a_quarter_of_a_second() -> None:
+    mel = torch.full((1, 1, 24, 64), -11.5)
+    mel[:, :, 8:16, 7] = torch.tensor([1.0, 3.0]).log().repeat(4)  # amplitudes
+    mel[:, :, 16:, 3:6] = math.log(2)
+    expected = torch.tensor([SILENCE, math.log(5) / 2, math.log(12) / 2])  # mean squares 5 and 12
+    torch.testing.assert_close(levels(mel), expected.view(1, 1, 3, 1), atol=1e-4, rtol=0)
 
 
 def test_the_decoder_learns_from_latents_that_were_moved(
@@ -111,16 +133,17 @@ def test_the_decoder_learns_from_latents_that_were_moved(
     decode = VAE.decode
     monkeypatch.setattr(VAE, "decode", watched)
     monkeypatch.setattr(train_vae_module, "LENGTHS", (88,))  # 22 rows of latents: no multiple of 4
-    for astray in (0.0, 0.2):
+    for i, astray in enumerate([(0.0, 0.0), (0.2, 0.0), (0.0, 0.2)]):
         monkeypatch.setattr(train_vae_module, "ASTRAY", astray)
-        train_decoder(library, replace(start(parts, tmp_path / str(astray)), steps=1, batch=64))
-    away = fed[1] - fed[0]
-    assert away.shape == (64, 8, 22, 16)
-    spreads = away.std((1, 2, 3))  # of two parts, each between 0 and 0.2
-    assert 0.01 < spreads.min() < 0.09
-    assert 0.19 < spreads.max() < 0.29
-    blocks = away[:, :, :20].unflatten(2, (5, 4)).unflatten(4, (4, 4)).mean((3, 5))
-    assert blocks.std() > 0.5 * away.std()  # 4 x 4 neighbours have a part in common
+        train_decoder(library, replace(start(parts, tmp_path / str(i)), steps=1, batch=64))
+    for i, per_block in ((1, 1 / 4), (2, 1)):
+        away = fed[i] - fed[0]
+        assert away.shape == (64, 8, 22, 16)
+        spreads = away.std((1, 2, 3))
+        assert 0 < spreads.min() < 0.04
+        assert 0.16 < spreads.max() < 0.23
+        blocks = away[:, :, :20].unflatten(2, (5, 4)).unflatten(4, (4, 4)).mean((3, 5))
+        assert (blocks.std() / away.std()).item() == pytest.approx(per_block, rel=0.1)
 
 
 def test_standardised_latents_are_decoded_as_before(library: Library, tmp_path: Path) -> None:
