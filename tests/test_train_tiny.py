@@ -132,6 +132,19 @@ def test_a_killed_ranking_keeps_what_it_generated(
     assert made == [training_set, []]  # only what is unseen
 
 
+def test_pictures_are_moved_in_time_and_level() -> None:
+    pictures = torch.arange(20.0).view(1, 20, 1).repeat(200, 1, 3)  # dB
+    moved = pictures.clone()
+    train_ranking.move(moved, torch.Generator().manual_seed(0))
+    louder = moved.amin((1, 2))
+    shifts = moved[:, 0, 0].sub(louder).round()  # of frames, the value that has come to the beginning
+    assert {*shifts.tolist()} == {float(-shift % 20) for shift in range(-8, 9)}
+    assert -2 <= louder.min() < -1.8
+    assert 1.8 < louder.max() <= 2
+    for before, after, shift, by in zip(pictures, moved, shifts.long().tolist(), louder, strict=True):
+        torch.testing.assert_close(after, before.roll(-shift, 0) + by)
+
+
 def test_both_tokenizers_read_every_letter(untrained: Path) -> None:
     for tokenizer in tokenizers.read_tokenizers(Run(untrained)):
         ids = tokenizer("A JAZZY xylophone, quickly; 16 vague owls!").input_ids
