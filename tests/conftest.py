@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.reference import TINY, TINY_LARGE, make_checkpoint
+from tests.reference import SMALL, SMALL_LARGE, make_checkpoint
 
 # The suite's stages are so small that a second thread costs more than it gives.
 torch.set_num_threads(1)
@@ -22,12 +22,12 @@ def _quietly_made(folder: Path, sizes: dict[str, dict]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small checkpoint in the base layout; copy it before writing to it."""
-    return _quietly_made(tmp_path_factory.mktemp("checkpoints") / "tiny", TINY)
+    return _quietly_made(tmp_path_factory.mktemp("checkpoints") / "tiny", SMALL)
 
 
 @pytest.fixture(scope="session")
-def tiny_large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def random_large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small checkpoint in -large's layout; copy it before writing to it."""
-    return _quietly_made(tmp_path_factory.mktemp("checkpoints") / "tiny-large", TINY_LARGE)
+    return _quietly_made(tmp_path_factory.mktemp("checkpoints") / "tiny-large", SMALL_LARGE)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from audioldm2.checkpoints.stage import TensorDict, fill
 from audioldm2.checkpoints.weight_map import weight_map
+from scripts.random_tokenizers import write_roberta_tokenizer, write_t5_tokenizer
 from scripts.sizes import BASE, changed
-from scripts.tiny_tokenizers import write_roberta_tokenizer, write_t5_tokenizer
 
 
 def randomize(module: nn.Module, seed: int = 0, gain: float = 1.0) -> nn.Module:
@@ -73,7 +73,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> N
 
 # Small, but shaped like the real thing: uneven widths, the three kinds of transformer at each level, a T5
 # whose heads do not divide its width, a vocoder with the real hop of 160 samples.
-TINY: dict[str, dict] = {
+SMALL: dict[str, dict] = {
     "vae": {
         "in_channels": 1,
         "out_channels": 1,
@@ -156,8 +156,8 @@ TINY: dict[str, dict] = {
 
 # As -large: four transformers a layer, the first and the last with no cross-attention, two blocks in each;
 # heads a level of their own.
-TINY_LARGE = changed(
-    TINY,
+SMALL_LARGE = changed(
+    SMALL,
     unet={
         "cross_attention_dim": [[None, 16, 20, None]] * 3,
         "transformer_layers_per_block": 2,
@@ -167,12 +167,12 @@ TINY_LARGE = changed(
 )
 
 # As the speech checkpoints: VITS's text encoder in T5's place, and a learned position for each of its tokens.
-TINY_SPEECH = changed(
-    TINY,
+SMALL_SPEECH = changed(
+    SMALL,
     projection_model={"use_learned_position_embedding": True, "max_seq_length": 24},
     language_model={"n_positions": 120},
 )
-TINY_SPEECH["text_encoder_2"] = {
+SMALL_SPEECH["text_encoder_2"] = {
     "model_type": "vits",
     "vocab_size": 200,
     "hidden_size": 20,
@@ -225,7 +225,7 @@ def reference_pipeline(folder: str | Path, **options: object):
     return pipe
 
 
-def make_checkpoint(folder: str | Path, sizes: dict[str, dict] = TINY, seed: int = 0) -> Path:
+def make_checkpoint(folder: str | Path, sizes: dict[str, dict] = SMALL, seed: int = 0) -> Path:
     """Write a checkpoint with diffusers and transformers, in the Hub's layout, all parameters random."""
     import diffusers
     import transformers

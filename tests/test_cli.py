@@ -17,15 +17,16 @@ import pytest
 import torch
 
 from audioldm2 import AudioLDM2Pipeline, DPMSolverMultistepScheduler, cli, read_wav
+from tests.helpers import ROOT
 
 HAMMER = "A hammer hitting a wooden surface."
 
 
 @pytest.fixture
-def fast(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def fast(random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Arguments for a quick run, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-    return ["--model", str(tiny_checkpoint), "--duration", "0.5", "--steps", "2", "--device", "cpu"]
+    return ["--model", str(random_checkpoint), "--duration", "0.5", "--steps", "2", "--device", "cpu"]
 
 
 def failing(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -45,7 +46,7 @@ def failing(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[i
 
 
 def test_writes_the_pipelines_sound(
-    fast: list[str], tiny_checkpoint: Path, capsys: pytest.CaptureFixture
+    fast: list[str], random_checkpoint: Path, capsys: pytest.CaptureFixture
 ) -> None:
     arguments = ["--negative", "Low quality", "--seed", "7", "--guidance", "4", "--candidates", "2"]
     assert cli.main([HAMMER, "-o", "hammer.wav", "--format", "float32", *arguments, *fast]) == 0
@@ -56,7 +57,7 @@ def test_writes_the_pipelines_sound(
     waveform, rate = read_wav("hammer.wav")
     assert rate == 16000
 
-    pipe = AudioLDM2Pipeline.from_pretrained(tiny_checkpoint)
+    pipe = AudioLDM2Pipeline.from_pretrained(random_checkpoint)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     audio = pipe(
@@ -188,9 +189,9 @@ def test_the_output_is_checked_before_the_work(
 
 
 def test_a_broken_checkpoint_is_one_line(
-    fast: list[str], tiny_checkpoint: Path, capsys: pytest.CaptureFixture
+    fast: list[str], random_checkpoint: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    shutil.copytree(tiny_checkpoint, "broken")
+    shutil.copytree(random_checkpoint, "broken")
     path = Path("broken/unet/config.json")
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "block_out_channels": [16, 16, 24]}))
@@ -234,9 +235,9 @@ def test_an_unwritable_result_leaves_the_old_file(
     assert Path("audio.wav").read_bytes() == b"old"
 
 
-def test_ctrl_c_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "audioldm2", HAMMER, "--model", str(tiny_checkpoint), "--steps", "900"]
-    root = Path(__file__).resolve().parents[1]
+def test_ctrl_c_leaves_nothing(random_checkpoint: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "audioldm2", HAMMER, "--model", str(random_checkpoint), "--steps", "900"]
+    root = ROOT
     process = subprocess.Popen(
         command,
         cwd=tmp_path,

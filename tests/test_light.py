@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from scripts.tiny_checkpoint import write_tiny_checkpoint
+from scripts.random_checkpoint import write_small_checkpoint
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "audioldm2"
 # tqdm comes with huggingface_hub and with transformers.
 RUNTIME = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "einops", "tqdm")
@@ -145,7 +145,7 @@ print("models:" + ",".join(sorted(models)))
 def own_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that the package makes alone, with nothing of what the tests compare with."""
     folder = tmp_path_factory.mktemp("own") / "tiny checkpoint"
-    write_tiny_checkpoint(folder)
+    write_small_checkpoint(folder)
     return folder
 
 
@@ -174,7 +174,7 @@ def test_the_tiny_checkpoint_is_audible_and_its_seed_decides(own_checkpoint: Pat
 
     sounds = []
     for seed in (0, 1):
-        write_tiny_checkpoint(tmp_path / str(seed), seed)
+        write_small_checkpoint(tmp_path / str(seed), seed)
         pipe = AudioLDM2Pipeline.from_pretrained(tmp_path / str(seed))
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(0)
@@ -187,7 +187,7 @@ def test_the_tiny_checkpoint_is_audible_and_its_seed_decides(own_checkpoint: Pat
 
 
 def test_the_tiny_checkpoint_script_runs_from_a_checkout_and_is_honest(tmp_path: Path):
-    command = [sys.executable, "-I", str(ROOT / "scripts" / "tiny_checkpoint.py")]
+    command = [sys.executable, "-I", str(ROOT / "scripts" / "random_checkpoint.py")]
     done = subprocess.run(
         [*command, "made here"], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True
     )

@@ -22,13 +22,13 @@ from audioldm2.models.projection import ProjectionModel
 from audioldm2.models.unet import UNet
 from scripts.sizes import BASE, LARGE
 from tests.reference import (
-    TINY_SPEECH,
+    SMALL_SPEECH,
     assert_close,
     make_checkpoint,
     randomize,
     reference_pipeline,
 )
-from tests.test_schedulers import NoReading
+from tests.schedulers.test_schedulers import NoReading
 
 TOLERANCE = 1e-3  # of a waveform in [-1, 1]
 HAMMER = "A hammer hitting a wooden surface."
@@ -75,13 +75,13 @@ def same(ours: np.ndarray, theirs: np.ndarray) -> None:
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_checkpoint: Path) -> Both:
-    return Both(tiny_checkpoint)
+def tiny(random_checkpoint: Path) -> Both:
+    return Both(random_checkpoint)
 
 
 @pytest.fixture(scope="module")
-def tiny_large(tiny_large_checkpoint: Path) -> Both:
-    return Both(tiny_large_checkpoint)
+def tiny_large(random_large_checkpoint: Path) -> Both:
+    return Both(random_large_checkpoint)
 
 
 @pytest.fixture
@@ -343,14 +343,14 @@ def test_arguments_are_diffusers_in_their_order(name: str) -> None:
     assert ours == [argument for argument in theirs if argument != "cross_attention_kwargs"]
 
 
-def test_only_the_import_changes(tiny_checkpoint: Path) -> None:
-    ours: dict = {"FOLDER": str(tiny_checkpoint)}
+def test_only_the_import_changes(random_checkpoint: Path) -> None:
+    ours: dict = {"FOLDER": str(random_checkpoint)}
     exec(SCRIPT.replace("from diffusers import", "from audioldm2 import"), ours)
     assert type(ours["pipe"]) is AudioLDM2Pipeline
     assert type(ours["pipe"].scheduler) is DPMSolverMultistepScheduler
 
     # diffusers cannot run the checkpoint on current transformers unless its language model is wrapped.
-    theirs: dict = {"FOLDER": str(tiny_checkpoint), "reference_pipeline": reference_pipeline}
+    theirs: dict = {"FOLDER": str(random_checkpoint), "reference_pipeline": reference_pipeline}
     exec(SCRIPT.replace("AudioLDM2Pipeline.from_pretrained", "reference_pipeline"), theirs)
     same(ours["audio"], theirs["audio"])
 
@@ -418,7 +418,7 @@ def test_offload_gives_the_same_sound(base_layout: Both) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*cut off")
 def test_speech_equals_diffusers(tmp_path: Path) -> None:
-    both = Both(make_checkpoint(tmp_path / "speech", TINY_SPEECH))
+    both = Both(make_checkpoint(tmp_path / "speech", SMALL_SPEECH))
     arguments = {"prompt": "A woman is speaking", "num_inference_steps": 3, "max_new_tokens": 20}
     first = both.check(**arguments, transcription="wish you a good day")
     second = both.check(**arguments, transcription="go home")
@@ -449,9 +449,9 @@ def test_warns_of_what_is_cut(base_layout: Both) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*cut off")
-def test_a_tokenizer_that_states_no_limit(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_that_states_no_limit(random_checkpoint: Path, tmp_path: Path) -> None:
     """Prompts are then as long as the stages can read; diffusers fails with every prompt."""
-    folder = shutil.copytree(tiny_checkpoint, tmp_path / "unlimited")
+    folder = shutil.copytree(random_checkpoint, tmp_path / "unlimited")
     for name in ("tokenizer", "tokenizer_2"):
         path = folder / name / "tokenizer_config.json"
         config = json.loads(path.read_text())
@@ -465,7 +465,7 @@ def test_a_tokenizer_that_states_no_limit(tiny_checkpoint: Path, tmp_path: Path)
     assert states.shape[1] == 68
     assert vectors.shape[1] == 8
     arguments = {"num_inference_steps": 2, "audio_length_in_s": 0.32}
-    limited = AudioLDM2Pipeline.from_pretrained(tiny_checkpoint)
+    limited = AudioLDM2Pipeline.from_pretrained(random_checkpoint)
     limited.set_progress_bar_config(disable=True)
     same(
         pipe(HAMMER, generator=seeded(), **arguments).audios,
@@ -585,12 +585,12 @@ def test_full_size_equals_diffusers(
 
 
 @pytest.mark.gpu
-def test_a_gpu_gives_the_same_sound(tiny_checkpoint: Path) -> None:
+def test_a_gpu_gives_the_same_sound(random_checkpoint: Path) -> None:
     """Also behind offload, which leaves nothing there. Noise is drawn on the CPU, so it is the same."""
     arguments = {"num_inference_steps": 3, "num_waveforms_per_prompt": 2}
     sounds = []
     for place in ("cpu", "cuda", "offload"):
-        pipe = AudioLDM2Pipeline.from_pretrained(tiny_checkpoint)
+        pipe = AudioLDM2Pipeline.from_pretrained(random_checkpoint)
         pipe.set_progress_bar_config(disable=True)
         if place == "offload":
             pipe.enable_model_cpu_offload()
@@ -606,9 +606,9 @@ def test_a_gpu_gives_the_same_sound(tiny_checkpoint: Path) -> None:
 
 
 @pytest.fixture
-def fresh(tiny_checkpoint: Path) -> AudioLDM2Pipeline:
+def fresh(random_checkpoint: Path) -> AudioLDM2Pipeline:
     """A pipeline of the test's own."""
-    pipe = AudioLDM2Pipeline.from_pretrained(tiny_checkpoint)
+    pipe = AudioLDM2Pipeline.from_pretrained(random_checkpoint)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -767,9 +767,9 @@ def test_other_arguments_encode_anew(
     np.testing.assert_array_equal(quick(fresh, **arguments), after)
 
 
-def test_a_weight_loaded_in_inference_mode_tells_when_it_is_written_to(tiny_checkpoint: Path) -> None:
+def test_a_weight_loaded_in_inference_mode_tells_when_it_is_written_to(random_checkpoint: Path) -> None:
     with torch.inference_mode():
-        pipe = AudioLDM2Pipeline.from_pretrained(tiny_checkpoint)
+        pipe = AudioLDM2Pipeline.from_pretrained(random_checkpoint)
         pipe.set_progress_bar_config(disable=True)
         assert not any(p.is_inference() for stage in pipe.stages.values() for p in stage.parameters())
         before = quick(pipe)

@@ -17,8 +17,8 @@ from audioldm2.models import PARTS
 from scripts.tiny.evaluation import CONTENTS, Prompt, generate
 from scripts.tiny.measures import misses
 from scripts.tiny.sounds import Scene, Sound
+from tests.checkpoints.test_hub import NEEDED, digest
 from tests.reference import reference_pipeline
-from tests.test_hub import NEEDED, digest
 
 FOLDER = Path(hub.__file__).resolve().parents[1] / "tiny"
 LOW_TONE = "A low steady tone"
@@ -72,11 +72,11 @@ def test_an_explicit_dtype_is_kept(dtype: torch.dtype) -> None:
 
 
 def test_a_checkpoint_in_a_local_folder_of_that_name_wins(
-    pipe: AudioLDM2Pipeline, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pipe: AudioLDM2Pipeline, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(tiny_checkpoint, tmp_path / "tiny")
+    shutil.copytree(random_checkpoint, tmp_path / "tiny")
     monkeypatch.chdir(tmp_path)
-    local = UNet.from_pretrained(tiny_checkpoint, subfolder="unet")
+    local = UNet.from_pretrained(random_checkpoint, subfolder="unet")
     assert local.config != pipe.unet.config
     assert AudioLDM2Pipeline.from_pretrained("tiny").unet.config == local.config
     assert UNet.from_pretrained("tiny", subfolder="unet").config == local.config

@@ -14,10 +14,10 @@ import numpy as np
 from torch import Tensor
 
 from audioldm2.checkpoints.layout import TOKENIZERS
+from scripts.random_tokenizers import write_roberta_tokenizer, write_t5_tokenizer
 from scripts.tiny.data import Library
 from scripts.tiny.sizes import TOKENS, VOCABULARIES
 from scripts.tiny.training import Run
-from scripts.tiny_tokenizers import write_roberta_tokenizer, write_t5_tokenizer
 
 # Words that a prompt loses nothing with.
 SMALL = frozenset(

@@ -35,6 +35,7 @@ from audioldm2 import AudioLDM2Pipeline
 from audioldm2.checkpoints.hub import needed_files
 from audioldm2.checkpoints.stage import load_stage
 from audioldm2.models import PARTS
+from tests.helpers import ROOT
 
 WHOLE = "owner/tiny"  # every part, safetensors and .bin and a variant, and what nobody needs
 BINARY = "owner/binary"  # .bin only
@@ -207,7 +208,7 @@ class StandIn:
             capture_output=True,
             text=True,
             timeout=180,
-            cwd=Path(__file__).parents[1],
+            cwd=ROOT,
             env=environment,
             check=False,
         )
@@ -316,11 +317,11 @@ UNREACHED: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def outcomes(
-    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+    random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[dict[str, Outcome], dict[str, Outcome]]]:
     """What came of the steps while the Hub was in reach, and when it was gone."""
     root = tmp_path_factory.mktemp("hub")
-    hub = StandIn(publish(tiny_checkpoint, root))
+    hub = StandIn(publish(random_checkpoint, root))
     try:
         reached = hub.outcomes(REACHED, root / "home")
     finally:
@@ -339,8 +340,8 @@ def unreached(outcomes) -> dict[str, Outcome]:
 
 
 @pytest.fixture(scope="module")
-def digests(tiny_checkpoint: Path) -> dict[str, str]:
-    return {part: digest(load_stage(tiny_checkpoint / part, PARTS[part][0])) for part in PARTS}
+def digests(random_checkpoint: Path) -> dict[str, str]:
+    return {part: digest(load_stage(random_checkpoint / part, PARTS[part][0])) for part in PARTS}
 
 
 def test_only_what_is_needed_is_downloaded_and_once(reached, digests):
@@ -368,10 +369,10 @@ def test_local_files_only_asks_nothing(reached, digests):
     assert outcome.asked == []
 
 
-def test_a_variant_is_downloaded_instead(reached, tiny_checkpoint):
+def test_a_variant_is_downloaded_instead(reached, random_checkpoint):
     outcome = reached["variant"]
     assert outcome.downloads == ["vae/diffusion_pytorch_model.fp16.safetensors"]
-    half = load_stage(tiny_checkpoint / "vae", PARTS["vae"][0], torch.float16)
+    half = load_stage(random_checkpoint / "vae", PARTS["vae"][0], torch.float16)
     assert outcome.stages == {"vae": digest(half)}
     assert "holds no weights of the variant 'int8'" in reached["no such variant"].error
     assert reached["no such variant"].downloads == []

@@ -27,7 +27,8 @@ from audioldm2.checkpoints.stage import load_stage
 from audioldm2.checkpoints.tensors import _WINDOW_BYTES, weights_file
 from audioldm2.models import PARTS
 from audioldm2.models.vits import VitsTextEncoder
-from tests.reference import TINY_SPEECH, assert_close, randomize
+from tests.helpers import ROOT
+from tests.reference import SMALL_SPEECH, assert_close, randomize
 
 State = dict[str, Tensor]
 REFERENCES = {
@@ -75,15 +76,15 @@ def edit_json(path: Path, **changes: object) -> None:
 
 
 @pytest.fixture
-def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+def checkpoint(random_checkpoint: Path, tmp_path: Path) -> Path:
     """A copy of the tiny checkpoint, to be changed."""
-    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    return Path(shutil.copytree(random_checkpoint, tmp_path / "checkpoint"))
 
 
 @pytest.fixture(scope="module")
-def stages(tiny_checkpoint: Path) -> dict[str, nn.Module]:
+def stages(random_checkpoint: Path) -> dict[str, nn.Module]:
     """Every stage from the plain safetensors."""
-    return {part: load(tiny_checkpoint, part) for part in PARTS}
+    return {part: load(random_checkpoint, part) for part in PARTS}
 
 
 def rewrite(checkpoint: Path, part: str, write: Callable[[Path, str, State], None]) -> None:
@@ -140,10 +141,10 @@ def test_bin_files_load_to_the_same_tensors(checkpoint, stages, write):
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
-def test_shards_of_the_libraries_load_to_the_same_tensors(tiny_checkpoint, stages, tmp_path, variant):
+def test_shards_of_the_libraries_load_to_the_same_tensors(random_checkpoint, stages, tmp_path, variant):
     for part, reference in REFERENCES.items():
-        model = reference.from_pretrained(tiny_checkpoint / part)
-        limit = weights(tiny_checkpoint, part).stat().st_size // 3
+        model = reference.from_pretrained(random_checkpoint / part)
+        limit = weights(random_checkpoint, part).stat().st_size // 3
         model.save_pretrained(tmp_path / part, max_shard_size=limit, variant=variant)
         names = {path.name for path in (tmp_path / part).iterdir()}
         assert weights_file(names, variant).endswith(f".index.{variant}.json" if variant else ".index.json")
@@ -154,8 +155,8 @@ def test_shards_of_the_libraries_load_to_the_same_tensors(tiny_checkpoint, stage
                 load(tmp_path, part)
 
 
-def test_shards_in_bin_of_diffusers_load_to_the_same_tensors(tiny_checkpoint, stages, tmp_path):
-    model = diffusers.AutoencoderKL.from_pretrained(tiny_checkpoint / "vae")
+def test_shards_in_bin_of_diffusers_load_to_the_same_tensors(random_checkpoint, stages, tmp_path):
+    model = diffusers.AutoencoderKL.from_pretrained(random_checkpoint / "vae")
     model.save_pretrained(tmp_path / "vae", max_shard_size="80KB", safe_serialization=False)
     assert len(list((tmp_path / "vae").glob("*.bin"))) >= 2
     same_state(load(tmp_path, "vae"), stages["vae"])
@@ -364,9 +365,9 @@ def test_an_old_checkpoint_sounds_the_same(checkpoint):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_stages_load_in_the_dtype_asked_for(tiny_checkpoint, stages, dtype):
+def test_stages_load_in_the_dtype_asked_for(random_checkpoint, stages, dtype):
     for part in PARTS:
-        loaded = load(tiny_checkpoint, part, dtype=dtype)
+        loaded = load(random_checkpoint, part, dtype=dtype)
         kept = set()
         for name, parameter in loaded.named_parameters():
             exact = stages[part].get_parameter(name)
@@ -396,10 +397,10 @@ def test_no_dtype_keeps_that_of_the_file(checkpoint):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_pipeline_turned_is_as_one_loaded_in_the_dtype(tiny_checkpoint, dtype):
-    loaded = AudioLDM2Pipeline.from_pretrained(tiny_checkpoint, torch_dtype=dtype)
-    turned = AudioLDM2Pipeline.from_pretrained(tiny_checkpoint).to(dtype)
-    moved = AudioLDM2Pipeline.from_pretrained(tiny_checkpoint).to("cpu", dtype)
+def test_a_pipeline_turned_is_as_one_loaded_in_the_dtype(random_checkpoint, dtype):
+    loaded = AudioLDM2Pipeline.from_pretrained(random_checkpoint, torch_dtype=dtype)
+    turned = AudioLDM2Pipeline.from_pretrained(random_checkpoint).to(dtype)
+    moved = AudioLDM2Pipeline.from_pretrained(random_checkpoint).to("cpu", dtype)
     assert loaded.dtype == turned.dtype == moved.dtype == dtype
     for part, stage in loaded.stages.items():
         same_state(turned.stages[part], stage)
@@ -407,15 +408,15 @@ def test_a_pipeline_turned_is_as_one_loaded_in_the_dtype(tiny_checkpoint, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float16", torch.int8, torch.float8_e4m3fn])
-def test_a_dtype_that_no_stage_runs_in_is_refused(tiny_checkpoint, dtype):
+def test_a_dtype_that_no_stage_runs_in_is_refused(random_checkpoint, dtype):
     with pytest.raises(ValueError, match=r"torch_dtype = .* is not supported; torch\.float32, "):
-        AudioLDM2Pipeline.from_pretrained(tiny_checkpoint, torch_dtype=dtype)
+        AudioLDM2Pipeline.from_pretrained(random_checkpoint, torch_dtype=dtype)
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])
-def test_a_device_that_is_not_there_is_refused(tiny_checkpoint, device):
+def test_a_device_that_is_not_there_is_refused(random_checkpoint, device):
     with pytest.raises(ValueError, match=f"device '?{device}") as caught:
-        AudioLDM2Pipeline.from_pretrained(tiny_checkpoint, device=device)
+        AudioLDM2Pipeline.from_pretrained(random_checkpoint, device=device)
     assert "\n" not in str(caught.value)
 
 
@@ -423,9 +424,9 @@ def test_a_device_that_is_not_there_is_refused(tiny_checkpoint, device):
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_saved_stage_loads_here_and_in_the_reference(tiny_checkpoint, stages, tmp_path, part):
+def test_a_saved_stage_loads_here_and_in_the_reference(random_checkpoint, stages, tmp_path, part):
     stage_class = PARTS[part][0].stage
-    stage = stage_class.from_pretrained(tiny_checkpoint, subfolder=part)
+    stage = stage_class.from_pretrained(random_checkpoint, subfolder=part)
     same_state(stage, stages[part])
     assert not stage.training
     stage.save_pretrained(tmp_path / "saved" / part)
@@ -433,7 +434,7 @@ def test_a_saved_stage_loads_here_and_in_the_reference(tiny_checkpoint, stages, 
     same_state(again, stage)
     assert again.config == stage.config
 
-    original = REFERENCES[part].from_pretrained(tiny_checkpoint / part)
+    original = REFERENCES[part].from_pretrained(random_checkpoint / part)
     model, report = REFERENCES[part].from_pretrained(tmp_path / "saved" / part, output_loading_info=True)
     made_up = {"wte.weight"} if part == "language_model" else set()  # the words, which nothing reads
     computed = {name for name in report["missing_keys"] if name.endswith(COMPUTED) and part == "text_encoder"}
@@ -446,7 +447,7 @@ def test_a_saved_stage_loads_here_and_in_the_reference(tiny_checkpoint, stages, 
 
 
 def test_a_saved_vits_encoder_loads_here_and_in_the_reference(tmp_path):
-    config = {key: value for key, value in TINY_SPEECH["text_encoder_2"].items() if key != "model_type"}
+    config = {key: value for key, value in SMALL_SPEECH["text_encoder_2"].items() if key != "model_type"}
     original = randomize(transformers.VitsModel(transformers.VitsConfig(**config)), seed=3)
     original.save_pretrained(tmp_path / "theirs")
     stage = VitsTextEncoder.from_pretrained(tmp_path / "theirs")
@@ -463,7 +464,7 @@ def test_a_saved_vits_encoder_loads_here_and_in_the_reference(tmp_path):
         assert torch.equal(saved[name], tensor), name
 
 
-@pytest.mark.parametrize("fixture", ["tiny_checkpoint", "tiny_large_checkpoint"])
+@pytest.mark.parametrize("fixture", ["random_checkpoint", "random_large_checkpoint"])
 def test_a_saved_pipeline_is_the_same_pipeline(request, tmp_path, fixture):
     folder = request.getfixturevalue(fixture)
     pipe = AudioLDM2Pipeline.from_pretrained(folder)
@@ -487,8 +488,8 @@ def test_a_saved_pipeline_is_the_same_pipeline(request, tmp_path, fixture):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_halves_are_saved_as_they_are(tiny_checkpoint, tmp_path, dtype):
-    pipe = AudioLDM2Pipeline.from_pretrained(tiny_checkpoint, torch_dtype=dtype)
+def test_halves_are_saved_as_they_are(random_checkpoint, tmp_path, dtype):
+    pipe = AudioLDM2Pipeline.from_pretrained(random_checkpoint, torch_dtype=dtype)
     pipe.save_pretrained(tmp_path)
     again = AudioLDM2Pipeline.from_pretrained(tmp_path)
     for part, stage in pipe.stages.items():
@@ -997,10 +998,10 @@ print(loading, kilobytes("VmHWM") - before, sum(p.nbytes for p in stage.paramete
 
 
 @pytest.fixture(scope="module")
-def big_unet(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def big_unet(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A UNet of some 300 MB."""
     folder = tmp_path_factory.mktemp("big")
-    config = json.loads((tiny_checkpoint / "unet" / "config.json").read_text())
+    config = json.loads((random_checkpoint / "unet" / "config.json").read_text())
     config.update(
         block_out_channels=[128, 256, 384], norm_num_groups=32, cross_attention_dim=[[None, 256, 512]] * 3
     )
@@ -1018,13 +1019,13 @@ def big_unet(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc to measure")
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_loading_peaks_at_the_size_of_the_stage(big_unet, tiny_checkpoint, dtype):
+def test_loading_peaks_at_the_size_of_the_stage(big_unet, random_checkpoint, dtype):
     result = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(big_unet), str(tiny_checkpoint / "unet"), dtype],
+        [sys.executable, "-c", MEASURE, str(big_unet), str(random_checkpoint / "unet"), dtype],
         capture_output=True,
         text=True,
         timeout=120,
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         check=False,
     )
     assert result.returncode == 0, result.stderr

@@ -18,13 +18,13 @@ from audioldm2.models.gpt2 import GPT2, GPT2Config
 from tests.reference import assert_close, ours, randomize
 
 MAP = "language_model.transformers"
-TINY = {"vocab_size": 11, "n_positions": 32, "n_embd": 12, "n_layer": 3, "n_head": 3, "max_new_tokens": 5}
+SMALL = {"vocab_size": 11, "n_positions": 32, "n_embd": 12, "n_layer": 3, "n_head": 3, "max_new_tokens": 5}
 CONFIGS = {
-    "tiny": TINY,
-    "inner": {**TINY, "n_inner": 7, "activation_function": "relu", "layer_norm_epsilon": 1e-2, "n_head": 1},
-    "unscaled": {**TINY, "scale_attn_weights": False, "activation_function": "gelu", "n_layer": 1},
+    "tiny": SMALL,
+    "inner": {**SMALL, "n_inner": 7, "activation_function": "relu", "layer_norm_epsilon": 1e-2, "n_head": 1},
+    "unscaled": {**SMALL, "scale_attn_weights": False, "activation_function": "gelu", "n_layer": 1},
     "by_layer": {
-        **TINY,
+        **SMALL,
         "scale_attn_by_inverse_layer_idx": True,
         "n_head": 4,
         "reorder_and_upcast_attn": True,
@@ -99,14 +99,14 @@ def recompute(stage: GPT2, x: torch.Tensor, mask: torch.Tensor | None, new: int)
 @pytest.mark.parametrize("gradient", [True, False])
 @pytest.mark.parametrize("mask_name", MASKS)
 def test_cache_equals_recomputing(mask_name, gradient):
-    _, stage = pair(TINY)
+    _, stage = pair(SMALL)
     with torch.set_grad_enabled(gradient):
         expected = recompute(stage, inputs(), mask_of(mask_name), 6)
         assert_close(stage.generate(inputs(), mask_of(mask_name), 6), expected, 1e-5)
 
 
 def test_gradient_through_generation_equals_recomputing():
-    _, stage = pair(TINY)
+    _, stage = pair(SMALL)
     stage.train()
     mask = mask_of("middle")
     gradients = []
@@ -123,7 +123,7 @@ def test_gradient_through_generation_equals_recomputing():
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_batch_and_length(batch):
-    reference, stage = pair(TINY)
+    reference, stage = pair(SMALL)
     for length in (1, 5):
         x = inputs(batch, length)
         with torch.no_grad():
@@ -131,7 +131,7 @@ def test_batch_and_length(batch):
 
 
 def test_padding_does_not_matter():
-    _, stage = pair(TINY)
+    _, stage = pair(SMALL)
     # The last vector is no padding here, as it never is after the projection: the first new one is its state.
     x, mask = inputs(2), torch.tensor(MASKS["middle"])[:2]
     other = torch.where(mask.bool().unsqueeze(-1), x, torch.tensor(3.0))
@@ -140,7 +140,7 @@ def test_padding_does_not_matter():
 
 
 def test_padding_at_the_start_gives_numbers():
-    _, stage = pair(TINY)
+    _, stage = pair(SMALL)
     mask = torch.ones(3, 8, dtype=torch.long)
     mask[:, :3] = 0
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -150,7 +150,7 @@ def test_padding_at_the_start_gives_numbers():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
     # What is generated is fed back, so rounding adds up: hence the wide bound, and gain 1.
-    _, stage = pair(TINY, gain=1.0)
+    _, stage = pair(SMALL, gain=1.0)
     mask = mask_of("middle")
     with torch.no_grad():
         expected, whole = stage.generate(inputs(), mask), stage(inputs(), mask)
@@ -163,7 +163,7 @@ def test_half_precision(dtype):
 
 
 def test_the_last_position_can_be_used_and_no_more():
-    reference, stage = pair({**TINY, "n_positions": 10})
+    reference, stage = pair({**SMALL, "n_positions": 10})
     with torch.no_grad():
         assert_close(stage.generate(inputs(), None, 3), diffusers_generate(reference, inputs(), None, 3))
     with pytest.raises(ValueError, match=r"need 11 positions.*n_positions=10"):
@@ -173,7 +173,7 @@ def test_the_last_position_can_be_used_and_no_more():
 
 
 def test_refuses_bad_input():
-    _, stage = pair(TINY)
+    _, stage = pair(SMALL)
     with pytest.raises(ValueError, match="inputs_embeds has shape"):
         stage(inputs()[..., :3])
     with pytest.raises(ValueError, match="inputs_embeds has shape"):
@@ -189,22 +189,22 @@ def test_refuses_bad_input():
 )
 def test_refuses_configs(key, value):
     with pytest.raises(ValueError, match=f"{key} = {value!r}"):
-        GPT2Config.from_dict({**TINY, key: value})
+        GPT2Config.from_dict({**SMALL, key: value})
 
 
 def test_config_reads_what_matters():
     config = GPT2Config.from_dict(
-        {**TINY, "n_inner": None, "summary_type": "mean", "n_ctx": 3, "max_new_tokens": None}
+        {**SMALL, "n_inner": None, "summary_type": "mean", "n_ctx": 3, "max_new_tokens": None}
     )
     assert (config.n_inner, config.max_new_tokens, config.n_embd) == (None, 8, 12)
 
 
 @pytest.mark.parametrize("form", ["bare", "wrapped", "wrapped without head", "old buffers"])
 def test_every_spelling_loads(form):
-    reference, expected = pair(TINY)
+    reference, expected = pair(SMALL)
     state = reference.state_dict()
     if form == "old buffers":
-        for layer in range(TINY["n_layer"]):
+        for layer in range(SMALL["n_layer"]):
             state[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 32, 32).tril().bool()
             state[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
     if form.startswith("wrapped"):
@@ -215,19 +215,19 @@ def test_every_spelling_loads(form):
         if form.endswith("without head"):
             del state["lm_head.weight"]
     with torch.device("meta"):
-        stage = GPT2(GPT2Config.from_dict(TINY))
+        stage = GPT2(GPT2Config.from_dict(SMALL))
     stage = fill(stage, weight_map(MAP), TensorDict(state))
     assert torch.equal(stage(inputs()), expected(inputs()))
 
 
 def test_loading_is_exact():
-    reference, _ = pair(TINY)
+    reference, _ = pair(SMALL)
     state = reference.state_dict()
     del state["h.1.attn.c_proj.bias"]
     state["h.2.mlp.c_fc.weight"] = state["h.2.mlp.c_fc.weight"].t()
     state["h.3.ln_1.bias"] = torch.zeros(12)
     with torch.device("meta"):
-        stage = GPT2(GPT2Config.from_dict(TINY))
+        stage = GPT2(GPT2Config.from_dict(SMALL))
     with pytest.raises(CheckpointError, match=r"missing: h\.1\.attn\.c_proj\.bias") as caught:
         fill(stage, weight_map(MAP), TensorDict(state))
     assert "unexpected: h.3.ln_1.bias" in str(caught.value)

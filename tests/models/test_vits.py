@@ -25,7 +25,7 @@ REST = {
     "duration_predictor_filter_channels": 8,
     "spectrogram_bins": 9,
 }
-TINY = {
+SMALL = {
     **REST,
     "vocab_size": 13,
     "hidden_size": 16,
@@ -36,23 +36,23 @@ TINY = {
     "ffn_kernel_size": 3,
 }
 CONFIGS = {
-    "tiny": TINY,
+    "tiny": SMALL,
     "even_kernel": {
-        **TINY,
+        **SMALL,
         "ffn_kernel_size": 4,
         "hidden_act": "gelu",
         "window_size": 1,
         "num_attention_heads": 4,
     },
     "no_bias": {
-        **TINY,
+        **SMALL,
         "use_bias": False,
         "ffn_kernel_size": 1,
         "layer_norm_eps": 1e-2,
         "hidden_act": "silu",
     },
     "speakers": {
-        **TINY,
+        **SMALL,
         "num_speakers": 3,
         "speaker_embedding_size": 4,
         "use_stochastic_duration_prediction": False,
@@ -91,7 +91,7 @@ def test_equals_transformers(name, length):
 
 
 def test_padding_is_zero_and_does_not_matter():
-    _, stage = pair(TINY)
+    _, stage = pair(SMALL)
     ids, mask = inputs(9)
     out = stage(ids, mask)
     assert out[mask == 0].abs().max() == 0
@@ -100,7 +100,7 @@ def test_padding_is_zero_and_does_not_matter():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
-    _, stage = pair(TINY)
+    _, stage = pair(SMALL)
     expected = stage(*inputs(9))
     actual = stage.to(dtype)(*inputs(9))
     assert actual.dtype == dtype
@@ -108,7 +108,7 @@ def test_half_precision(dtype):
 
 
 def test_gradient_reaches_every_parameter():
-    _, stage = pair(TINY)
+    _, stage = pair(SMALL)
     stage.train()
     out = stage(*inputs(9))
     (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(5))).sum().backward()
@@ -132,14 +132,14 @@ def test_round_trip():
 
 
 def test_loading_is_exact():
-    reference, _ = pair(TINY)
+    reference, _ = pair(SMALL)
     state = reference.state_dict()
     layer = "text_encoder.encoder.layers"
     del state[f"{layer}.1.attention.v_proj.bias"]
     state[f"{layer}.0.attention.emb_rel_k"] = torch.zeros(1, 7, 8)
     state["text_encoder.extra.weight"] = torch.zeros(1)
     with torch.device("meta"):
-        stage = VitsTextEncoder(VitsTextConfig.from_dict(TINY))
+        stage = VitsTextEncoder(VitsTextConfig.from_dict(SMALL))
     with pytest.raises(CheckpointError, match=rf"missing: {layer}\.1\.attention\.v_proj\.bias") as caught:
         fill(stage, weight_map(MAP), TensorDict(state))
     assert f"wrong shape: {layer}.0.attention.emb_rel_k" in str(caught.value)
@@ -148,7 +148,7 @@ def test_loading_is_exact():
 
 
 def test_refuses_bad_input():
-    _, stage = pair(TINY)
+    _, stage = pair(SMALL)
     ids, mask = inputs(9)
     with pytest.raises(ValueError, match=r"attention_mask \(3, 8\)"):
         stage(ids, mask[:, :8])
@@ -161,4 +161,4 @@ def test_refuses_bad_input():
 )
 def test_refuses_configs(key, value):
     with pytest.raises(ValueError, match=f"{key} = {value!r}"):
-        VitsTextConfig.from_dict({**TINY, key: value})
+        VitsTextConfig.from_dict({**SMALL, key: value})

@@ -21,8 +21,8 @@ from torch import nn
 from audioldm2 import AudioLDM2Pipeline
 from audioldm2.pipeline import ENCODING
 from audioldm2.runtime.compile import BUCKET, TARGETS, default_mode, rounded_up
-from tests.reference import TINY, TINY_SPEECH, assert_close, make_checkpoint
-from tests.test_cpu import conv_1d, conv_2d, noise, tuned_copy
+from tests.reference import SMALL, SMALL_SPEECH, assert_close, make_checkpoint
+from tests.runtime.test_cpu import conv_1d, conv_2d, noise, tuned_copy
 
 COMPILE = torch.compile
 TOLERANCE = 1e-4  # of a waveform in [-1, 1]
@@ -39,28 +39,28 @@ WITHIN_A_CALL = {  # what a first call compiles, with guidance
 }
 # As few layers as there can be: tracing takes a time for each.
 SIZES: dict[str, dict] = {
-    **TINY,
+    **SMALL,
     "vae": {
-        **TINY["vae"],
+        **SMALL["vae"],
         "down_block_types": ["DownEncoderBlock2D"] * 2,
         "up_block_types": ["UpDecoderBlock2D"] * 2,
         "block_out_channels": [8, 12],
     },
     "text_encoder": {
-        **TINY["text_encoder"],
-        "text_config": {**TINY["text_encoder"]["text_config"], "num_hidden_layers": 1},
+        **SMALL["text_encoder"],
+        "text_config": {**SMALL["text_encoder"]["text_config"], "num_hidden_layers": 1},
     },
-    "text_encoder_2": {**TINY["text_encoder_2"], "num_layers": 1},
-    "language_model": {**TINY["language_model"], "n_layer": 1},
+    "text_encoder_2": {**SMALL["text_encoder_2"], "num_layers": 1},
+    "language_model": {**SMALL["language_model"], "n_layer": 1},
     "unet": {
-        **TINY["unet"],
+        **SMALL["unet"],
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
         "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
         "block_out_channels": [8, 16],
         "cross_attention_dim": [[None, 16, 20]] * 2,
     },
     "vocoder": {
-        **TINY["vocoder"],
+        **SMALL["vocoder"],
         "sampling_rate": 2000,
         "upsample_rates": [5, 4],
         "upsample_kernel_sizes": [8, 8],
@@ -251,7 +251,7 @@ def test_the_longest_prompt(pipe: AudioLDM2Pipeline, plain: AudioLDM2Pipeline, c
 
 @pytest.mark.filterwarnings("ignore:.*cut off")
 def test_the_encoders_of_the_speech_checkpoints(tmp_path: Path, compiler: Compiler) -> None:
-    pipe = load(make_checkpoint(tmp_path / "speech", TINY_SPEECH))
+    pipe = load(make_checkpoint(tmp_path / "speech", SMALL_SPEECH))
     expected = pipe.encode_prompt(HAMMER, transcription="go home")
     pipe.compile(mode="default", stages=ENCODING)
     pipe._negatives.clear()

@@ -21,6 +21,7 @@ from audioldm2.checkpoints.layout import TOKENIZERS
 from audioldm2.models import PARTS
 from audioldm2.models.unet import UNetConfig
 from audioldm2.models.vae import VAEConfig
+from scripts.random_checkpoint import write_random_checkpoint
 from scripts.tiny import train_unet as train_unet_module
 from scripts.tiny import train_vae as train_vae_module
 from scripts.tiny import training
@@ -50,9 +51,7 @@ from scripts.tiny.train_vae import (
     train_vae,
 )
 from scripts.tiny.training import Run, schedule, train
-from scripts.tiny_checkpoint import write_random_checkpoint
-
-ROOT = Path(__file__).parent.parent
+from tests.helpers import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from audioldm2 import AudioLDM2Pipeline, DPMSolverMultistepScheduler
+from scripts.random_checkpoint import write_small_checkpoint
 from scripts.tiny.evaluation import (
     CONTENTS,
     TWO,
@@ -31,11 +32,10 @@ from scripts.tiny.evaluation import (
 from scripts.tiny.pictures import tile
 from scripts.tiny.sounds import KINDS, SAMPLES
 from scripts.tiny.trade import SETTINGS, Setting, draw, table, trade
-from scripts.tiny_checkpoint import write_tiny_checkpoint
+from tests.helpers import ROOT
 
 # The random checkpoint reads 32 tokens, which some captions are longer than.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is longer than")
-ROOT = Path(__file__).resolve().parent.parent
 COMMAND = ROOT / "scripts" / "evaluate_tiny"
 
 
@@ -43,7 +43,7 @@ COMMAND = ROOT / "scripts" / "evaluate_tiny"
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random checkpoint."""
     folder = tmp_path_factory.mktemp("evaluate") / "random"
-    write_tiny_checkpoint(folder)
+    write_small_checkpoint(folder)
     return folder
 
 

@@ -19,7 +19,7 @@ from audioldm2.models.hifigan import HifiGan, HifiGanConfig
 from tests.reference import assert_close, ours, randomize
 
 MAP = "vocoder.transformers"
-TINY = {
+SMALL = {
     "model_in_dim": 6,
     "upsample_initial_channel": 12,
     "upsample_rates": [3, 2],
@@ -30,12 +30,12 @@ TINY = {
     "normalize_before": False,
 }
 CONFIGS = {
-    "tiny": TINY,
-    "normalized": {**TINY, "normalize_before": True},
-    "one_block": {**TINY, "resblock_kernel_sizes": [7], "resblock_dilation_sizes": [[1, 3, 5]]},
+    "tiny": SMALL,
+    "normalized": {**SMALL, "normalize_before": True},
+    "one_block": {**SMALL, "resblock_kernel_sizes": [7], "resblock_dilation_sizes": [[1, 3, 5]]},
     # kernel - rate odd in both steps; 10 channels halve to 5 and 2
     "odd": {
-        **TINY,
+        **SMALL,
         "upsample_rates": [5, 1],
         "upsample_kernel_sizes": [16, 4],
         "upsample_initial_channel": 10,
@@ -103,7 +103,7 @@ def test_half_precision(dtype):
 
 
 def test_gradient_reaches_every_parameter():
-    _, stage = pair(TINY)
+    _, stage = pair(SMALL)
     stage.train()
     stage(mel()).square().sum().backward()
     for name, parameter in stage.named_parameters():
@@ -116,7 +116,7 @@ def convolutions(module: nn.Module) -> list[nn.Module]:
 
 
 def with_weight_norm(spelling: str) -> SpeechT5HifiGan:
-    reference = SpeechT5HifiGan(SpeechT5HifiGanConfig(**TINY))
+    reference = SpeechT5HifiGan(SpeechT5HifiGanConfig(**SMALL))
     if spelling == "parametrizations":
         reference.apply_weight_norm()
     else:
@@ -133,7 +133,7 @@ def test_weight_norm_is_folded(spelling, ending):
     names = set(reference.state_dict())
     assert sum(name.endswith(ending) for name in names) == len(convolutions(reference))
     assert not any(name.endswith(".weight") for name in names)
-    stage = ours(HifiGan, HifiGanConfig, MAP, reference, TINY)
+    stage = ours(HifiGan, HifiGanConfig, MAP, reference, SMALL)
     assert_close(stage(mel()), reference(mel()), 1e-5)
 
 
@@ -143,7 +143,7 @@ def test_both_spellings_in_one_checkpoint():
     state = reference.state_dict()
     gain, direction = state.pop("conv_pre.weight_g"), state.pop("conv_pre.weight_v")
     state["conv_pre.weight"] = gain * F.normalize(direction, dim=(1, 2))
-    stage = fill(empty(TINY), weight_map(MAP), TensorDict(state))
+    stage = fill(empty(SMALL), weight_map(MAP), TensorDict(state))
     assert_close(stage(mel()), reference(mel()), 1e-5)
 
 
@@ -162,14 +162,14 @@ def test_round_trip(name, tmp_path):
 
 
 def test_loading_is_exact():
-    reference, _ = pair(TINY)
+    reference, _ = pair(SMALL)
     state = reference.state_dict()
     del state["resblocks.1.convs1.0.bias"]
     del state["upsampler.0.weight"]
     state["conv_post.weight"] = torch.zeros(1, 3, 5)
     state["resblocks.4.convs1.0.bias"] = torch.zeros(3)
     with pytest.raises(CheckpointError, match=r"missing: resblocks\.1\.convs1\.0\.bias") as caught:
-        fill(empty(TINY), weight_map(MAP), TensorDict(state))
+        fill(empty(SMALL), weight_map(MAP), TensorDict(state))
     for part in (
         "missing: upsampler.0.",
         "wrong shape: conv_post.weight",
@@ -182,7 +182,7 @@ def test_a_lone_gain_is_missing_its_direction():
     state = with_weight_norm("old").state_dict()
     del state["conv_pre.weight_v"]
     with pytest.raises(CheckpointError, match=r"missing: conv_pre\.weight_v "):
-        fill(empty(TINY), weight_map(MAP), TensorDict(state))
+        fill(empty(SMALL), weight_map(MAP), TensorDict(state))
 
 
 @pytest.mark.parametrize("name", ["mean", "scale"])
@@ -190,11 +190,11 @@ def test_the_normalization_is_not_made_up(name):
     state = pair(CONFIGS["normalized"])[0].state_dict()
     del state[name]
     with pytest.raises(CheckpointError, match=f"missing: {name} "):
-        fill(empty(TINY), weight_map(MAP), TensorDict(state))
+        fill(empty(SMALL), weight_map(MAP), TensorDict(state))
 
 
 def test_refuses_bad_input():
-    _, stage = pair(TINY)
+    _, stage = pair(SMALL)
     for x in (mel()[0], mel()[:, :0], mel()[..., :5], mel()[:, None]):
         with pytest.raises(ValueError, match=r"mel has shape .* \(batch, frames, 6\)"):
             stage(x)
@@ -213,11 +213,11 @@ def test_refuses_bad_input():
 )
 def test_refuses_configs(key, value):
     with pytest.raises(ValueError, match=key):
-        HifiGanConfig.from_dict({**TINY, key: value})
+        HifiGanConfig.from_dict({**SMALL, key: value})
 
 
 def test_config_reads_what_matters():
-    config = HifiGanConfig.from_dict({**TINY, "initializer_range": 0.3, "sampling_rate": 8000})
+    config = HifiGanConfig.from_dict({**SMALL, "initializer_range": 0.3, "sampling_rate": 8000})
     assert config.sampling_rate == 8000
     assert config.resblock_dilation_sizes == ((1, 3), (2,))
-    assert hash(config) == hash(HifiGanConfig.from_dict({**TINY, "sampling_rate": 8000}))
+    assert hash(config) == hash(HifiGanConfig.from_dict({**SMALL, "sampling_rate": 8000}))

@@ -28,17 +28,17 @@ def layout(levels: int, first_attends: bool = False) -> dict:
     }
 
 
-TINY = {"in_channels": 3, "out_channels": 3, "norm_num_groups": 4, "sample_size": 8}
+SMALL = {"in_channels": 3, "out_channels": 3, "norm_num_groups": 4, "sample_size": 8}
 CONFIGS: dict[str, dict] = {
     "base": {
-        **TINY,
+        **SMALL,
         **layout(4),
         "block_out_channels": [8, 12, 16, 24],
         "attention_head_dim": [1, 2, 4, 6],
         "cross_attention_dim": [[None, GPT2, T5]] * 4,
     },
     "large": {
-        **TINY,
+        **SMALL,
         **layout(3),
         "block_out_channels": [8, 16, 24],
         "layers_per_block": 1,
@@ -47,7 +47,7 @@ CONFIGS: dict[str, dict] = {
         "cross_attention_dim": [[None, GPT2, T5, None]] * 3,
     },
     "speech, GPT-2 alone": {
-        **TINY,
+        **SMALL,
         **layout(2),
         "block_out_channels": [12, 8],
         "layers_per_block": 1,
@@ -55,7 +55,7 @@ CONFIGS: dict[str, dict] = {
         "cross_attention_dim": [[None, GPT2]] * 2,
     },
     "attention everywhere, null last, entries by level": {
-        **TINY,
+        **SMALL,
         **layout(2, first_attends=True),
         "block_out_channels": [8, 12],
         "layers_per_block": [2, 1],
@@ -66,7 +66,7 @@ CONFIGS: dict[str, dict] = {
         "out_channels": 5,
     },
     "no attention lowest, one width, odd time embedding": {
-        **TINY,
+        **SMALL,
         "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
         "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
         "block_out_channels": [9, 12],
@@ -83,7 +83,7 @@ CONFIGS: dict[str, dict] = {
         "norm_eps": 1e-2,
     },
     "up and down differ, ints by level": {
-        **TINY,
+        **SMALL,
         "down_block_types": ["DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"],
         "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
         "block_out_channels": [8, 4, 16],

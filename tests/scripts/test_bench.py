@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCH = Path(__file__).resolve().parent.parent / "scripts" / "bench"
+from tests.helpers import ROOT
+
+BENCH = ROOT / "scripts" / "bench"
 
 
 def bench(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 from audioldm2.checkpoints.errors import CheckpointError
 from audioldm2.checkpoints.stage import TensorDict, fill
 from audioldm2.checkpoints.weight_map import OPERATIONS, Recipe, WeightMap, apply, weight_map
+from tests.helpers import ROOT
 
-SHIPPED = sorted(path.stem for path in (Path(__file__).parents[1] / "weights_map").glob("*.map"))
+SHIPPED = sorted(path.stem for path in (ROOT / "weights_map").glob("*.map"))
 
 
 def shapes(**named: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

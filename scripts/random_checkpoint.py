@@ -24,8 +24,8 @@ from torch import nn
 from audioldm2 import AudioLDM2Pipeline, ClapFeatureExtractor, DDIMScheduler
 from audioldm2.audio.log_mel import ClapFeatureExtractorConfig
 from audioldm2.models import PARTS
+from scripts.random_tokenizers import write_roberta_tokenizer, write_t5_tokenizer
 from scripts.sizes import BASE
-from scripts.tiny_tokenizers import write_roberta_tokenizer, write_t5_tokenizer
 
 MEL_WIDTH = 64
 # The keys are those of the Hub's config.json files; what is not named is as its stage has it.
@@ -156,7 +156,7 @@ def write_random_checkpoint(
     return sum(parameter.numel() for stage in stages.values() for parameter in stage.parameters())
 
 
-def write_tiny_checkpoint(folder: str | Path, seed: int = 0) -> int:
+def write_small_checkpoint(folder: str | Path, seed: int = 0) -> int:
     """Write the tiny checkpoint into `folder`. Returns the number of weights."""
     return write_random_checkpoint(folder, SIZES, seed=seed)
 
@@ -165,13 +165,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python scripts/tiny_checkpoint.py out/tiny-checkpoint\n"
+        epilog="example:\n  python scripts/random_checkpoint.py out/tiny-checkpoint\n"
         '  audioldm2 "A dog barks" -o dog.wav --model out/tiny-checkpoint',
     )
     parser.add_argument("folder", type=Path, help="where to write it; files of its own there are replaced")
     parser.add_argument("--seed", type=int, default=0, help="other weights, another noise (%(default)s)")
     options = parser.parse_args()
-    count = write_tiny_checkpoint(options.folder, options.seed)
+    count = write_small_checkpoint(options.folder, options.seed)
     print(
         f"{options.folder}: {count:,} random weights (seed {options.seed}); the sound that they make is "
         "noise-like and says nothing of the prompt"

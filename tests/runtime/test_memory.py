@@ -31,7 +31,7 @@ from audioldm2.models.vae import VAE, VAEConfig
 from audioldm2.pipeline import _groups
 from audioldm2.runtime.cpu import tune
 from audioldm2.runtime.offload import Offload
-from tests.reference import BASE, TINY, assert_close, ours, randomize
+from tests.reference import BASE, SMALL, assert_close, ours, randomize
 
 HAMMER = "A hammer hitting a wooden surface."
 
@@ -47,8 +47,8 @@ def load(folder: Path, **options: Any) -> AudioLDM2Pipeline:
 
 
 @pytest.fixture
-def pipe(tiny_checkpoint: Path) -> AudioLDM2Pipeline:
-    return load(tiny_checkpoint)
+def pipe(random_checkpoint: Path) -> AudioLDM2Pipeline:
+    return load(random_checkpoint)
 
 
 def sound(pipe: AudioLDM2Pipeline, prompt: str | list[str] = HAMMER, **arguments: Any) -> np.ndarray:
@@ -60,15 +60,15 @@ def sound(pipe: AudioLDM2Pipeline, prompt: str | list[str] = HAMMER, **arguments
 # --- the VAE in chunks
 
 VAES: dict[str, dict] = {
-    "as AudioLDM 2": {**TINY["vae"], "layers_per_block": 2},
+    "as AudioLDM 2": {**SMALL["vae"], "layers_per_block": 2},
     "no attention, narrowing upwards": {
-        **TINY["vae"],
+        **SMALL["vae"],
         "block_out_channels": [16, 8, 12],
         "mid_block_add_attention": False,
     },
-    "widths as AudioLDM 2": {**TINY["vae"], "block_out_channels": [8, 16, 32]},
+    "widths as AudioLDM 2": {**SMALL["vae"], "block_out_channels": [8, 16, 32]},
     "one level": {
-        **TINY["vae"],
+        **SMALL["vae"],
         "down_block_types": ["DownEncoderBlock2D"],
         "up_block_types": ["UpDecoderBlock2D"],
         "block_out_channels": [8],
@@ -339,8 +339,8 @@ def of_audio(names: list[str]) -> list[str]:
     return [name for name in names if name.startswith("audio")]
 
 
-def test_the_audio_tower_is_read_for_ranking(read: list[str], tiny_checkpoint: Path) -> None:
-    pipe = load(tiny_checkpoint)
+def test_the_audio_tower_is_read_for_ranking(read: list[str], random_checkpoint: Path) -> None:
+    pipe = load(random_checkpoint)
     assert any(name.startswith("text_model.") for name in read)
     assert not of_audio(read)
     sound(pipe)
@@ -363,42 +363,42 @@ def same_state(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-def test_a_clap_of_its_own_is_read_at_once(read: list[str], tiny_checkpoint: Path) -> None:
-    clap = ClapModel.from_pretrained(tiny_checkpoint, "text_encoder")
+def test_a_clap_of_its_own_is_read_at_once(read: list[str], random_checkpoint: Path) -> None:
+    clap = ClapModel.from_pretrained(random_checkpoint, "text_encoder")
     assert of_audio(read)
     assert clap.audio is not None
     assert clap.audio_tower() is clap.audio
 
 
-def test_whoever_asks_for_the_state_gets_all_of_it(pipe: AudioLDM2Pipeline, tiny_checkpoint: Path) -> None:
+def test_whoever_asks_for_the_state_gets_all_of_it(pipe: AudioLDM2Pipeline, random_checkpoint: Path) -> None:
     copied = copy.deepcopy(pipe.text_encoder)
-    same_state(pipe.text_encoder.state_dict(), whole_clap(tiny_checkpoint))
+    same_state(pipe.text_encoder.state_dict(), whole_clap(random_checkpoint))
     assert copied.audio is None
-    same_state(copied.state_dict(), whole_clap(tiny_checkpoint))
+    same_state(copied.state_dict(), whole_clap(random_checkpoint))
     assert copied.audio is not pipe.text_encoder.audio, "each reads its own"
 
 
-def test_loading_weights_into_it(pipe: AudioLDM2Pipeline, tiny_checkpoint: Path) -> None:
-    changed = {name: tensor + 1 for name, tensor in whole_clap(tiny_checkpoint).items()}
+def test_loading_weights_into_it(pipe: AudioLDM2Pipeline, random_checkpoint: Path) -> None:
+    changed = {name: tensor + 1 for name, tensor in whole_clap(random_checkpoint).items()}
     pipe.text_encoder.load_state_dict(changed)
     same_state(pipe.text_encoder.state_dict(), changed)
 
 
-def test_what_is_saved_is_whole(pipe: AudioLDM2Pipeline, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_what_is_saved_is_whole(pipe: AudioLDM2Pipeline, random_checkpoint: Path, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path)
-    same_state(whole_clap(tmp_path), whole_clap(tiny_checkpoint))
+    same_state(whole_clap(tmp_path), whole_clap(random_checkpoint))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("when", ["loaded", "turned"])
 def test_the_audio_tower_comes_in_the_stages_dtype(
-    when: str, dtype: torch.dtype, tiny_checkpoint: Path
+    when: str, dtype: torch.dtype, random_checkpoint: Path
 ) -> None:
-    pipe = load(tiny_checkpoint, torch_dtype=dtype if when == "loaded" else None)
+    pipe = load(random_checkpoint, torch_dtype=dtype if when == "loaded" else None)
     if when == "turned":
         pipe.to(dtype)
     assert pipe.text_encoder.audio is None
-    expected = ClapModel.from_pretrained(tiny_checkpoint, "text_encoder", torch_dtype=dtype)
+    expected = ClapModel.from_pretrained(random_checkpoint, "text_encoder", torch_dtype=dtype)
     same_state(pipe.text_encoder.state_dict(), expected.state_dict())
 
 
@@ -417,9 +417,9 @@ def test_a_changed_dtype_after_reading(pipe: AudioLDM2Pipeline) -> None:
 
 @pytest.mark.parametrize("misfit", ["missing", "unexpected", "wrong shape"])
 def test_an_audio_tower_that_does_not_fit_is_told_at_once(
-    misfit: str, tiny_checkpoint: Path, tmp_path: Path
+    misfit: str, random_checkpoint: Path, tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(tiny_checkpoint, tmp_path / "bad")
+    folder = shutil.copytree(random_checkpoint, tmp_path / "bad")
     path = folder / "text_encoder" / "model.safetensors"
     tensors = load_file(path)
     if misfit == "missing":
@@ -571,8 +571,8 @@ def test_stages_move_in_the_order_of_use(pipe: AudioLDM2Pipeline, monkeypatch: p
     assert moves == [sign + name for name in order for sign in "+-"]
 
 
-def test_a_changed_stage_of_a_pipeline_that_moves(tiny_checkpoint: Path, pipe: AudioLDM2Pipeline) -> None:
-    other = load(tiny_checkpoint)
+def test_a_changed_stage_of_a_pipeline_that_moves(random_checkpoint: Path, pipe: AudioLDM2Pipeline) -> None:
+    other = load(random_checkpoint)
     other.enable_model_cpu_offload(device="cpu")
     before = sound(other)
     for p in (pipe, other):
