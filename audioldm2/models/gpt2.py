@@ -1,22 +1,22 @@
 """GPT-2 as AudioLDM 2 uses it: a generator of vectors, not of words.
 
 In: the projection model's sequence, (B, T, C), with its mask (B, T).
-Out: `max_new_tokens` vectors (B, max_new_tokens, C), an estimate of the "language of audio" (Liu et al. 2023,
-on translating conditions to the language of audio with GPT-2) that the UNet attends to.
+Out: `max_new_tokens` vectors (B, max_new_tokens, C), an estimate of the "language of audio" that the UNet
+attends to (Liu et al. 2023, "AudioLDM 2", on translating conditions to the language of audio with GPT-2).
 
 The network is the decoder of Radford et al. 2019: blocks of
 
     x = x + attention(norm(x)),   x = x + feed_forward(norm(x))
 
-with causal attention, learned positions and a last norm. What differs from the textbook is the loop: no word
-is ever picked. The last vector after the last norm is itself the next input,
+with causal attention, learned positions and a final norm. What differs from the textbook is the loop: no word
+is ever sampled. The last state after the final norm is itself the next input,
 
     x_{T+1} = GPT2(x_1 ... x_T)_T
 
-so the word embeddings and the output layer of the checkpoints have nothing to do. Positions count every place
-of the sequence, padding included; padding is only hidden from attention.
+so the word embeddings and the output layer of a checkpoint are not used. Every element of the sequence has a
+position, padding included; padding is only masked in attention.
 
-There is no dropout: the `*_pdrop` of a config change training only.
+There is no dropout: the `*_pdrop` keys of a config matter in training only.
 """
 
 from __future__ import annotations
@@ -76,16 +76,15 @@ class GPT2Config:
 
 
 class Cache:
-    """The keys and values of one layer, for as many positions as there will be: (B, M, 2C)."""
+    """The keys and values of one layer for a sequence of fixed length M: (B, M, 2C)."""
 
-    def __init__(self, like: Tensor, places: int):
-        batch, _, width = like.shape
-        self.kv = like.new_zeros(batch, places, 2 * width)
+    def __init__(self, batch: int, length: int, width: int, like: Tensor):
+        self.kv = like.new_zeros(batch, length, 2 * width)
 
     def write(self, positions: Tensor, kv: Tensor) -> Tensor:
-        """Put the keys and values (B, N, 2C) of `positions` (N,) in their places; returns all, (B, M, 2C)."""
+        """Store the keys and values (B, N, 2C) of `positions` (N,); return all of them, (B, M, 2C)."""
         kv = kv.to(self.kv.dtype)
-        # A gradient needs what attention saw at each step, so there every step makes a cache of its own.
+        # Autograd needs the keys and values of every step, so with gradients nothing is overwritten.
         if torch.is_grad_enabled():
             self.kv = self.kv.index_copy(1, positions, kv)
         else:
@@ -133,26 +132,38 @@ class Block(nn.Module):
 
 
 def causal_bias(positions: Tensor, visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to attention's scores: 0 where a query may look and a large negative number where not.
+    """The bias of causal attention: 0 where a query may look, a large negative number elsewhere.
 
     Args:
-        positions: the queries' places in the sequence, (N,).
-        visible: (B, M), true for the places that are no padding.
+        positions: the queries' positions in the sequence, (N,).
+        visible: (B, M), False for padding.
         dtype: the queries' dtype.
 
     Returns:
-        (B, 1, N, M): a query sees itself and what lies before it, padding excepted.
+        (B, 1, N, M): a query sees itself and what lies before it, except padding.
     """
     past = torch.arange(visible.shape[1], device=positions.device) <= rearrange(positions, "n -> n 1")
     seen = past & rearrange(visible, "b m -> b 1 1 m")
-    # Half of the lowest number: with a score added it is still finite, so a row that sees nothing gives no
-    # NaN.
+    # Half of the lowest number is still finite with a score added, so a row that sees nothing gives no NaN.
     low = torch.finfo(dtype).min / 2
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, low)
 
 
 class GPT2(nn.Module):
-    """The language model: vectors in, vectors out."""
+    """The language model of AudioLDM 2: a sequence of vectors (B, T, C) -> new vectors (B, 8, C).
+
+    Args:
+        config: the sizes; kept as `gpt2.config`.
+
+    Example:
+
+        gpt2 = GPT2.from_pretrained("cvssp/audioldm2", subfolder="language_model")
+        sequence = torch.randn(1, 25, 768)  # from `ProjectionModel`
+        vectors = gpt2.generate(sequence)   # (1, 8, 768)
+        states = gpt2(sequence)             # (1, 25, 768): one pass, nothing generated
+    """
+
+    config: GPT2Config
 
     def __init__(self, config: GPT2Config):
         super().__init__()
@@ -161,98 +172,92 @@ class GPT2(nn.Module):
         self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         self.norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
-    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The whole sequence at once.
-
-        Args:
-            inputs_embeds: (B, T, C).
-            attention_mask: (B, T), 1 for tokens and 0 for padding; None if all are tokens.
-
-        Returns:
-            The states after the last norm, (B, T, C).
-
-        Raises:
-            ValueError: a shape does not fit, or T is more than n_positions.
-        """
-        visible = self._visible(inputs_embeds, attention_mask, new=0)
-        positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
-        return self.states(inputs_embeds, positions, visible, caches=None)
-
-    def generate(
+    def forward(
         self,
         inputs_embeds: Tensor,
         attention_mask: Tensor | None = None,
-        max_new_tokens: int | None = None,
-        spare: int = 0,
+        *,
+        positions: Tensor | None = None,
+        caches: list[Cache] | None = None,
     ) -> Tensor:
-        """Continue the sequence with vectors: each is the last state of all before it, after the last norm.
+        """The states of a sequence, or of a part of it whose past is cached.
 
-        Keys and values are computed once a position and kept in a cache of fixed shape, so the result is that
-        of running `forward` on the growing sequence, for the work of running it once.
+        Args:
+            inputs_embeds: (B, N, C).
+            attention_mask: (B, M), 1 for tokens and 0 for padding; None if there is no padding. M is N, or
+                the caches' length.
+            positions: where the inputs stand in the sequence, (N,); 0 to N - 1 by default.
+            caches: one a layer, which the inputs' keys and values are written to.
+
+        Returns:
+            The states after the final norm, (B, N, C).
+
+        Raises:
+            ValueError: a shape that does not fit, or more than n_positions.
+        """
+        mask = self._mask(inputs_embeds, attention_mask, caches[0].kv.shape[1] if caches else None)
+        if positions is None:
+            positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+        x = inputs_embeds + self.position_embedding(positions)
+        bias = causal_bias(positions, mask, x.dtype)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, bias, positions, None if caches is None else caches[layer])
+        return self.norm(x)
+
+    def generate(
+        self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int | None = None
+    ) -> Tensor:
+        """Continue the sequence: each new vector is the last state of everything before it.
+
+        Keys and values are computed once for each position and cached while this call runs. The result is
+        that of calling `forward` on the growing sequence.
 
         Args:
             inputs_embeds: (B, T, C).
-            attention_mask: (B, T), 1 for tokens and 0 for padding; what is generated counts as tokens.
-            max_new_tokens: how many vectors; the config's number where None.
-            spare: places to add at the end, as far as there are positions, so that sequences of about one
-                length run in the same shapes (for a compiled stage). The numbers stay: what is in the added
-                places lies in the future of all that is used, until it is written over.
+            attention_mask: (B, T), 1 for tokens and 0 for padding; new vectors count as tokens.
+            max_new_tokens: how many vectors; the config's number by default.
 
         Returns:
             The new vectors, (B, max_new_tokens, C).
 
         Raises:
-            ValueError: a shape does not fit, max_new_tokens is less than 1, or there are not positions
-                enough.
+            ValueError: a shape that does not fit, max_new_tokens below 1, or more than n_positions.
         """
         new = self.config.max_new_tokens if max_new_tokens is None else max_new_tokens
         if new < 1:
-            raise ValueError(f"max_new_tokens is {new}; at least 1 is needed")
-        # The last vector is not fed back, so it takes no place.
-        visible = self._visible(inputs_embeds, attention_mask, new=new - 1)
-        length = inputs_embeds.shape[1]
-        spare = min(spare, self.config.n_positions - visible.shape[1])
-        visible, x = F.pad(visible, (0, spare), value=True), F.pad(inputs_embeds, (0, 0, 0, spare))
-        places = visible.shape[1]
-        caches = [Cache(inputs_embeds, places) for _ in self.blocks]
-        positions = torch.arange(places, device=inputs_embeds.device)
-        x = self.states(x, positions[: length + spare], visible, caches)[:, length - 1 : length]
-        # The first vector lies in memory as the ones after it do: to a compiler, strides are part of a shape.
-        x = x.clone(memory_format=torch.contiguous_format)
+            raise ValueError(f"max_new_tokens is {new}; it should be at least 1")
+        mask = self._mask(inputs_embeds, attention_mask)
+        batch, length, width = inputs_embeds.shape
+        total = length + new - 1  # the last new vector is not fed back
+        if total > self.config.n_positions:
+            raise ValueError(
+                f"{length} inputs and {new} new vectors need {total} positions; "
+                f"this GPT-2 has n_positions = {self.config.n_positions}"
+            )
+        mask = F.pad(mask, (0, new - 1), value=True)  # (B, total)
+        caches = [Cache(batch, total, width, like=inputs_embeds) for _ in self.blocks]
+        positions = torch.arange(total, device=inputs_embeds.device)
+        x = self(inputs_embeds, mask, positions=positions[:length], caches=caches)[:, -1:]
         generated = [x]
-        for place in range(length, length + new - 1):
-            x = self.states(x, positions[place : place + 1], visible, caches)
+        for position in range(length, total):
+            x = self(x, mask, positions=positions[position : position + 1], caches=caches)
             generated.append(x)
         return torch.cat(generated, dim=1)
 
-    def states(self, x: Tensor, positions: Tensor, visible: Tensor, caches: list[Cache] | None) -> Tensor:
-        """The states (B, N, C) of N inputs at `positions` (N,), which go into the caches on the way.
-
-        `visible` (B, M) says which of the M places are no padding.
-        """
-        x = x + self.position_embedding(positions)
-        bias = causal_bias(positions, visible, x.dtype)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, bias, positions, None if caches is None else caches[layer])
-        return self.norm(x)
-
-    def _visible(self, inputs_embeds: Tensor, attention_mask: Tensor | None, new: int) -> Tensor:
-        """Which places are no padding, (B, T + new), the new ones among them; checks the inputs' shapes."""
+    def _mask(self, inputs_embeds: Tensor, attention_mask: Tensor | None, total: int | None = None) -> Tensor:
+        """Check the inputs' shapes; the mask as booleans, (B, total), where `total` is T by default."""
         width, limit = self.config.n_embd, self.config.n_positions
         if inputs_embeds.dim() != 3 or inputs_embeds.shape[1] < 1 or inputs_embeds.shape[2] != width:
             raise ValueError(
-                f"inputs_embeds has shape {tuple(inputs_embeds.shape)}; (batch, tokens, {width}) is needed"
+                f"inputs_embeds has shape {tuple(inputs_embeds.shape)}; it should be (batch, tokens, {width})"
             )
-        batch, length, _ = inputs_embeds.shape
-        if length + new > limit:
+        shape = (len(inputs_embeds), total or inputs_embeds.shape[1])
+        if shape[1] > limit:
             raise ValueError(
-                f"{length} inputs and {new} vectors to feed back need {length + new} positions; "
-                f"this GPT-2 has n_positions={limit}"
+                f"{shape[1]} inputs need as many positions; this GPT-2 has n_positions = {limit}"
             )
         if attention_mask is None:
-            return torch.ones(batch, length + new, dtype=torch.bool, device=inputs_embeds.device)
-        if attention_mask.shape != (batch, length):
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}; ({batch}, {length}) is needed"
-            )
-        return F.pad(attention_mask.bool(), (0, new), value=True)
+            return torch.ones(shape, dtype=torch.bool, device=inputs_embeds.device)
+        if attention_mask.shape != shape:
+            raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; it should be {shape}")
+        return attention_mask.bool()

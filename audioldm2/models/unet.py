@@ -134,7 +134,7 @@ class UNetConfig:
 
 
 class Condition(NamedTuple):
-    """States to attend to, (B, M, C), and the bias of their mask, (B, 1, 1, M), or None where all count."""
+    """States to attend to, (B, M, C), and the bias of their mask, (B, 1, 1, M); None without a mask."""
 
     states: Tensor
     bias: Tensor | None
@@ -148,11 +148,18 @@ class Context(NamedTuple):
 
 
 # By transformer of a level, by block of a transformer; None where a block attends to no condition.
-Contexts = list[list[Context | None]]
+LevelContexts = list[list[Context | None]]
+
+
+class Contexts(NamedTuple):
+    """What all cross-attentions attend to: the same at every step of a generation (see `UNet.contexts`)."""
+
+    levels: list[LevelContexts]  # down, middle, up
+    rows: int  # B
 
 
 class Transformer(nn.Module):
-    """Transformer blocks over the H·W places of a feature map, added to it: (B, C, H, W) -> (B, C, H, W)."""
+    """Transformer blocks over the H x W positions of a feature map, and a shortcut: (B, C, H, W) kept."""
 
     blocks: Sequence[TransformerBlock]
 
@@ -167,11 +174,13 @@ class Transformer(nn.Module):
         self.proj_out = nn.Linear(width, channels)
 
     def contexts(self, condition: Condition) -> list[Context | None]:
-        """For each block what it attends to. Raises ValueError where the states are of another width."""
+        """What each block attends to. Raises ValueError if the states have the wrong width."""
         if self.context_width is None:
             return [None] * len(self.blocks)
         if (width := condition.states.shape[-1]) != self.context_width:
-            raise ValueError(f"encoder states are {width} wide, {self.context_width} in cross_attention_dim")
+            raise ValueError(
+                f"encoder states are {width} wide; cross_attention_dim asks for {self.context_width}"
+            )
         return [Context(block.cross_attention.kv(condition.states), condition.bias) for block in self.blocks]
 
     def forward(self, x: Tensor, contexts: Sequence[Context | None]) -> Tensor:
@@ -182,16 +191,17 @@ class Transformer(nn.Module):
 
 
 class Level(nn.Module):
-    """One level of the UNet: ResNet blocks, the first `runs` of them followed by a run of transformers.
+    """The blocks of one resolution: ResNet blocks, each followed by a run of transformers or by none.
 
     Args:
         config: the UNet's.
         level: which entry of the config's per-level values to read.
-        channels_in: for each ResNet block the channels that come in, skip connection included.
-        runs: how many of the ResNet blocks are followed by transformers; 0 in a block without attention.
-        resample: what leads to the next level, or None.
+        channels_in: the input channels of each ResNet block, skip connection included.
+        runs: how many of the ResNet blocks, from the first, are followed by transformers.
+        resample: the layer that leads to the next resolution, or None.
     """
 
+    resnets: Sequence[ResNetBlock]
     transformers: Sequence[Transformer]
 
     def __init__(
@@ -200,7 +210,7 @@ class Level(nn.Module):
         level: int,
         channels_in: Sequence[int],
         runs: int,
-        resample: nn.Module | None,
+        resample: nn.Module | None = None,
     ):
         super().__init__()
         channels, groups = config.block_out_channels[level], config.norm_num_groups
@@ -208,67 +218,125 @@ class Level(nn.Module):
         depth = config.per_level("transformer_layers_per_block")[level]
         widths = (config.attends_to(level) or ()) if runs else ()
         self.run = len(widths)
-        self.resnets = nn.ModuleList(
+        resnets = (
             ResNetBlock(c_in, channels, groups, config.norm_eps, config.act_fn, config.time_width)
             for c_in in channels_in
         )
+        self.resnets = nn.ModuleList(resnets)  # type: ignore[assignment]
         transformers = (Transformer(channels, heads, depth, groups, w) for _ in range(runs) for w in widths)
         self.transformers = nn.ModuleList(transformers)  # type: ignore[assignment]
         self.resample = resample
 
-    def contexts(self, gpt2: Condition, t5: Condition) -> Contexts:
-        """For each transformer what it attends to: the first two of a run to `gpt2`, later ones to `t5`."""
+    def contexts(self, gpt2: Condition, t5: Condition) -> LevelContexts:
+        """What each transformer attends to: the first two of a run to GPT-2's vectors, later ones to T5."""
         return [
             transformer.contexts(gpt2 if index % self.run <= 1 else t5)
             for index, transformer in enumerate(self.transformers)
         ]
 
-    def layer(self, index: int, x: Tensor, time: Tensor, contexts: Contexts) -> Tensor:
+    def layer(self, index: int, x: Tensor, time: Tensor, contexts: LevelContexts) -> Tensor:
         """One ResNet block and its run of transformers: (B, C_in, H, W) -> (B, C, H, W)."""
         x = self.resnets[index](x, time)
         run = slice(index * self.run, (index + 1) * self.run)
         for transformer, context in zip(self.transformers[run], contexts[run], strict=True):
-            x = transformer(_for_each(context, x), context)
+            x = transformer(_one_row_per_context(x, context), context)
         return x
 
 
-def down_levels(config: UNetConfig) -> list[Level]:
-    """From the widest feature map to the narrowest; each level but the last ends in a halving."""
+class DownLevel(Level):
+    """A level on the way down, which ends in a halving of the resolution (the last one does not)."""
+
+    def forward(self, x: Tensor, time: Tensor, contexts: LevelContexts) -> tuple[Tensor, list[Tensor]]:
+        """(B, C_in, H, W) -> (B, C, H/2, W/2), and each layer's output for the skip connections."""
+        skips = []
+        for index in range(len(self.resnets)):
+            x = self.layer(index, x, time, contexts)
+            skips.append(x)
+        if self.resample is not None:
+            x = self.resample(x)
+            skips.append(x)
+        return x, skips
+
+
+class MiddleLevel(Level):
+    """The narrowest point: (B, C, H, W) -> (B, C, H, W)."""
+
+    def forward(self, x: Tensor, time: Tensor, contexts: LevelContexts) -> Tensor:
+        for index in range(len(self.resnets)):
+            x = self.layer(index, x, time, contexts)
+        return x
+
+
+class UpLevel(Level):
+    """A level on the way up, which ends in a doubling of the resolution (the last one does not)."""
+
+    def forward(
+        self,
+        x: Tensor,
+        skips: Sequence[Tensor],
+        time: Tensor,
+        contexts: LevelContexts,
+        size: tuple[int, int] | None,
+    ) -> Tensor:
+        """(B, C_in, H, W) and one skip connection per layer -> (B, C, *size); size is None at the last."""
+        for index, skip in enumerate(skips):
+            x = self.layer(index, torch.cat([x, _repeated(skip, len(x))], dim=1), time, contexts)
+        return x if self.resample is None else self.resample(x, size)
+
+
+def down_levels(config: UNetConfig) -> list[DownLevel]:
+    """From the widest feature map to the narrowest."""
     channels = config.block_out_channels
     layers = config.per_level("layers_per_block")
     levels = []
     for i, kind in enumerate(config.down_block_types):
-        # The first layer takes what the level above gave, each other one what the layer before it gave.
+        # The first layer takes the output of the level above, every other one that of the layer before it.
         channels_in = [channels[max(i - 1, 0)]] + [channels[i]] * (layers[i] - 1)
         halve = nn.Conv2d(channels[i], channels[i], 3, stride=2, padding=1) if i + 1 < len(channels) else None
-        levels.append(Level(config, i, channels_in, len(channels_in) if "CrossAttn" in kind else 0, halve))
+        runs = len(channels_in) if "CrossAttn" in kind else 0
+        levels.append(DownLevel(config, i, channels_in, runs, halve))
     return levels
 
 
-def up_levels(config: UNetConfig) -> list[Level]:
-    """From the narrowest feature map to the widest; each level but the last ends in a doubling."""
+def up_levels(config: UNetConfig) -> list[UpLevel]:
+    """From the narrowest feature map to the widest."""
     channels = config.block_out_channels
     layers = config.per_level("layers_per_block")
     levels = []
     for i, kind in zip(reversed(range(len(channels))), config.up_block_types, strict=True):
-        # The way down left one feature map a layer here; before those, the one the level above handed on.
+        # The way down left one feature map per layer of this level, and before those the level's input.
         skips = [channels[i]] * layers[i] + [channels[max(i - 1, 0)]]
         before = [channels[min(i + 1, len(channels) - 1)]] + [channels[i]] * layers[i]
-        both = [x + skip for x, skip in zip(before, skips, strict=True)]
+        channels_in = [x + skip for x, skip in zip(before, skips, strict=True)]
         double = None if i == 0 else Upsample(channels[i])
-        levels.append(Level(config, i, both, len(both) if "CrossAttn" in kind else 0, double))
+        runs = len(channels_in) if "CrossAttn" in kind else 0
+        levels.append(UpLevel(config, i, channels_in, runs, double))
     return levels
 
 
 class UNet(nn.Module):
-    """The denoiser of AudioLDM 2, see the module's docstring.
+    """The denoiser of AudioLDM 2: noisy latents, a timestep and two conditions -> the noise in the latents.
 
     Args:
-        config: sizes; kept as `unet.config`.
+        config: the sizes; kept as `unet.config`.
+
+    Example:
+
+        unet = UNet.from_pretrained("cvssp/audioldm2", subfolder="unet")
+        latents = torch.randn(1, 8, 256, 16)         # 10.24 s of noise
+        gpt2_vectors = torch.randn(1, 8, 768)        # from `GPT2.generate`
+        t5_states = torch.randn(1, 20, 1024)         # from `T5Encoder`
+        noise = unet(latents, 999, gpt2_vectors, t5_states)  # (1, 8, 256, 16)
+
+    In a loop over timesteps the keys and values of the cross-attentions can be computed once:
+
+        contexts = unet.contexts(gpt2_vectors, t5_states)
+        noise = unet(latents, 999, contexts=contexts)
     """
 
-    down: Sequence[Level]
-    up: Sequence[Level]
+    config: UNetConfig
+    down: Sequence[DownLevel]
+    up: Sequence[UpLevel]
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -279,16 +347,15 @@ class UNet(nn.Module):
         self.time_2 = nn.Linear(width, width)
         self.conv_in = _conv(config.in_channels, first, config.conv_in_kernel)
         self.down = nn.ModuleList(down_levels(config))  # type: ignore[assignment]
-        self.middle = Level(config, -1, [last, last], runs=1, resample=None)
+        self.middle = MiddleLevel(config, -1, [last, last], runs=1)
         self.up = nn.ModuleList(up_levels(config))  # type: ignore[assignment]
         self.norm_out = nn.GroupNorm(config.norm_num_groups, first, config.norm_eps)
         self.conv_out = _conv(first, config.out_channels, config.conv_out_kernel)
 
     def time_embedding(self, timestep: Tensor) -> Tensor:
-        """Embed steps, (S,) -> (S, time width): sinusoids (Vaswani et al. 2017, section 3.5), two layers.
+        """Embed timesteps, (S,) -> (S, time width): sinusoids (Vaswani et al. 2017, section 3.5), two layers.
 
-        The steps of a whole generation can be embedded at once. The activation that every ResNet block begins
-        with is applied here, once.
+        Every ResNet block begins with the same activation of the embedding; it is applied here, once.
         """
         width = self.config.block_out_channels[0]
         half = width // 2
@@ -304,95 +371,96 @@ class UNet(nn.Module):
         encoder_hidden_states_1: Tensor | None = None,
         encoder_attention_mask_1: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-    ) -> list[Contexts]:
-        """Keys and values of every cross-attention, by level (down, middle, up).
+    ) -> Contexts:
+        """Keys and values of every cross-attention, which are the same at every step of a generation.
 
-        They are the same at every step of a generation. Arguments and errors are those of `forward`.
+        Arguments and errors are those of `forward`. The result belongs to the weights as they are now.
         """
-        gpt2 = _condition(encoder_hidden_states, encoder_attention_mask)
+        rows = len(encoder_hidden_states)
         if encoder_hidden_states_1 is None:
             encoder_hidden_states_1 = encoder_hidden_states
+        for states in (encoder_hidden_states, encoder_hidden_states_1):
+            if states.dim() != 3 or len(states) != rows:
+                raise ValueError(
+                    f"encoder states have shape {tuple(states.shape)}; they should be ({rows}, tokens, width)"
+                )
+        gpt2 = _condition(encoder_hidden_states, encoder_attention_mask)
         t5 = _condition(encoder_hidden_states_1, encoder_attention_mask_1)
-        return [level.contexts(gpt2, t5) for level in (*self.down, self.middle, *self.up)]
-
-    def denoise(self, sample: Tensor, time: Tensor, contexts: Sequence[Contexts]) -> Tensor:
-        """One step: `forward` with what does not change over a generation computed before.
-
-        Args:
-            sample: noisy latents, (B, in_channels, T/4, F/4), or the first B/n rows of them where the others
-                repeat these: the two sides of guidance see the same latents, and are one until the first
-                transformer that attends to a condition.
-            time: from `time_embedding`, (B, time width), or (1, time width) for all.
-            contexts: from `contexts`.
-
-        Returns:
-            (B, out_channels, T/4, F/4); where nothing attends to a condition, as many rows as `sample`.
-        """
-        levels = len(self.down)
-        down, middle, up = contexts[:levels], contexts[levels], contexts[levels + 1 :]
-        x = self.conv_in(sample)
-        skips = [x]
-        for level, context in zip(self.down, down, strict=True):
-            for i in range(len(level.resnets)):
-                x = level.layer(i, x, time, context)
-                skips.append(x)
-            if level.resample is not None:
-                x = level.resample(x)
-                skips.append(x)
-
-        x = self.middle.layer(0, x, time, middle)
-        x = self.middle.layer(1, x, time, middle)
-
-        for level, context in zip(self.up, up, strict=True):
-            for i in range(len(level.resnets)):
-                x = level.layer(i, torch.cat([x, _repeated(skips.pop(), len(x))], dim=1), time, context)
-            if level.resample is not None:
-                # A map of odd size was rounded up on the way down, so doubling it would overshoot.
-                x = level.resample(x, size=skips[-1].shape[2:])
-        return self.conv_out(self.act(self.norm_out(x))).contiguous()
+        return Contexts([level.contexts(gpt2, t5) for level in (*self.down, self.middle, *self.up)], rows)
 
     def forward(
         self,
         sample: Tensor,
         timestep: Tensor | float,
-        encoder_hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
         encoder_hidden_states_1: Tensor | None = None,
         encoder_attention_mask_1: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
+        *,
+        contexts: Contexts | None = None,
     ) -> Tensor:
         """Predict the noise in `sample`.
 
         Args:
-            sample: noisy latents, (B, in_channels, T/4, F/4); any height and width.
-            timestep: the step, 0 to 999 for AudioLDM 2: a number, a scalar tensor, or (B,), one an example.
+            sample: noisy latents, (B, in_channels, T/4, F/4); any height and width. With guidance both halves
+                of the batch have the same latents: pass them once, (B/2, ...), and they are repeated where
+                the first transformer attends to a condition.
+            timestep: 0 to 999 for AudioLDM 2: a number, a scalar tensor, or one for each row of `sample`.
             encoder_hidden_states: GPT-2's vectors, (B, N, 768).
-            encoder_hidden_states_1: T5's states, (B, M, 1024); where None, GPT-2's vectors stand in for them
-                (under `encoder_attention_mask_1` all the same, as in diffusers).
+            encoder_hidden_states_1: T5's states, (B, M, 1024); GPT-2's vectors by default (still masked by
+                `encoder_attention_mask_1`, as in diffusers).
             encoder_attention_mask_1: (B, M), 1 for T5's tokens and 0 for padding; None attends to all.
             encoder_attention_mask: (B, N), the same for GPT-2's vectors.
+            contexts: what the method `contexts` returned, in place of the encoder arguments.
 
         Returns:
             (B, out_channels, T/4, F/4).
 
         Raises:
-            ValueError: a shape that does not fit.
+            ValueError: a shape that does not fit, or not exactly one of `encoder_hidden_states` and
+                `contexts`.
         """
-        batch = len(sample)
+        given = (
+            encoder_hidden_states,
+            encoder_hidden_states_1,
+            encoder_attention_mask_1,
+            encoder_attention_mask,
+        )
+        if contexts is None and encoder_hidden_states is not None:
+            contexts = self.contexts(encoder_hidden_states, *given[1:])
+        elif contexts is None or any(x is not None for x in given):
+            raise ValueError("pass either encoder_hidden_states (with its masks) or contexts")
+        timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1)
+        self._check(sample, timestep, contexts.rows)
+        if len(timestep) > 1:
+            sample, timestep = (_repeated(x, contexts.rows) for x in (sample, timestep))
+        time = self.time_embedding(timestep)
+
+        levels = len(self.down)
+        down, middle, up = contexts.levels[:levels], contexts.levels[levels], contexts.levels[levels + 1 :]
+        x = self.conv_in(sample)
+        skips = [x]
+        for down_level, context in zip(self.down, down, strict=True):
+            x, outputs = down_level(x, time, context)
+            skips += outputs
+        x = self.middle(x, time, middle)
+        for up_level, context in zip(self.up, up, strict=True):
+            last_first = [skips.pop() for _ in up_level.resnets]
+            # An odd size was rounded up on the way down, so doubling would overshoot.
+            size = tuple(skips[-1].shape[2:]) if skips else None
+            x = up_level(x, last_first, time, context, size)
+        x = self.conv_out(self.act(self.norm_out(x)))
+        return _repeated(x, contexts.rows).contiguous()
+
+    def _check(self, sample: Tensor, timestep: Tensor, rows: int) -> None:
         if sample.dim() != 4 or sample.shape[1] != self.config.in_channels:
             wanted = f"(batch, {self.config.in_channels}, time, frequency)"
             raise ValueError(f"sample has shape {tuple(sample.shape)}; it should be {wanted}")
-        timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1)
+        batch = len(sample)
+        if batch == 0 or rows % batch:
+            raise ValueError(f"sample has a batch of {batch}, the encoder states have one of {rows}")
         if len(timestep) not in (1, batch):
-            raise ValueError(f"{len(timestep)} timesteps for a batch of {batch}; pass one, or one for each")
-        for states in (encoder_hidden_states, encoder_hidden_states_1):
-            if states is not None and (states.dim() != 3 or len(states) != batch):
-                raise ValueError(
-                    f"encoder states of shape {tuple(states.shape)}, not ({batch}, tokens, width)"
-                )
-        contexts = self.contexts(
-            encoder_hidden_states, encoder_hidden_states_1, encoder_attention_mask_1, encoder_attention_mask
-        )
-        return self.denoise(sample, self.time_embedding(timestep), contexts)
+            raise ValueError(f"{len(timestep)} timesteps for a batch of {batch}; pass one, or one per row")
 
 
 def _conv(channels_in: int, channels_out: int, kernel: int) -> nn.Conv2d:
@@ -400,12 +468,12 @@ def _conv(channels_in: int, channels_out: int, kernel: int) -> nn.Conv2d:
 
 
 def _repeated(x: Tensor, rows: int) -> Tensor:
-    """The rows of a feature map again and again, until there are `rows`."""
-    return x if len(x) == rows else x.repeat(rows // len(x), 1, 1, 1)
+    """The batch again and again until it has `rows` rows."""
+    return x if len(x) == rows else x.repeat(rows // len(x), *[1] * (x.dim() - 1))
 
 
-def _for_each(contexts: Sequence[Context | None], x: Tensor) -> Tensor:
-    """A feature map with a row for each of a condition's."""
+def _one_row_per_context(x: Tensor, contexts: Sequence[Context | None]) -> Tensor:
+    """A feature map repeated until it has one row for each row of the contexts, if there are any."""
     return _repeated(x, next((len(context.kv) for context in contexts if context is not None), len(x)))
 
 
@@ -414,6 +482,7 @@ def _condition(states: Tensor, mask: Tensor | None) -> Condition:
         return Condition(states, None)
     if mask.shape != states.shape[:2]:
         raise ValueError(
-            f"a mask has shape {tuple(mask.shape)}, its states {tuple(states.shape)}; they differ"
+            f"the attention mask has shape {tuple(mask.shape)} and its states {tuple(states.shape)}; "
+            f"the mask should be {tuple(states.shape[:2])}"
         )
     return Condition(states, mask_bias(mask, states.dtype, MASKED))

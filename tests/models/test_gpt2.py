@@ -166,9 +166,9 @@ def test_the_last_position_can_be_used_and_no_more():
     reference, stage = pair({**SMALL, "n_positions": 10})
     with torch.no_grad():
         assert_close(stage.generate(inputs(), None, 3), diffusers_generate(reference, inputs(), None, 3))
-    with pytest.raises(ValueError, match=r"need 11 positions.*n_positions=10"):
+    with pytest.raises(ValueError, match=r"need 11 positions.*n_positions = 10"):
         stage.generate(inputs(), None, 4)
-    with pytest.raises(ValueError, match=r"need 11 positions.*n_positions=10"):
+    with pytest.raises(ValueError, match=r"11 inputs.*n_positions = 10"):
         stage(inputs(length=11))
 
 

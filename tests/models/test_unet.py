@@ -210,17 +210,45 @@ def test_timesteps(name: str, timestep: float | torch.Tensor) -> None:
     assert_close(*outputs(name, **given), tolerance=1e-5)
 
 
-def test_conditions_and_steps_computed_once() -> None:
-    """What a sampler may keep: the contexts for all steps, and the embeddings of all steps at once."""
+def encoders(given: dict) -> dict:
+    return {key: value for key, value in given.items() if "encoder" in key}
+
+
+@torch.no_grad()
+def test_contexts_serve_every_step() -> None:
     _, mine = pair("large")
     given = inputs("large", 2, 8, 8, masked=True)
-    sample, _ = given.pop("sample"), given.pop("timestep")
-    steps = torch.tensor([900, 500, 1])
-    with torch.no_grad():
-        contexts, times = mine.contexts(**given), mine.time_embedding(steps)
-        for i, step in enumerate(steps):
-            kept = mine.denoise(sample, times[i : i + 1], contexts)
-            assert_close(kept, mine(sample, step, **given), tolerance=1e-5)
+    contexts = mine.contexts(**encoders(given))
+    for step in (900, 500, 1):
+        given["timestep"] = step
+        torch.testing.assert_close(
+            mine(given["sample"], step, contexts=contexts), mine(**given), rtol=0, atol=0
+        )
+
+
+@torch.no_grad()
+def test_hooks_fire_at_every_step() -> None:
+    """Whatever a module is called, it is called at every step: only keys and values are computed once."""
+    _, mine = pair("large")
+    given = inputs("large", 2, 8, 8, masked=True)
+    contexts = mine.contexts(**encoders(given))
+    fired: dict[str, int] = {}
+    once = {name for name, _ in mine.named_modules() if name.endswith("cross_attention.kv")}
+    for name, module in mine.named_modules():
+        if isinstance(module, torch.nn.ModuleList | torch.nn.Identity):
+            continue
+        module.register_forward_hook(
+            lambda *_, name=name: fired.update({name: fired.get(name, 0) + 1}), always_call=True
+        )
+    for step in range(3):
+        mine(given["sample"], step, contexts=contexts)
+    containers = {
+        n for n, m in mine.named_modules() if isinstance(m, torch.nn.ModuleList | torch.nn.Identity)
+    }
+    expected = {name: 3 for name, _ in mine.named_modules() if name not in containers | once}
+    assert fired == expected
+    assert {"", "down.1", "middle", "up.0", "down.1.resnets.0", "down.1.transformers.0"} <= fired.keys()
+    assert once, "no cross-attention: the test would say nothing"
 
 
 ONE_SIDE: dict[str, dict] = {
@@ -246,22 +274,23 @@ def test_latents_of_one_side_of_guidance(config: dict, batch: int, sides: int) -
     one = torch.randn(batch, config["in_channels"], 13, 8, generator=torch.Generator().manual_seed(4))
     given |= {"sample": one.repeat(sides, 1, 1, 1)}
     expected = mine(**given)
-    contexts = mine.contexts(**{key: given[key] for key in given if "encoder" in key})
-    time = mine.time_embedding(given["timestep"][None])
-    actual = mine.denoise(one, time, contexts)
+    contexts = mine.contexts(**encoders(given))
+    actual = mine(one, given["timestep"], contexts=contexts)
     assert_close(actual, expected, tolerance=1e-5)
     assert (actual[:batch] - actual[batch : 2 * batch]).abs().max() > 1e-3, "the conditions say the same"
-    assert_close(mine.denoise(given["sample"], time, contexts), expected, tolerance=1e-5)
+    steps = torch.arange(batch) * 100
+    given["timestep"] = steps.repeat(sides)
+    assert_close(mine(one, steps, contexts=contexts), mine(**given), tolerance=1e-5)
 
 
 @torch.no_grad()
-def test_where_nothing_attends_to_a_condition_one_side_is_all() -> None:
+def test_latents_of_one_side_where_nothing_attends_to_a_condition() -> None:
     config = {**CONFIGS["base"], "cross_attention_dim": [[None]] * 4}
     mine = randomize(UNet(UNetConfig.from_dict(config)))
     given = inputs("base", 2, 8, 8)
-    sample, step = given.pop("sample")[:1], given.pop("timestep")[None]
-    actual = mine.denoise(sample, mine.time_embedding(step), mine.contexts(**given))
-    assert_close(actual, mine(sample.repeat(2, 1, 1, 1), step, **given)[:1], tolerance=1e-5)
+    sample, step = given["sample"][:1], given["timestep"]
+    actual = mine(sample, step, contexts=mine.contexts(**encoders(given)))
+    assert_close(actual, mine(sample.repeat(2, 1, 1, 1), step, **encoders(given)), tolerance=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.15), (torch.float16, 0.025)])
@@ -419,6 +448,21 @@ def test_bad_input_is_one_clear_line(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         pair("base")[1](**{**inputs("base", 2, 8, 8), **change})
     assert "\n" not in str(error.value)
+
+
+@torch.no_grad()
+def test_contexts_and_encoder_states_exclude_each_other() -> None:
+    _, mine = pair("base")
+    given = inputs("base", 2, 8, 8, masked=True)
+    contexts = mine.contexts(**encoders(given))
+    with pytest.raises(ValueError, match="pass either"):
+        mine(**given, contexts=contexts)
+    with pytest.raises(ValueError, match="pass either"):
+        mine(given["sample"], 1)
+    with pytest.raises(ValueError, match="pass either"):
+        mine(given["sample"], 1, encoder_attention_mask_1=torch.ones(2, 5), contexts=contexts)
+    with pytest.raises(ValueError, match="sample has a batch of 3, the encoder states have one of 2"):
+        mine(torch.zeros(3, 3, 8, 8), 1, contexts=contexts)
 
 
 def test_compiles_to_one_graph() -> None:
