@@ -15,11 +15,9 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, get_type_hints
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,21 +26,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from audioldm2.arguments import as_negatives, as_texts, check_choice, check_count, check_length
-from audioldm2.audio.log_mel import ClapFeatureExtractor, ClapFeatureExtractorConfig
+from audioldm2.audio.log_mel import ClapFeatureExtractor
 from audioldm2.audio.resample import resample
-from audioldm2.checkpoints.errors import CheckpointError
-from audioldm2.checkpoints.hub import checkpoint_folder, default_dtype
-from audioldm2.checkpoints.layout import (
-    INDEX,
-    TOKENIZERS,
-    check_folders,
-    load_tokenizer,
-    read_index,
-    write_index,
-)
-from audioldm2.checkpoints.stage import check_dtype, check_types, load_stage, save_stage, write_json
-from audioldm2.checkpoints.tensors import read_json
-from audioldm2.models import PARTS, format_of
+from audioldm2.checkpoints.folder import check_dtype, load_parts, save_parts
+from audioldm2.checkpoints.formats import PARTS, TOKENIZERS, part_classes
 from audioldm2.models.clap import ClapModel
 from audioldm2.models.gpt2 import GPT2
 from audioldm2.models.hifigan import HifiGan
@@ -57,7 +44,7 @@ from audioldm2.runtime.device import available_device
 from audioldm2.runtime.memo import Memo, marks
 from audioldm2.runtime.offload import Offload
 from audioldm2.runtime.precision import cast, stage_device, stage_dtype
-from audioldm2.schedulers import SCHEDULERS, DDIMScheduler, DPMSolverMultistepScheduler
+from audioldm2.schedulers import DDIMScheduler, DPMSolverMultistepScheduler
 from audioldm2.schedulers.noise_schedule import randn
 
 StageT = TypeVar("StageT", bound=nn.Module)
@@ -170,40 +157,16 @@ class AudioLDM2Pipeline:
             CheckpointError: the checkpoint cannot be found, read, trusted or fitted; the message says which
                 file.
         """
-        device = available_device(device or "cpu")
-        check_dtype(torch_dtype)
-        folder = checkpoint_folder(
+        parts = load_parts(
             repo_or_folder,
-            ["", *_KNOWN_CLASSES],
-            first_file=INDEX,
-            check=partial(read_index, known=_KNOWN_CLASSES),
+            dtype=torch_dtype,
+            device=device,
             variant=variant,
             revision=revision,
             cache_dir=cache_dir,
             token=token,
             local_files_only=local_files_only,
         )
-        dtype = default_dtype(folder) if torch_dtype is None else torch_dtype
-        classes = read_index(folder, _KNOWN_CLASSES)
-        check_folders(folder, [*classes])
-        parts: dict[str, Any] = {}
-        # transformers takes a second to import, which passes while weights are read.
-        with ThreadPoolExecutor(max_workers=1) as beside:
-            tokenizers = {
-                name: beside.submit(load_tokenizer, folder / name, classes[name]) for name in TOKENIZERS
-            }
-            for name, forms in PARTS.items():
-                form = next(f for f in forms if classes[name] in (f.class_name, *f.aliases))
-                parts[name] = load_stage(folder / name, form, dtype, device, variant, put_off=True)
-            for name, tokenizer in tokenizers.items():
-                parts[name] = tokenizer.result()
-        for name, build in (("feature_extractor", _build_feature_extractor), ("scheduler", _build_scheduler)):
-            path = folder / name / _CONFIG_NAMES[name]
-            content = read_json(path)
-            try:
-                parts[name] = build(content, classes[name])
-            except (ValueError, TypeError) as error:
-                raise CheckpointError(f"{path}: {error}") from error
         return cls(**parts)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -212,35 +175,7 @@ class AudioLDM2Pipeline:
         Raises:
             TypeError: a part was replaced by something that this package does not know how to write.
         """
-        folder = Path(folder)
-        for name, kinds in (
-            ("scheduler", tuple(SCHEDULERS.values())),
-            ("feature_extractor", ClapFeatureExtractor),
-        ):
-            if not isinstance(getattr(self, name), kinds):
-                raise TypeError(
-                    f"{name} is a {type(getattr(self, name)).__name__}, which cannot be saved here"
-                )
-        forms = {name: format_of(stage) for name, stage in self.stages.items()}
-        configs = {
-            "feature_extractor": self.feature_extractor.config.to_dict(),
-            "scheduler": self.scheduler.config_dict(),
-        }
-        for name, form in forms.items():
-            save_stage(getattr(self, name), folder / name, form)
-        for name in TOKENIZERS:
-            getattr(self, name).save_pretrained(folder / name)
-        for name, config in configs.items():
-            (folder / name).mkdir(exist_ok=True)
-            write_json(folder / name / _CONFIG_NAMES[name], config)
-        others = [*TOKENIZERS, *configs]
-        write_index(
-            folder,
-            {
-                **{name: form.class_name for name, form in forms.items()},
-                **{name: type(getattr(self, name)).__name__ for name in others},
-            },
-        )
+        save_parts({name: getattr(self, name) for name in part_classes()}, folder)
 
     # --- where and how it runs
 
@@ -871,30 +806,3 @@ def _end_of_speech(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     padding = ids == 0
     first = padding & (padding.cumsum(dim=1) == 1)
     return ids.masked_fill(first, VITS_END_TOKEN), mask.masked_fill(first, 1)
-
-
-# --- the checkpoint's small parts
-
-_KNOWN_CLASSES: dict[str, tuple[str, ...]] = {
-    **{name: tuple(c for f in forms for c in (f.class_name, *f.aliases)) for name, forms in PARTS.items()},
-    **TOKENIZERS,
-    "feature_extractor": ("ClapFeatureExtractor",),
-    "scheduler": tuple(SCHEDULERS),
-}
-
-_CONFIG_NAMES = {"scheduler": "scheduler_config.json", "feature_extractor": "preprocessor_config.json"}
-
-
-def _build_feature_extractor(content: Mapping[str, Any], class_name: str) -> ClapFeatureExtractor:
-    check_types(get_type_hints(ClapFeatureExtractorConfig), content)
-    return ClapFeatureExtractor(ClapFeatureExtractorConfig.from_dict(content))
-
-
-def _build_scheduler(
-    content: Mapping[str, Any], class_name: str
-) -> DDIMScheduler | DPMSolverMultistepScheduler:
-    scheduler = SCHEDULERS[class_name]
-    hints = {**get_type_hints(scheduler.__init__), "_use_default_values": tuple[str, ...]}
-    # A null may stand for False, as diffusers' signatures have it.
-    check_types(hints, {key: value for key, value in content.items() if value is not None})
-    return scheduler.from_config(content)

@@ -23,7 +23,7 @@ from torch import nn
 
 from audioldm2 import AudioLDM2Pipeline, ClapFeatureExtractor, DDIMScheduler
 from audioldm2.audio.log_mel import ClapFeatureExtractorConfig
-from audioldm2.models import PARTS
+from audioldm2.checkpoints.formats import PARTS
 from scripts.random_tokenizers import write_roberta_tokenizer, write_t5_tokenizer
 from scripts.sizes import BASE
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from audioldm2.checkpoints.stage import TensorDict, fill
+from audioldm2.checkpoints.fill import TensorDict, fill
 from audioldm2.checkpoints.weight_map import weight_map
 from scripts.random_tokenizers import write_roberta_tokenizer, write_t5_tokenizer
 from scripts.sizes import BASE, changed

@@ -13,7 +13,7 @@ import torch
 
 from audioldm2 import AudioLDM2Pipeline, CheckpointError, DPMSolverMultistepScheduler, UNet, cli, read_wav
 from audioldm2.checkpoints import hub
-from audioldm2.models import PARTS
+from audioldm2.checkpoints.formats import PARTS
 from scripts.tiny.evaluation import CONTENTS, Prompt, generate
 from scripts.tiny.measures import misses
 from scripts.tiny.sounds import Scene, Sound

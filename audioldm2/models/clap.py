@@ -21,7 +21,7 @@ act in training only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,14 +30,9 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from audioldm2.models.layers import (
-    ACTIVATIONS,
-    activation,
-    attention,
-    known_fields,
-    mask_bias,
-    refuse_unsupported,
-)
+from audioldm2.models.config import known_fields, refuse_unsupported
+from audioldm2.models.layers import ACTIVATIONS, activation, attention, mask_bias
+from audioldm2.models.stage import Stage
 
 # Keys that would change the result, and the values that they may have here.
 SUPPORTED_TEXT = {"position_embedding_type": ("absolute",), "hidden_act": tuple(ACTIVATIONS)}
@@ -357,27 +352,16 @@ class ClapAudioTower(nn.Module):
         return self.projection(reduce(self.norm(x), "b H W c -> b c", "mean"))
 
 
-class ClapModel(nn.Module):
+class ClapModel(Stage[ClapConfig]):
     """CLAP: the two towers, and the two learned temperatures of its contrastive loss."""
 
     def __init__(self, config: ClapConfig):
         super().__init__()
         self.config = config
         self.text = ClapTextTower(config)
-        self.audio: ClapAudioTower | None = ClapAudioTower(config)
-        # Where a pipeline loaded this: reads the audio tower when it is first needed, for ranking.
-        self.audio_later: Callable[[torch.dtype, torch.device], ClapAudioTower] | None = None
+        self.audio = ClapAudioTower(config)
         self.logit_scale_a = nn.Parameter(torch.tensor(math.log(config.logit_scale_init_value)))
         self.logit_scale_t = nn.Parameter(torch.tensor(math.log(config.logit_scale_init_value)))
-
-    def audio_tower(self) -> ClapAudioTower:
-        """`audio`; read now where that was put off, to where the text tower is and in its dtype."""
-        if self.audio is None and self.audio_later is not None:
-            like = self.text.words.weight
-            self.audio, self.audio_later = self.audio_later(like.dtype, like.device), None
-        if self.audio is None:
-            raise ValueError("this CLAP has no audio tower")
-        return self.audio
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Features of texts.
@@ -406,7 +390,7 @@ class ClapModel(nn.Module):
         Raises:
             ValueError: another shape, or too many frames.
         """
-        return self.audio_tower()(input_features)
+        return self.audio(input_features)
 
     def logits(self, text_features: Tensor, audio_features: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled cosines of (T, P) and (A, P): (T, A) for the loss over sounds, (A, T) over texts."""

@@ -31,7 +31,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from audioldm2.models.layers import activation, attention, known_fields
+from audioldm2.models.config import known_fields
+from audioldm2.models.layers import activation, attention
+from audioldm2.models.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def causal_bias(positions: Tensor, visible: Tensor, dtype: torch.dtype) -> Tenso
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, low)
 
 
-class GPT2(nn.Module):
+class GPT2(Stage[GPT2Config]):
     """The language model of AudioLDM 2: a sequence of vectors (B, T, C) -> new vectors (B, 8, C).
 
     Args:
@@ -162,8 +164,6 @@ class GPT2(nn.Module):
         vectors = gpt2.generate(sequence)   # (1, 8, 768)
         states = gpt2(sequence)             # (1, 25, 768): one pass, nothing generated
     """
-
-    config: GPT2Config
 
     def __init__(self, config: GPT2Config):
         super().__init__()

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from audioldm2.models.layers import known_fields
+from audioldm2.models.config import known_fields
+from audioldm2.models.stage import Stage
 
 LAST_SLOPE = 0.01  # of the leaky ReLU before the last convolution
 
@@ -97,7 +98,7 @@ class ResidualBlock(nn.Module):
         return x
 
 
-class HifiGan(nn.Module):
+class HifiGan(Stage[HifiGanConfig]):
     """The vocoder."""
 
     mean: Tensor

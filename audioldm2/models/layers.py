@@ -6,10 +6,8 @@ For AudioLDM 2 a feature map is a picture of sound: H is time and W is frequency
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,32 +64,6 @@ def activation(name: str, key: str = "act_fn") -> Callable[[Tensor], Tensor]:
     if not isinstance(name, str) or name.lower() not in ACTIVATIONS:
         raise ValueError(f"{key} = {name!r} is not supported; use one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name.lower()]
-
-
-def refuse_unsupported(content: Mapping[str, Any], supported: Mapping[str, tuple[Any, ...]]) -> None:
-    """Refuse a config that asks for what a stage does not do.
-
-    Args:
-        content: a Hub config.
-        supported: by key, the values that may stand there; a key that is absent is fine.
-
-    Raises:
-        ValueError: names the key, its value and what is supported.
-    """
-    for key, allowed in supported.items():
-        if key in content and content[key] not in allowed:
-            choices = " or ".join(map(repr, allowed))
-            raise ValueError(f"{key} = {content[key]!r} is not supported; it has to be {choices}")
-
-
-def known_fields(config: type, content: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a Hub config that a config dataclass has fields for, lists turned into tuples."""
-    return {f.name: as_tuples(content[f.name]) for f in fields(config) if f.name in content}
-
-
-def as_tuples(value: Any) -> Any:
-    """A value of a config with its lists, nested ones too, turned into tuples."""
-    return tuple(map(as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 class SelfAttention(nn.Module):

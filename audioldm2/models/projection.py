@@ -22,6 +22,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from audioldm2.models.stage import Stage
+
 
 @dataclass(frozen=True)
 class ProjectionConfig:
@@ -71,7 +73,7 @@ def _check(name: str, states: Tensor, width: int, mask_name: str, mask: Tensor |
         )
 
 
-class ProjectionModel(nn.Module):
+class ProjectionModel(Stage[ProjectionConfig]):
     """Two sequences of states to one, with a learned vector at either end of each."""
 
     def __init__(self, config: ProjectionConfig):

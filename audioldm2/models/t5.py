@@ -30,7 +30,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from audioldm2.models.layers import attention, known_fields
+from audioldm2.models.config import known_fields
+from audioldm2.models.layers import attention
+from audioldm2.models.stage import Stage
 
 # feed_forward_proj -> what transformers derives from it: (dense_act_fn, is_gated_act)
 FEED_FORWARDS = {"gated-gelu": ("gelu_new", True), "relu": ("relu", False)}
@@ -154,9 +156,10 @@ class GatedFeedForward(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Widened before the product, which may outgrow float16 too.
-        gate, gated = (up(x).to(self.down.weight.dtype) for up in (self.gate, self.gated))
-        return self.down(F.gelu(gate, approximate="tanh") * gated)
+        # Converted before the product, which may exceed float16's range too.
+        gate, gated = (up(x).to(_dtype_of(self.down)) for up in (self.gate, self.gated))
+        out: Tensor = self.down(F.gelu(gate, approximate="tanh") * gated)
+        return out
 
 
 class FeedForward(nn.Module):
@@ -168,7 +171,14 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.relu(self.up(x)).to(self.down.weight.dtype))
+        out: Tensor = self.down(F.relu(self.up(x)).to(_dtype_of(self.down)))
+        return out
+
+
+def _dtype_of(linear: nn.Module) -> torch.dtype:
+    """The dtype that a linear layer takes; a dynamically quantized one has no weight and takes float32."""
+    weight = linear.weight
+    return weight.dtype if isinstance(weight, Tensor) else torch.float32
 
 
 class Block(nn.Module):
@@ -195,7 +205,7 @@ def _finite(x: Tensor) -> Tensor:
     return x.clamp(-largest, largest)
 
 
-class T5Encoder(nn.Module):
+class T5Encoder(Stage[T5Config]):
     """The Flan-T5 encoder: token ids (B, N) and their mask (B, N) -> hidden states (B, N, d_model).
 
     Runs in float32, bfloat16 or float16; the hidden states come in the dtype of the weights.

@@ -25,15 +25,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from audioldm2.models.layers import (
-    ResNetBlock,
-    TransformerBlock,
-    Upsample,
-    activation,
-    known_fields,
-    mask_bias,
-    refuse_unsupported,
-)
+from audioldm2.models.config import known_fields, refuse_unsupported
+from audioldm2.models.layers import ResNetBlock, TransformerBlock, Upsample, activation, mask_bias
+from audioldm2.models.stage import Stage
 
 MASKED = -10_000.0  # added to the scores of padding; finite, so that a row of padding alone is no NaN
 DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
@@ -314,7 +308,7 @@ def up_levels(config: UNetConfig) -> list[UpLevel]:
     return levels
 
 
-class UNet(nn.Module):
+class UNet(Stage[UNetConfig]):
     """The denoiser of AudioLDM 2: noisy latents, a timestep and two conditions -> the noise in the latents.
 
     Args:
@@ -334,7 +328,6 @@ class UNet(nn.Module):
         noise = unet(latents, 999, contexts=contexts)
     """
 
-    config: UNetConfig
     down: Sequence[DownLevel]
     up: Sequence[UpLevel]
 

@@ -26,14 +26,9 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from audioldm2.models.layers import (
-    ResNetBlock,
-    SelfAttention,
-    Upsample,
-    activation,
-    known_fields,
-    refuse_unsupported,
-)
+from audioldm2.models.config import known_fields, refuse_unsupported
+from audioldm2.models.layers import ResNetBlock, SelfAttention, Upsample, activation
+from audioldm2.models.stage import Stage
 
 EPS = 1e-6  # of every GroupNorm; no config says otherwise
 
@@ -299,7 +294,7 @@ def _resnet_in_chunks(resnet: ResNetBlock, x: Tensor, rows: int) -> Tensor:
     return y
 
 
-class VAE(nn.Module):
+class VAE(Stage[VAEConfig]):
     """The autoencoder: `encode` to latents, `decode` to a log-mel spectrogram. See the module's docstring.
 
     Args:

@@ -30,7 +30,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from audioldm2.models.layers import activation, known_fields, mask_bias
+from audioldm2.models.config import known_fields
+from audioldm2.models.layers import activation, mask_bias
+from audioldm2.models.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class Layer(nn.Module):
         return self.feed_forward_norm(x + self.feed_forward(x, tokens))
 
 
-class VitsTextEncoder(nn.Module):
+class VitsTextEncoder(Stage[VitsTextConfig]):
     """The text encoder of VITS: phoneme ids to states."""
 
     def __init__(self, config: VitsTextConfig):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from audioldm2.checkpoints.layout import TOKENIZERS
+from audioldm2.checkpoints.formats import TOKENIZERS
 from scripts.random_tokenizers import write_roberta_tokenizer, write_t5_tokenizer
 from scripts.tiny.data import Library
 from scripts.tiny.sizes import TOKENS, VOCABULARIES

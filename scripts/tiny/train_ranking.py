@@ -77,7 +77,7 @@ def train_ranking(library: Library, run: Run) -> None:
         preference = F.softplus(-by).mean()
         return {"loss": contrast + preference, "contrast": contrast, "preference": preference}
 
-    train("ranking", clap.audio_tower(), loss, run, steps=STEPS, rate=RATE, average=0.99)
+    train("ranking", clap.audio, loss, run, steps=STEPS, rate=RATE, average=0.99)
     clap.eval().save_pretrained(run.checkpoint / "text_encoder")
 
     unseen = make_library(min(UNSEEN, len(library)), run.seed + 1)

@@ -32,9 +32,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from audioldm2 import AudioLDM2Pipeline
+from audioldm2.checkpoints.folder import load_stage
+from audioldm2.checkpoints.formats import PARTS
 from audioldm2.checkpoints.hub import needed_files
-from audioldm2.checkpoints.stage import load_stage
-from audioldm2.models import PARTS
 from tests.helpers import ROOT
 
 WHOLE = "owner/tiny"  # every part, safetensors and .bin and a variant, and what nobody needs

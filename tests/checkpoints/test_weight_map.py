@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from audioldm2.checkpoints.errors import CheckpointError
-from audioldm2.checkpoints.stage import TensorDict, fill
+from audioldm2.checkpoints.fill import TensorDict, fill
 from audioldm2.checkpoints.weight_map import OPERATIONS, Recipe, WeightMap, apply, weight_map
 from tests.helpers import ROOT
 

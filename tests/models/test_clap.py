@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 from audioldm2.checkpoints.errors import CheckpointError
-from audioldm2.checkpoints.stage import TensorDict, fill
+from audioldm2.checkpoints.fill import TensorDict, fill
 from audioldm2.checkpoints.weight_map import weight_map
 from audioldm2.models.clap import ClapConfig, ClapModel
 from tests.reference import assert_close, ours, randomize

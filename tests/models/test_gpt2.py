@@ -12,7 +12,7 @@ from diffusers import AudioLDM2Pipeline
 from transformers import GPT2LMHeadModel, GPT2Model
 
 from audioldm2.checkpoints.errors import CheckpointError
-from audioldm2.checkpoints.stage import TensorDict, fill
+from audioldm2.checkpoints.fill import TensorDict, fill
 from audioldm2.checkpoints.weight_map import weight_map
 from audioldm2.models.gpt2 import GPT2, GPT2Config
 from tests.reference import assert_close, ours, randomize

@@ -9,7 +9,7 @@ import torch
 from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2ProjectionModel
 
 from audioldm2.checkpoints.errors import CheckpointError
-from audioldm2.checkpoints.stage import TensorDict, fill
+from audioldm2.checkpoints.fill import TensorDict, fill
 from audioldm2.checkpoints.weight_map import weight_map
 from audioldm2.models.projection import ProjectionConfig, ProjectionModel
 from tests.reference import assert_close, ours, randomize

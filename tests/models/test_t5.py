@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from audioldm2.checkpoints.errors import CheckpointError
-from audioldm2.checkpoints.stage import TensorDict, fill
+from audioldm2.checkpoints.fill import TensorDict, fill
 from audioldm2.checkpoints.weight_map import weight_map
 from audioldm2.models.t5 import RelativePositionBias, T5Config, T5Encoder
 from tests.reference import assert_close, ours, randomize

@@ -11,7 +11,7 @@ from diffusers import AudioLDM2UNet2DConditionModel
 from einops import rearrange
 
 from audioldm2.checkpoints.errors import CheckpointError
-from audioldm2.checkpoints.stage import TensorDict, fill
+from audioldm2.checkpoints.fill import TensorDict, fill
 from audioldm2.checkpoints.weight_map import weight_map
 from audioldm2.models.unet import UNet, UNetConfig
 from tests.reference import assert_close, ours, randomize

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from audioldm2.checkpoints.errors import CheckpointError
-from audioldm2.checkpoints.stage import TensorDict, fill
+from audioldm2.checkpoints.fill import TensorDict, fill
 from audioldm2.checkpoints.weight_map import weight_map
 from audioldm2.models.vae import VAE, DiagonalGaussian, VAEConfig
 from tests.reference import assert_close, ours, randomize

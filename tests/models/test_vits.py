@@ -9,7 +9,7 @@ import torch
 from transformers import VitsConfig, VitsModel
 
 from audioldm2.checkpoints.errors import CheckpointError
-from audioldm2.checkpoints.stage import TensorDict, fill
+from audioldm2.checkpoints.fill import TensorDict, fill
 from audioldm2.checkpoints.weight_map import weight_map
 from audioldm2.models.vits import VitsTextConfig, VitsTextEncoder
 from tests.reference import assert_close, ours, randomize

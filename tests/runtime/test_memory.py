@@ -1,9 +1,8 @@
-"""Long sounds in bounded memory, and stages read or moved when they are needed: with the same numbers."""
+"""Long sounds in bounded memory, and stages moved when they are needed: with the same numbers."""
 
 from __future__ import annotations
 
 import copy
-import shutil
 import weakref
 from collections.abc import Callable
 from functools import cache, partial
@@ -15,17 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import audioldm2.pipeline
 from audioldm2 import AudioLDM2Pipeline
-from audioldm2.checkpoints.errors import CheckpointError
-from audioldm2.checkpoints.tensors import WeightFiles
-from audioldm2.models import PARTS
-from audioldm2.models.clap import ClapModel
+from audioldm2.checkpoints.formats import PARTS
 from audioldm2.models.hifigan import HifiGan, HifiGanConfig
 from audioldm2.models.vae import VAE, VAEConfig
 from audioldm2.pipeline import _groups
@@ -314,123 +309,6 @@ def test_groups(rows: int, length: int, longest: int, groups: list[int]) -> None
     found = _groups(x, longest)
     assert [len(group) for group in found] == groups
     assert torch.equal(torch.cat(found), x)
-
-
-# --- CLAP's audio tower is read when it is needed
-
-
-@pytest.fixture
-def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the tensors that were read from files since."""
-    names: list[str] = []
-    for method in ("read", "map"):
-        original = getattr(WeightFiles, method)
-
-        def reading(self: WeightFiles, name: str, original: Any = original) -> Tensor:
-            names.append(name)
-            tensor: Tensor = original(self, name)
-            return tensor
-
-        monkeypatch.setattr(WeightFiles, method, reading)
-    return names
-
-
-def of_audio(names: list[str]) -> list[str]:
-    return [name for name in names if name.startswith("audio")]
-
-
-def test_the_audio_tower_is_read_for_ranking(read: list[str], random_checkpoint: Path) -> None:
-    pipe = load(random_checkpoint)
-    assert any(name.startswith("text_model.") for name in read)
-    assert not of_audio(read)
-    sound(pipe)
-    assert pipe.text_encoder.audio is None
-    assert not of_audio(read)
-    sound(pipe, num_waveforms_per_prompt=2)
-    assert pipe.text_encoder.audio is not None
-    count = len(read)
-    assert of_audio(read)
-    sound(pipe, num_waveforms_per_prompt=2)
-    assert len(read) == count, "once"
-
-
-def whole_clap(folder: Path) -> dict[str, Tensor]:
-    return ClapModel.from_pretrained(folder, "text_encoder").state_dict()
-
-
-def same_state(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    assert all(torch.equal(actual[name], expected[name]) for name in expected)
-
-
-def test_a_clap_of_its_own_is_read_at_once(read: list[str], random_checkpoint: Path) -> None:
-    clap = ClapModel.from_pretrained(random_checkpoint, "text_encoder")
-    assert of_audio(read)
-    assert clap.audio is not None
-    assert clap.audio_tower() is clap.audio
-
-
-def test_whoever_asks_for_the_state_gets_all_of_it(pipe: AudioLDM2Pipeline, random_checkpoint: Path) -> None:
-    copied = copy.deepcopy(pipe.text_encoder)
-    same_state(pipe.text_encoder.state_dict(), whole_clap(random_checkpoint))
-    assert copied.audio is None
-    same_state(copied.state_dict(), whole_clap(random_checkpoint))
-    assert copied.audio is not pipe.text_encoder.audio, "each reads its own"
-
-
-def test_loading_weights_into_it(pipe: AudioLDM2Pipeline, random_checkpoint: Path) -> None:
-    changed = {name: tensor + 1 for name, tensor in whole_clap(random_checkpoint).items()}
-    pipe.text_encoder.load_state_dict(changed)
-    same_state(pipe.text_encoder.state_dict(), changed)
-
-
-def test_what_is_saved_is_whole(pipe: AudioLDM2Pipeline, random_checkpoint: Path, tmp_path: Path) -> None:
-    pipe.save_pretrained(tmp_path)
-    same_state(whole_clap(tmp_path), whole_clap(random_checkpoint))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("when", ["loaded", "turned"])
-def test_the_audio_tower_comes_in_the_stages_dtype(
-    when: str, dtype: torch.dtype, random_checkpoint: Path
-) -> None:
-    pipe = load(random_checkpoint, torch_dtype=dtype if when == "loaded" else None)
-    if when == "turned":
-        pipe.to(dtype)
-    assert pipe.text_encoder.audio is None
-    expected = ClapModel.from_pretrained(random_checkpoint, "text_encoder", torch_dtype=dtype)
-    same_state(pipe.text_encoder.state_dict(), expected.state_dict())
-
-
-def test_the_audio_tower_comes_to_where_the_stage_is(pipe: AudioLDM2Pipeline) -> None:
-    pipe.text_encoder.to("meta")
-    tower = pipe.text_encoder.audio_tower()
-    assert not tower.training
-    assert {p.device.type for p in tower.parameters()} == {"meta"}
-
-
-def test_a_changed_dtype_after_reading(pipe: AudioLDM2Pipeline) -> None:
-    tower = pipe.text_encoder.audio_tower()
-    pipe.to(torch.bfloat16)
-    assert {p.dtype for p in tower.parameters()} == {torch.bfloat16}
-
-
-@pytest.mark.parametrize("misfit", ["missing", "unexpected", "wrong shape"])
-def test_an_audio_tower_that_does_not_fit_is_told_at_once(
-    misfit: str, random_checkpoint: Path, tmp_path: Path
-) -> None:
-    folder = shutil.copytree(random_checkpoint, tmp_path / "bad")
-    path = folder / "text_encoder" / "model.safetensors"
-    tensors = load_file(path)
-    if misfit == "missing":
-        del tensors["audio_projection.linear1.bias"]
-    else:
-        name = "linear1.bias" if misfit == "wrong shape" else "linear9.bias"
-        tensors[f"audio_projection.{name}"] = torch.zeros(3)
-    path.unlink()
-    save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=f"{misfit}: audio_projection.linear"):
-        load(folder)
 
 
 # --- stages that take turns on the device

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from audioldm2.models import PARTS
+from audioldm2.checkpoints.formats import PARTS
 from scripts.tiny import tokenizers, train_clap, train_language, train_ranking, train_t5, training
 from scripts.tiny.captions import caption
 from scripts.tiny.data import Library, load_library, make_library

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from audioldm2 import VAE, AudioLDM2Pipeline, UNet
-from audioldm2.checkpoints.layout import TOKENIZERS
-from audioldm2.models import PARTS
+from audioldm2.checkpoints.formats import PARTS, TOKENIZERS
 from audioldm2.models.unet import UNetConfig
 from audioldm2.models.vae import VAEConfig
 from scripts.random_checkpoint import write_random_checkpoint

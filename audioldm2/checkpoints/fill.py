@@ -1,0 +1,102 @@
+"""Filling a stage with a checkpoint's tensors, as its weight map says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from audioldm2.checkpoints.errors import CheckpointError
+from audioldm2.checkpoints.tensors import FLOATS
+from audioldm2.checkpoints.weight_map import WeightMap, apply
+from audioldm2.models.stage import Stage
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+class TensorSource(Protocol):
+    """Tensors that are read by name; their shapes and types are known before anything is read."""
+
+    shapes: dict[str, tuple[int, ...]]
+    types: dict[str, torch.dtype | str]  # a string for a type that parameters cannot have
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor that is converted and then dropped."""
+
+    def map(self, name: str) -> Tensor:
+        """Read a tensor that becomes a parameter as it is, backed by the memory-mapped file if possible."""
+
+
+class TensorDict:
+    """A `TensorSource` of tensors that are in memory, such as a state dict."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self.tensors = tensors
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self.types: dict[str, torch.dtype | str] = {name: tensor.dtype for name, tensor in tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    map = read
+
+
+def fill(
+    stage: ModuleT,
+    weights: WeightMap,
+    source: TensorSource,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> ModuleT:
+    """Give a stage that was built on the meta device its tensors.
+
+    All shapes and types are checked before the first tensor is read. Tensors that can be used unchanged stay
+    in the memory-mapped file; the others are read one at a time, so that loading peaks at the stage's own
+    size.
+
+    Args:
+        stage: built on the meta device.
+        weights: the stage's weight map.
+        source: the checkpoint's tensors.
+        dtype: dtype of the parameters; None keeps the checkpoint's.
+        device: where the parameters are placed.
+
+    Returns:
+        `stage` itself, in eval mode, all parameters and buffers contiguous.
+
+    Raises:
+        CheckpointError: tensors that do not fit (see `WeightMap.plan`) or do not hold floating-point numbers.
+    """
+    state = stage.state_dict()
+    targets = {name: tuple(tensor.shape) for name, tensor in state.items() if tensor.is_floating_point()}
+    plan = weights.plan(targets, source.shapes)
+    used = sorted({name for recipe in plan.values() for name in recipe.sources})
+    wrong = [
+        f"wrong type: {name} holds {source.types[name]}"
+        for name in used
+        if source.types[name] not in FLOATS.values()
+    ]
+    if wrong:
+        shown = "\n  ".join(wrong)
+        raise CheckpointError(f"{len(wrong)} of the checkpoint's tensors do not fit:\n  {shown}")
+
+    filled: dict[str, Tensor] = {}
+    for name, empty in state.items():
+        if name not in plan:
+            # Integer buffers count training steps (BatchNorm's num_batches_tracked); counting starts anew.
+            filled[name] = torch.zeros_like(empty, device=device)
+            continue
+        recipe = plan[name]
+        held = cast(torch.dtype, source.types[recipe.sources[0]])
+        wanted = dtype or held
+        if isinstance(stage, Stage):
+            wanted = stage.parameter_dtype(name, wanted)
+        # A tensor that is used as it is must not be read through the short-lived window of the file, which it
+        # would keep alive as a whole.
+        unchanged = recipe.operation in ("copy", "squeeze") and held == wanted
+        read = source.map if unchanged and torch.device(device).type == "cpu" else source.read
+        filled[name] = apply(recipe, read).to(device=device, dtype=wanted).contiguous()
+    stage.load_state_dict(filled, strict=True, assign=True)
+    return stage.eval()

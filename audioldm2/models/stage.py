@@ -1,0 +1,131 @@
+"""`Stage`, the base class of the pipeline's neural networks: how one is loaded, saved and placed.
+
+A stage is a plain `nn.Module` that takes and returns tensors. It is built from a config dataclass (see
+`models/config.py`) and adds four things to a module: its config, its device and dtype, and `from_pretrained`
+and `save_pretrained`, which read and write the Hub's checkpoint format.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from itertools import chain
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import nn
+
+from audioldm2.models.config import ConfigT
+
+# typing.Self needs Python 3.11.
+SelfT = TypeVar("SelfT", bound="Stage[Any]")
+
+
+class Stage(nn.Module, Generic[ConfigT]):
+    """Base class of the pipeline's stages, `class VAE(Stage[VAEConfig])`.
+
+    A stage is called with tensors on its own device and in its own dtype, and returns tensors. Loading puts
+    it in eval mode; `stage.train()` prepares it for training.
+
+    Example:
+        >>> from audioldm2 import VAE
+        >>> vae = VAE.from_pretrained("cvssp/audioldm2", subfolder="vae", torch_dtype=torch.float16)
+        >>> vae.config.latent_channels, vae.dtype, vae.device
+        (8, torch.float16, device(type='cpu'))
+        >>> vae.save_pretrained("my-vae")
+        >>> vae = VAE.from_pretrained("my-vae")
+
+    Attributes:
+        config: sizes and options, a frozen dataclass.
+        float32_parameters: name patterns (fnmatch) of parameters that stay float32 where float16 is asked
+            for, because their results exceed float16's range.
+    """
+
+    config: ConfigT
+    float32_parameters: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def from_pretrained(
+        cls: type[SelfT],
+        repo_or_folder: str | Path,
+        subfolder: str = "",
+        *,
+        torch_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> SelfT:
+        """Load the stage from a checkpoint, in eval mode.
+
+        Args:
+            repo_or_folder: a local folder, "owner/name" on the Hub (only the files of this stage are
+                downloaded), or "tiny" for the checkpoint inside this package.
+            subfolder: the stage's folder in the checkpoint, such as "unet"; "" if config.json is at the top.
+            torch_dtype: dtype of the weights; None keeps the checkpoint's own ("tiny" is loaded in float32).
+            device: where the weights are placed; None is the CPU.
+            variant: weights of a variant, such as "fp16".
+            revision: branch, tag or commit on the Hub.
+            cache_dir: where downloads are stored; None is the Hub client's default.
+            token: access token for private repositories; None uses the stored login.
+            local_files_only: use earlier downloads only, without asking the Hub.
+
+        Returns:
+            An instance of the class that this is called on.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be found or read, or does not fit the stage.
+            ValueError: the dtype or the device is not supported.
+        """
+        from audioldm2.checkpoints.folder import load_pretrained_stage
+
+        return load_pretrained_stage(
+            cls,
+            repo_or_folder,
+            subfolder,
+            dtype=torch_dtype,
+            device=device,
+            variant=variant,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+        )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and the weights such that diffusers or transformers can load them.
+
+        Args:
+            folder: created if it does not exist; files of an earlier save are replaced.
+
+        Raises:
+            TypeError: the class is not registered in `audioldm2.checkpoints.formats.PARTS`.
+        """
+        from audioldm2.checkpoints.folder import save_stage
+
+        save_stage(self, Path(folder))
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next(chain(self.parameters(), self.buffers())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the stage works in: that of its parameters, except for `float32_parameters`."""
+        for name, parameter in self.named_parameters():
+            if self.parameter_dtype(name, torch.float16) == torch.float16:
+                return parameter.dtype
+        return torch.float32
+
+    @classmethod
+    def parameter_dtype(cls, name: str, dtype: torch.dtype) -> torch.dtype:
+        """The dtype that the parameter `name` has when the stage works in `dtype`.
+
+        It is `dtype`, except that parameters in `float32_parameters` are float32 if `dtype` is float16.
+        """
+        if dtype == torch.float16 and any(fnmatchcase(name, pattern) for pattern in cls.float32_parameters):
+            return torch.float32
+        return dtype
