@@ -1,0 +1,232 @@
+"""HTS-AT, the audio tower of CLAP: a Swin transformer on spectrograms.
+
+    log-mel spectrogram (B, 1, frames, mels)  ->  one vector (B, hidden_size)
+
+HTS-AT (Chen et al. 2022, "HTS-AT: A Hierarchical Token-Semantic Audio Transformer") reads a spectrogram as an
+image. The spectrogram, long in time and low in frequency, is cut into pieces in time, which are stacked in
+frequency to a square image (the paper's section 2.1). On it runs a Swin transformer (Liu et al. 2021): the
+image is embedded in patches; attention is within windows of w x w patches, shifted by w/2 in every second
+block; between levels, 2 x 2 patches merge into one of twice the width.
+
+Dropout and stochastic depth, which act in training only, are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from torch import Tensor, nn
+
+from audioldm2.models.config import known_fields, refuse_unsupported
+from audioldm2.models.layers import ACTIVATIONS, activation, attention
+
+# Keys that would change the result, and the values that are supported.
+SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "enable_fusion": (False,),
+    "flatten_patch_embeds": (True,),
+    "patch_embed_input_channels": (1,),
+    "hidden_act": tuple(ACTIVATIONS),
+}
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    height, width = (value, value) if isinstance(value, int) else value
+    return height, width
+
+
+@dataclass(frozen=True)
+class HTSATConfig:
+    """HTS-AT's sizes; the fields are the keys of config.json's "audio_config", the defaults transformers'."""
+
+    spec_size: int = 256
+    num_mel_bins: int = 64
+    window_size: int = 8
+    patch_size: int | tuple[int, ...] = 4
+    patch_stride: int | tuple[int, ...] = (4, 4)
+    patch_embeds_hidden_size: int = 96
+    enable_patch_layer_norm: bool = True
+    hidden_size: int = 768
+    depths: tuple[int, ...] = (2, 2, 6, 2)
+    num_attention_heads: tuple[int, ...] = (4, 8, 16, 32)
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        widths = [self.width(level) for level in range(len(self.depths))]
+        heads = self.num_attention_heads
+        if len(heads) != len(widths) or any(w % h for w, h in zip(widths, heads, strict=True)):
+            raise ValueError(f"num_attention_heads = {heads} must divide the levels' widths, {widths}")
+        if self.hidden_size != widths[-1]:
+            raise ValueError(f"hidden_size = {self.hidden_size} must be the last level's width, {widths[-1]}")
+        if self.spec_size % self.num_mel_bins:
+            raise ValueError(f"num_mel_bins = {self.num_mel_bins} must divide spec_size = {self.spec_size}")
+        for size, stride in zip(_pair(self.patch_size), _pair(self.patch_stride), strict=True):
+            patches = (self.spec_size + 2 * ((size - stride) // 2) - size) // stride + 1
+            if patches != self.spec_size // stride:
+                raise ValueError(f"patch_size = {size} does not go with a stride of {stride}")
+            halved = patches // 2 ** (len(widths) - 1)
+            if patches % 2 ** (len(widths) - 1) or halved < self.window_size:
+                raise ValueError(
+                    f"window_size = {self.window_size} is not supported with {patches} patches, halved "
+                    f"{len(widths) - 1} times; they must halve evenly, to no less than a window"
+                )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> HTSATConfig:
+        refuse_unsupported(values, SUPPORTED)
+        return cls(**known_fields(cls, values))
+
+    def width(self, level: int) -> int:
+        return self.patch_embeds_hidden_size * 2**level
+
+
+def _relative_index(window: int, device: torch.device) -> Tensor:
+    """For each pair of patches in a window, the row of the bias table that holds their offset: (w², w²)."""
+    at = torch.arange(window, device=device)
+    offset = at[:, None] - at[None, :] + window - 1  # along one axis, 0 ... 2w-2
+    index = offset[:, None, :, None] * (2 * window - 1) + offset[None, :, None, :]
+    return rearrange(index, "i j k l -> (i j) (k l)")
+
+
+def _shift_mask(height: int, width: int, window: int, shift: int, like: Tensor) -> Tensor:
+    """A bias of -100 between patches that only the shift made neighbors (Swin, figure 4): (windows, w², w²).
+
+    Without a shift it is all zeros.
+    """
+
+    def region(length: int) -> Tensor:
+        at = torch.arange(length, device=like.device)
+        return (at >= length - window).long() + (at >= length - shift).long()
+
+    regions = 3 * region(height)[:, None] + region(width)[None, :]
+    regions = rearrange(regions, "(H p) (W q) -> (H W) (p q)", p=window, q=window)
+    apart = regions[:, :, None] != regions[:, None, :]
+    return apart.to(like.dtype) * -100.0
+
+
+class SwinBlock(nn.Module):
+    """Attention within windows, then feed-forward, each added to what it read: (B, H, W, C) -> the same."""
+
+    def __init__(self, config: HTSATConfig, level: int, shifted: bool):
+        super().__init__()
+        width = config.width(level)
+        self.heads = config.num_attention_heads[level]
+        self.window = config.window_size
+        # A picture that is one window high or wide is not shifted, in either direction.
+        smallest = config.spec_size // max(_pair(config.patch_stride)) // 2**level
+        self.shift = self.window // 2 if shifted and smallest > self.window else 0
+        self.activation = activation(config.hidden_act)
+        self.attention_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
+        self.out = nn.Linear(width, width)
+        self.relative_bias = nn.Parameter(torch.zeros((2 * self.window - 1) ** 2, self.heads))
+        self.feed_forward_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.up = nn.Linear(width, int(config.mlp_ratio * width))
+        self.down = nn.Linear(int(config.mlp_ratio * width), width)
+
+    def window_attention(self, x: Tensor) -> Tensor:
+        """Self-attention within each window: (B, H, W, C) -> the same; H and W are multiples of the window.
+
+        The windows are treated as further heads, so that one bias serves the whole batch.
+        """
+        w = self.window
+        height, width = x.shape[1:3]
+        q, k, v = rearrange(self.qkv(x), "b (H p) (W q) (t c) -> t b (p q) (H W c)", t=3, p=w, q=w)
+        bias = rearrange(self.relative_bias[_relative_index(w, x.device)], "q k h -> h q k")
+        mask = rearrange(_shift_mask(height, width, w, self.shift, like=bias), "n q k -> n 1 q k")
+        bias = rearrange(bias + mask, "n h q k -> (n h) q k")
+        x = attention(q, k, v, heads=bias.shape[0], bias=bias)
+        x = rearrange(x, "b (p q) (H W c) -> b (H p) (W q) c", p=w, q=w, H=height // w, W=width // w)
+        return self.out(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        # Zeros fill the last windows; they are attended to, as in the reference.
+        y = F.pad(self.attention_norm(x), (0, 0, 0, -width % self.window, 0, -height % self.window))
+        y = torch.roll(y, (-self.shift, -self.shift), dims=(1, 2))
+        y = torch.roll(self.window_attention(y), (self.shift, self.shift), dims=(1, 2))
+        x = x + y[:, :height, :width]
+        return x + self.down(self.activation(self.up(self.feed_forward_norm(x))))
+
+
+class PatchMerging(nn.Module):
+    """Each 2 x 2 patches become one: (B, H, W, C) -> (B, H/2, W/2, 2C) (Swin, section 3.1)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * width)
+        self.reduce = nn.Linear(4 * width, 2 * width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reduce(self.norm(rearrange(x, "b (H p) (W q) c -> b H W (q p c)", p=2, q=2)))
+
+
+class SwinLevel(nn.Module):
+    """The blocks of one resolution, every second one shifted; then, but after the last, patch merging."""
+
+    def __init__(self, config: HTSATConfig, level: int):
+        super().__init__()
+        depth, last = config.depths[level], level == len(config.depths) - 1
+        self.blocks = nn.Sequential(*(SwinBlock(config, level, i % 2 == 1) for i in range(depth)))
+        self.merge = nn.Identity() if last else PatchMerging(config.width(level))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.merge(self.blocks(x))
+
+
+class HTSAT(nn.Module):
+    """The transformer: log-mel spectrograms (B, 1, frames, mels) -> vectors (B, hidden_size).
+
+    Args:
+        config: sizes; `hidden_size` is the last level's width.
+    """
+
+    def __init__(self, config: HTSATConfig):
+        super().__init__()
+        size, stride, width = _pair(config.patch_size), _pair(config.patch_stride), config.width(0)
+        padding = ((size[0] - stride[0]) // 2, (size[1] - stride[1]) // 2)
+        self.mels = config.num_mel_bins
+        self.pieces = config.spec_size // config.num_mel_bins  # that the spectrogram is cut into in time
+        self.frames = config.spec_size * self.pieces
+        self.mel_norm = nn.BatchNorm2d(config.num_mel_bins)
+        self.patches = nn.Conv2d(1, width, size, stride, padding)
+        self.patch_norm = nn.LayerNorm(width) if config.enable_patch_layer_norm else nn.Identity()
+        self.levels = nn.ModuleList(SwinLevel(config, level) for level in range(len(config.depths)))
+        self.norm = nn.LayerNorm(config.hidden_size)
+
+    def forward(self, input_features: Tensor) -> Tensor:
+        """Encode spectrograms.
+
+        Args:
+            input_features: log-mel spectrograms, (B, 1, frames, mels), converted to the weights' dtype; fewer
+                than spec_size² / mels frames are stretched to that many.
+
+        Returns:
+            (B, hidden_size), the mean over all patches.
+
+        Raises:
+            ValueError: another shape, or too many frames.
+        """
+        shape = tuple(input_features.shape)
+        if len(shape) != 4 or shape[1] != 1 or shape[2] > self.frames or shape[3] != self.mels:
+            raise ValueError(
+                f"input_features must be (batch, 1, frames, {self.mels}) with at most {self.frames} frames; "
+                f"the shape is {shape}"
+            )
+        x = input_features.to(self.patches.weight.dtype)
+        x = self.mel_norm(rearrange(x, "b 1 t f -> b f t 1"))
+        x = rearrange(x, "b f t 1 -> b 1 t f")
+        if shape[2] < self.frames:
+            x = F.interpolate(x, (self.frames, self.mels), mode="bicubic", align_corners=True)
+        x = rearrange(x, "b c (r t) f -> b c (r f) t", r=self.pieces)  # square: (B, 1, spec_size, spec_size)
+        x = self.patch_norm(rearrange(self.patches(x), "b c H W -> b H W c"))
+        for level in self.levels:
+            x = level(x)
+        return reduce(self.norm(x), "b H W c -> b c", "mean")
