@@ -14,9 +14,9 @@ import torch
 from audioldm2 import AudioLDM2Pipeline, CheckpointError, DPMSolverMultistepScheduler, UNet, cli, read_wav
 from audioldm2.checkpoints import hub
 from audioldm2.checkpoints.formats import PARTS
-from scripts.tiny.evaluation import CONTENTS, Prompt, generate
-from scripts.tiny.measures import misses
-from scripts.tiny.sounds import Scene, Sound
+from scripts.tiny.data.sounds import Scene, Sound
+from scripts.tiny.evaluate.evaluation import CONTENTS, Prompt, generate
+from scripts.tiny.evaluate.measures import misses
 from tests.checkpoints.test_hub import NEEDED, digest
 from tests.reference import reference_pipeline
 

@@ -11,9 +11,9 @@ import torch
 from audioldm2 import AudioLDM2Pipeline, ClapFeatureExtractor, DDIMScheduler
 from audioldm2.audio.log_mel import ClapFeatureExtractorConfig
 from audioldm2.checkpoints.formats import PARTS, TOKENIZERS
+from scripts.tiny.data.tokenizers import read_tokenizers
+from scripts.tiny.loop import Run
 from scripts.tiny.sizes import FEATURES, SCHEDULER, SIZES
-from scripts.tiny.tokenizers import read_tokenizers
-from scripts.tiny.training import Run
 
 
 def pipeline(run: Run) -> AudioLDM2Pipeline:

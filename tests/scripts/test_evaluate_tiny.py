@@ -15,7 +15,8 @@ from PIL import Image
 
 from audioldm2 import AudioLDM2Pipeline, DPMSolverMultistepScheduler
 from scripts.random_checkpoint import write_small_checkpoint
-from scripts.tiny.evaluation import (
+from scripts.tiny.data.sounds import KINDS, SAMPLES
+from scripts.tiny.evaluate.evaluation import (
     CONTENTS,
     TWO,
     batches,
@@ -29,9 +30,8 @@ from scripts.tiny.evaluation import (
     shuffled,
     through,
 )
-from scripts.tiny.pictures import tile
-from scripts.tiny.sounds import KINDS, SAMPLES
-from scripts.tiny.trade import SETTINGS, Setting, draw, table, trade
+from scripts.tiny.evaluate.pictures import tile
+from scripts.tiny.evaluate.trade import SETTINGS, Setting, draw, table, trade
 from tests.helpers import ROOT
 
 # The random checkpoint reads 32 tokens, which some captions are longer than.

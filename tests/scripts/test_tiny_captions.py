@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from audioldm2.audio.log_mel import LogMel, LogMelConfig
-from scripts.tiny.captions import AFTER, BEFORE, NOUNS, caption
-from scripts.tiny.data import CAPTIONS, load_library, make_library
+from scripts.tiny.data.captions import AFTER, BEFORE, NOUNS, caption
+from scripts.tiny.data.library import CAPTIONS, load_library, make_library
+from scripts.tiny.data.sounds import KINDS, SAMPLES, Scene, Sound, draw_scene
 from scripts.tiny.sizes import HOP
-from scripts.tiny.sounds import KINDS, SAMPLES, Scene, Sound, draw_scene
 
 CONTENTS = [(kind, trait) for kind, traits in KINDS.items() for trait in traits or ("",)]
 

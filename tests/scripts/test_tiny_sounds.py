@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from scripts.tiny import measures
-from scripts.tiny.measures import Bounds, Measured, matches, measure, misses
-from scripts.tiny.sounds import (
+from scripts.tiny.data.sounds import (
     BACKGROUNDS,
     FOREGROUNDS,
     KINDS,
@@ -26,6 +24,8 @@ from scripts.tiny.sounds import (
     level,
     render,
 )
+from scripts.tiny.evaluate import measures
+from scripts.tiny.evaluate.measures import Bounds, Measured, matches, measure, misses
 
 CONTENTS = [Sound(kind, trait) for kind, traits in KINDS.items() for trait in traits or ("",)]
 TIME = np.arange(SAMPLES) / SAMPLING_RATE

@@ -14,12 +14,17 @@ import torch
 from safetensors.torch import load_file
 
 from audioldm2.checkpoints.formats import PARTS
-from scripts.tiny import tokenizers, train_clap, train_language, train_ranking, train_t5, training
-from scripts.tiny.captions import caption
-from scripts.tiny.data import Library, load_library, make_library
+from scripts.tiny import loop as training
+from scripts.tiny.data import tokenizers
+from scripts.tiny.data.captions import caption
+from scripts.tiny.data.library import Library, load_library, make_library
+from scripts.tiny.data.sounds import draw_scene
+from scripts.tiny.loop import Run
 from scripts.tiny.sizes import SIZES
-from scripts.tiny.sounds import draw_scene
-from scripts.tiny.training import Run
+from scripts.tiny.stages import clap as train_clap
+from scripts.tiny.stages import language as train_language
+from scripts.tiny.stages import ranking as train_ranking
+from scripts.tiny.stages import t5 as train_t5
 
 # Each stage's trainer, its module and the parts that it writes.
 STAGES: dict[str, tuple[ModuleType, Callable[[Library, Run], None], tuple[str, ...]]] = {

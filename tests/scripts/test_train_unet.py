@@ -21,14 +21,15 @@ from audioldm2.checkpoints.formats import PARTS, TOKENIZERS
 from audioldm2.models.unet import UNetConfig
 from audioldm2.models.vae import VAEConfig
 from scripts.random_checkpoint import write_random_checkpoint
-from scripts.tiny import train_unet as train_unet_module
-from scripts.tiny import train_vae as train_vae_module
-from scripts.tiny import training
+from scripts.tiny import loop as training
 from scripts.tiny.assemble import assemble, pipeline, take_parts
-from scripts.tiny.data import Library, make_library
+from scripts.tiny.data.library import Library, make_library
+from scripts.tiny.data.sounds import Scene, Sound
+from scripts.tiny.loop import Run, schedule, train
 from scripts.tiny.sizes import SIZES, TOKENS
-from scripts.tiny.sounds import Scene, Sound
-from scripts.tiny.train_unet import (
+from scripts.tiny.stages import unet as train_unet_module
+from scripts.tiny.stages import vae as train_vae_module
+from scripts.tiny.stages.unet import (
     BLIND,
     GOING_ON,
     HARD,
@@ -39,7 +40,7 @@ from scripts.tiny.train_unet import (
     shares,
     train_unet,
 )
-from scripts.tiny.train_vae import (
+from scripts.tiny.stages.vae import (
     SILENCE,
     UNHEARD,
     importance,
@@ -49,7 +50,6 @@ from scripts.tiny.train_vae import (
     train_decoder,
     train_vae,
 )
-from scripts.tiny.training import Run, schedule, train
 from tests.helpers import ROOT
 
 

@@ -12,13 +12,13 @@ import torch
 from audioldm2.audio.log_mel import LogMel, LogMelConfig
 from audioldm2.models.hifigan import HifiGan, HifiGanConfig
 from audioldm2.models.vae import VAE, VAEConfig
-from scripts.tiny import train_vocoder as trainer
-from scripts.tiny.data import Library, make_library
-from scripts.tiny.measures import matches
-from scripts.tiny.oscillators import begin_as_oscillators
+from scripts.tiny.data.library import Library, make_library
+from scripts.tiny.data.sounds import KINDS, SAMPLING_RATE, Scene, Sound, level, render
+from scripts.tiny.evaluate.measures import matches
+from scripts.tiny.loop import Run
 from scripts.tiny.sizes import HOP, SIZES
-from scripts.tiny.sounds import KINDS, SAMPLING_RATE, Scene, Sound, level, render
-from scripts.tiny.training import Run
+from scripts.tiny.stages import vocoder as trainer
+from scripts.tiny.stages.oscillators import begin_as_oscillators
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
             raise KeyboardInterrupt
         return judged(*waveforms)
 
-    monkeypatch.setattr("scripts.tiny.training.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("scripts.tiny.loop.SAVE_EVERY", 0.0)
     monkeypatch.setattr(trainer, "distance", killed)
     with pytest.raises(KeyboardInterrupt):
         trainer.train_vocoder(library, run)

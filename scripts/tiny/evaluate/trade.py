@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 
 from audioldm2 import AudioLDM2Pipeline, DDIMScheduler, DPMSolverMultistepScheduler
 from audioldm2.atomic import replacing
-from scripts.tiny.evaluation import Prompt, batches, judge, share, start_noise
-from scripts.tiny.sounds import SECONDS
+from scripts.tiny.data.sounds import SECONDS
+from scripts.tiny.evaluate.evaluation import Prompt, batches, judge, share, start_noise
 
 SAMPLERS = {"DDIM": DDIMScheduler, "DPM-Solver++": DPMSolverMultistepScheduler}
 

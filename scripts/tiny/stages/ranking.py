@@ -26,14 +26,14 @@ from tqdm.auto import tqdm
 
 from audioldm2 import AudioLDM2Pipeline, DPMSolverMultistepScheduler
 from scripts.tiny.assemble import pipeline
-from scripts.tiny.captions import caption
-from scripts.tiny.data import Library, make_library
-from scripts.tiny.evaluation import Prompt, generate
-from scripts.tiny.sounds import KINDS, SAMPLES, SAMPLING_RATE
-from scripts.tiny.tokenizers import tokenize
-from scripts.tiny.train_clap import ROUNDS, captions_to_tell_apart, contrastive_loss, disturb, retrieval
-from scripts.tiny.train_unet import shares
-from scripts.tiny.training import Run, kept, train
+from scripts.tiny.data.captions import caption
+from scripts.tiny.data.library import Library, make_library
+from scripts.tiny.data.sounds import KINDS, SAMPLES, SAMPLING_RATE
+from scripts.tiny.data.tokenizers import tokenize
+from scripts.tiny.evaluate.evaluation import Prompt, generate
+from scripts.tiny.loop import Run, kept, train
+from scripts.tiny.stages.clap import ROUNDS, captions_to_tell_apart, contrastive_loss, disturb, retrieval
+from scripts.tiny.stages.unet import shares
 
 STEPS, BATCH, RATE = 4000, 32, 3e-4
 SOUNDS = 2400  # of the library, that are learnt from

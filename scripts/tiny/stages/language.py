@@ -29,13 +29,13 @@ from audioldm2.audio.log_mel import LogMel, LogMelConfig
 from audioldm2.models import GPT2, VAE, ClapModel, ProjectionModel, T5Encoder
 from audioldm2.models.gpt2 import GPT2Config
 from audioldm2.models.projection import ProjectionConfig
-from scripts.tiny.captions import caption
-from scripts.tiny.data import Library
+from scripts.tiny.data.captions import caption
+from scripts.tiny.data.library import Library
+from scripts.tiny.data.sounds import SAMPLING_RATE, draw_scene, render
+from scripts.tiny.data.tokenizers import read_tokenizers, tokenize, varied
+from scripts.tiny.loop import Run, train
 from scripts.tiny.sizes import HOP, SIZES
-from scripts.tiny.sounds import SAMPLING_RATE, draw_scene, render
-from scripts.tiny.tokenizers import read_tokenizers, tokenize, varied
-from scripts.tiny.train_vae import importance, library_latents
-from scripts.tiny.training import Run, train
+from scripts.tiny.stages.vae import importance, library_latents
 
 STEPS, BATCH, RATE = 4000, 64, 2e-3
 EMPTY = 0.05  # the part of the captions that is left empty

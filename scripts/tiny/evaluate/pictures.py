@@ -12,7 +12,7 @@ import torch
 
 from audioldm2.atomic import replacing
 from audioldm2.audio.spectrogram_image import decibels, show
-from scripts.tiny.sounds import SAMPLING_RATE
+from scripts.tiny.data.sounds import SAMPLING_RATE
 
 COLUMNS = 5
 COLOURS = 48  # of the picture: enough for the eye, and a small file

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from audioldm2.checkpoints.formats import TOKENIZERS
 from scripts.random_tokenizers import write_roberta_tokenizer, write_t5_tokenizer
-from scripts.tiny.data import Library
+from scripts.tiny.data.library import Library
+from scripts.tiny.loop import Run
 from scripts.tiny.sizes import TOKENS, VOCABULARIES
-from scripts.tiny.training import Run
 
 # Words that a prompt loses nothing with.
 SMALL = frozenset(

@@ -23,7 +23,7 @@ from math import inf
 import numpy as np
 import torch
 
-from scripts.tiny.sounds import SAMPLING_RATE, Scene, Sound, level
+from scripts.tiny.data.sounds import SAMPLING_RATE, Scene, Sound, level
 
 WINDOW = 1024  # samples of a spectrum: 64 ms
 HOP = 160  # samples from one to the next: 10 ms

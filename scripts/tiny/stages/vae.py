@@ -20,9 +20,9 @@ from tqdm.auto import tqdm
 
 from audioldm2 import VAE
 from audioldm2.models.vae import VAEConfig
-from scripts.tiny.data import Library
+from scripts.tiny.data.library import Library
+from scripts.tiny.loop import Run, kept, train
 from scripts.tiny.sizes import SIZES
-from scripts.tiny.training import Run, kept, train
 
 # Steps, learning rate, and how much counts what is not heard; a round begins from the average of the last.
 UNHEARD = 0.1  # in the last round

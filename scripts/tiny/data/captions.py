@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from scripts.tiny.sounds import Scene, Sound
+from scripts.tiny.data.sounds import Scene, Sound
 
 NOUNS: dict[str, tuple[str, ...]] = {
     "tone": ("a steady tone", "a continuous tone", "a sustained tone", "a steady note", "a long held note"),

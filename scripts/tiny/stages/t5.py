@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from audioldm2.models import T5Encoder
 from audioldm2.models.t5 import T5Config
-from scripts.tiny.captions import caption
-from scripts.tiny.data import Library
+from scripts.tiny.data.captions import caption
+from scripts.tiny.data.library import Library
+from scripts.tiny.data.sounds import KINDS, Scene, draw_scene
+from scripts.tiny.data.tokenizers import read_tokenizers, tokenize, varied
+from scripts.tiny.loop import Run, train
 from scripts.tiny.sizes import SIZES
-from scripts.tiny.sounds import KINDS, Scene, draw_scene
-from scripts.tiny.tokenizers import read_tokenizers, tokenize, varied
-from scripts.tiny.training import Run, train
 
 STEPS, BATCH, RATE = 1500, 48, 3e-3
 HIDDEN = 0.15  # the part of the tokens that are to be guessed

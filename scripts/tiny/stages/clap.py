@@ -29,12 +29,21 @@ from audioldm2.atomic import replacing
 from audioldm2.audio.log_mel import ClapFeatureExtractor, ClapFeatureExtractorConfig
 from audioldm2.models import ClapModel
 from audioldm2.models.clap import ClapConfig
-from scripts.tiny.captions import caption
-from scripts.tiny.data import Library
+from scripts.tiny.data.captions import caption
+from scripts.tiny.data.library import Library
+from scripts.tiny.data.sounds import (
+    KINDS,
+    LEVELS,
+    SAMPLING_RATE,
+    Scene,
+    Sound,
+    draw_scene,
+    draw_sound,
+    render,
+)
+from scripts.tiny.data.tokenizers import read_tokenizers, tokenize, varied
+from scripts.tiny.loop import Run, train
 from scripts.tiny.sizes import FEATURES, SIZES
-from scripts.tiny.sounds import KINDS, LEVELS, SAMPLING_RATE, Scene, Sound, draw_scene, draw_sound, render
-from scripts.tiny.tokenizers import read_tokenizers, tokenize, varied
-from scripts.tiny.training import Run, train
 
 STEPS, BATCH, RATE = 2000, 32, 1e-3
 ROUNDS = 12  # of one sound a kind, that are measured on

@@ -19,9 +19,8 @@ from tqdm.auto import tqdm
 
 from audioldm2 import AudioLDM2Pipeline
 from audioldm2.audio.log_mel import LogMel, LogMelConfig
-from scripts.tiny.captions import caption
-from scripts.tiny.measures import matches, measure
-from scripts.tiny.sounds import (
+from scripts.tiny.data.captions import caption
+from scripts.tiny.data.sounds import (
     BACKGROUNDS,
     KINDS,
     SAMPLES,
@@ -33,6 +32,7 @@ from scripts.tiny.sounds import (
     level,
     render,
 )
+from scripts.tiny.evaluate.measures import matches, measure
 
 CONTENTS = tuple(Sound(kind, trait) for kind, traits in KINDS.items() for trait in traits or ("",))
 TWO = "two sounds"  # the row of an event over a background

@@ -37,10 +37,10 @@ from tqdm.auto import tqdm
 from audioldm2 import AudioLDM2Pipeline, DDIMScheduler, UNet
 from audioldm2.models.unet import UNetConfig
 from scripts.tiny.assemble import pipeline
-from scripts.tiny.data import Library
+from scripts.tiny.data.library import Library
+from scripts.tiny.loop import Run, train
 from scripts.tiny.sizes import SCHEDULER, SIZES
-from scripts.tiny.train_vae import importance, library_latents
-from scripts.tiny.training import Run, train
+from scripts.tiny.stages.vae import importance, library_latents
 
 STEPS, BATCH, RATE = 30000, 32, 2e-3
 GOING_ON = 1.5e-3  # the rate where it begins with trained weights

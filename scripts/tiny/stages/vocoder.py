@@ -35,11 +35,11 @@ from torch import Tensor, nn
 from audioldm2.audio.log_mel import LogMel, LogMelConfig
 from audioldm2.models.hifigan import HifiGan, HifiGanConfig
 from audioldm2.models.vae import VAE
-from scripts.tiny.data import Library, make_library
-from scripts.tiny.oscillators import begin_as_oscillators
+from scripts.tiny.data.library import Library, make_library
+from scripts.tiny.data.sounds import level
+from scripts.tiny.loop import Run, train
 from scripts.tiny.sizes import HOP, SIZES
-from scripts.tiny.sounds import level
-from scripts.tiny.training import Run, train
+from scripts.tiny.stages.oscillators import begin_as_oscillators
 
 STEPS = 1800
 BATCH = 4

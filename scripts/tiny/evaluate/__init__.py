@@ -1,0 +1,1 @@
+"""Scoring a checkpoint by signal processing alone."""
