@@ -1,106 +1,57 @@
-"""Weight maps: which of our parameters is made from which checkpoint tensors, as data.
+"""Weight maps: how a stage's parameters are built from a checkpoint's tensors, written down as data.
 
-A map is a text file in `weights_map/`, one a stage and source format, to be read beside the stage:
+There is one text file per stage and checkpoint format in `weights_map/`, to be read beside the stage. On the
+left of `=` stands one of our parameters, on the right the checkpoint tensors that it is made from:
 
-    # target (ours)                 = sources (the checkpoint's)
-    down.{i}.conv.*                 = down_blocks.{i}.downsamplers.0.conv.*
-    qkv.weight                      = concat(to_q.weight, to_k.weight, to_v.weight) | concat(query.weight, ..)
-    ignore embeddings.position_ids  : a buffer that older releases saved; it is computed here
-    optional_prefix transformer.
+    conv_in.*                         = conv_in.*
+    blocks.{i}.down.weight            = transpose(h.{i}.mlp.c_proj.weight)
 
-* `{i}` (any name in braces) stands for a number, `*` for one name without a dot (`weight`, `bias`, ...); both
-  sides take the same value. In `ignore`, `**` stands for any rest of a name, dots included.
-* `|` parts alternatives, the spelling of today first: loading takes the first whose tensors all exist, saving
-  writes the first.
-* An operation turns several tensors, or one of another form, into ours: `concat` (along the first axis, equal
-  parts: fused q/k/v), `squeeze` (a 1x1 convolution that is a linear map), `transpose` (GPT-2's "Conv1D"),
-  `fold_weight_norm(g, v)` (Salimans and Kingma 2016, w = g v / |v|). Each has its inverse: a map also saves.
-* `ignore NAME : REASON` names a checkpoint tensor that may be left unread.
-* `optional_prefix P`: the checkpoint may carry P before every name.
+    [encoder.levels.{i}.attention     = encoder.down_blocks.{i}.attentions.0]
+    [encoder.middle.attention         = encoder.mid_block.attentions.0]
+    norm.*                            = group_norm.*
+    qkv.*                             = concat(to_q.*, to_k.*, to_v.*)
+                                      | concat(query.*, key.*, value.*)
+    ignore position_ids               : saved by older releases; computed here
 
-Fitting is exact: every tensor of the checkpoint is used or ignored, every parameter of ours is filled, and
-every shape is checked before anything is read. What does not fit is one error that lists all the misfits.
+* `{i}` (any name in braces) matches a number and `*` matches one name without a dot (`weight`, `bias`, ...).
+  Each stands for the same text on both sides. The first line whose left side matches a parameter applies.
+* `[ours = theirs]` opens a section. In the lines below it, `ours.` is put before every parameter name and
+  `theirs.` before every tensor name. Headers that follow one another share the lines below them. A section
+  ends at the next header or at `[]`; lines outside a section give names in full.
+* `|` separates alternatives, and a line that begins with `|` adds one to the line before it. Loading takes
+  the first alternative whose tensors all exist. Saving writes the first one, which is the current spelling.
+* An operation combines or reshapes tensors: `concat` (along the first axis, equal parts: fused q/k/v),
+  `squeeze` (a 1x1 convolution used as a linear map), `transpose` (GPT-2's "Conv1D") and
+  `fold_weight_norm(g, v)` (w = g v / |v|, Salimans and Kingma 2016). Each has an inverse, used for saving.
+* `ignore NAME : REASON` names a checkpoint tensor that is left unread. `**` matches any rest of a name, dots
+  included.
+* `optional_prefix P` says that a checkpoint may have P before every name. It stands before any section.
+* `#` begins a comment.
+
+Loading is exact: every tensor of the checkpoint is used or ignored, every parameter is filled, and every
+shape is checked before a tensor is read. All mismatches are reported in one error.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from audioldm2.checkpoints.errors import CheckpointError
+from audioldm2.checkpoints.operations import OPERATIONS, Shape
 
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Operation:
-    """How checkpoint tensors become one of ours: the resulting shape, the tensor, and the way back."""
-
-    shape: Callable[[Sequence[Shape]], Shape]
-    apply: Callable[[Sequence[Tensor]], Tensor]
-    invert: Callable[[Tensor, int], list[Tensor]]
-
-
-def _concat_shape(shapes: Sequence[Shape]) -> Shape:
-    if len(set(shapes)) != 1 or not shapes[0]:
-        raise ValueError(f"these cannot be joined: {', '.join(map(str, shapes))}")
-    return (len(shapes) * shapes[0][0], *shapes[0][1:])
-
-
-def _squeeze_shape(shapes: Sequence[Shape]) -> Shape:
-    (shape,) = shapes
-    if len(shape) != 4 or shape[2:] != (1, 1):
-        raise ValueError(f"{shape} is not a 1x1 convolution")
-    return shape[:2]
-
-
-def _transpose_shape(shapes: Sequence[Shape]) -> Shape:
-    (shape,) = shapes
-    if len(shape) != 2:
-        raise ValueError(f"{shape} is not a matrix")
-    return shape[::-1]
-
-
-def _weight_norm_shape(shapes: Sequence[Shape]) -> Shape:
-    gain, direction = shapes
-    if not direction or gain != (direction[0],) + (1,) * (len(direction) - 1):
-        raise ValueError(f"the gain {gain} does not go with the direction {direction}")
-    return direction
-
-
-def _norm_but_first(weight: Tensor) -> Tensor:
-    return weight.float().flatten(1).norm(dim=1).view(-1, *[1] * (weight.dim() - 1))
-
-
-def _fold_weight_norm(tensors: Sequence[Tensor]) -> Tensor:
-    gain, direction = tensors
-    return (gain.float() * direction.float() / _norm_but_first(direction)).to(direction.dtype)
-
-
-OPERATIONS = {
-    "copy": Operation(lambda s: s[0], lambda t: t[0], lambda w, n: [w]),
-    "concat": Operation(_concat_shape, lambda t: torch.cat(list(t)), lambda w, n: list(w.chunk(n))),
-    "squeeze": Operation(_squeeze_shape, lambda t: t[0][:, :, 0, 0], lambda w, n: [w[:, :, None, None]]),
-    "transpose": Operation(_transpose_shape, lambda t: t[0].t(), lambda w, n: [w.t()]),
-    "fold_weight_norm": Operation(
-        _weight_norm_shape, _fold_weight_norm, lambda w, n: [_norm_but_first(w).to(w.dtype), w]
-    ),
-}
-
-
-# How many tensors an operation takes, where that is not one.
-_TAKES = {"concat": "2 or more", "fold_weight_norm": "2"}
+_PLACEHOLDER = re.compile(r"\{(\w+)\}|\*")
+_PREFIX = r"([\w{}]+(?:\.[\w{}]+)*)"  # in a header: names joined by dots
+_HEADER = re.compile(rf"\[\s*{_PREFIX}\s*=\s*{_PREFIX}\s*\]")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """An operation and the checkpoint tensors that it takes, by name."""
+    """An operation and the names of the checkpoint tensors that it takes."""
 
     operation: str
     sources: tuple[str, ...]
@@ -112,23 +63,35 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Rule:
-    target: re.Pattern[str]
-    alternatives: tuple[Recipe, ...]  # with {i} and * still in the sources' names
+    """A line `target = alternatives`, its names in full but with `{i}` and `*` in them."""
 
-    def recipes(self, target: str) -> tuple[Recipe, ...] | None:
-        """The alternatives for one parameter of ours, names filled in; None where the rule is not for it."""
-        match = self.target.fullmatch(target)
+    target: str
+    pattern: re.Pattern[str]  # matches the parameters that `target` stands for
+    alternatives: tuple[Recipe, ...]
+
+    def recipes(self, parameter: str) -> tuple[Recipe, ...] | None:
+        """The alternatives for a parameter, their names filled in; None if the rule does not match it."""
+        match = self.pattern.fullmatch(parameter)
         if match is None:
             return None
         found = match.groupdict()
 
         def fill(name: str) -> str:
-            return re.sub(r"\{(\w+)\}|\*", lambda m: found[m.group(1) or "star"], name)
+            return _PLACEHOLDER.sub(lambda m: found[m.group(1) or "star"], name)
 
         return tuple(Recipe(r.operation, tuple(map(fill, r.sources))) for r in self.alternatives)
 
 
+@dataclass(frozen=True)
+class Section:
+    """What a header `[ours = theirs]` puts before names: "" or a prefix that ends in a dot."""
+
+    ours: str = ""
+    theirs: str = ""
+
+
 def _pattern(text: str) -> re.Pattern[str]:
+    """A regular expression for a name with `{i}`, `*` and `**`."""
     pieces = re.split(r"(\{\w+\}|\*\*|\*)", text)
     seen: set[str] = set()
     regex = ""
@@ -146,116 +109,224 @@ def _pattern(text: str) -> re.Pattern[str]:
     return re.compile(regex)
 
 
-def _recipe(text: str, where: str) -> Recipe:
+def _recipe(text: str) -> Recipe:
     match = re.fullmatch(r"(?:(\w+)\((.*)\)|([^\s()]+))", text.strip())
     if match is None:
-        raise ValueError(f"{where}: cannot read '{text.strip()}'")
+        raise ValueError(f"cannot read '{text.strip()}'")
     operation, arguments, name = match.groups()
     if name is not None:
         return Recipe("copy", (name,))
     if operation not in OPERATIONS:
-        raise ValueError(f"{where}: no operation '{operation}'; there are {', '.join(OPERATIONS)}")
+        raise ValueError(f"unknown operation '{operation}'; known are {', '.join(OPERATIONS)}")
     sources = tuple(part.strip() for part in arguments.split(","))
     if not all(sources):
-        raise ValueError(f"{where}: cannot read '{text.strip()}'")
-    takes = _TAKES.get(operation, "1")
-    if len(sources) < 2 if takes == "2 or more" else len(sources) != int(takes):
-        raise ValueError(f"{where}: {operation} takes {takes}, not {len(sources)}: '{text.strip()}'")
+        raise ValueError(f"cannot read '{text.strip()}'")
+    least, most = OPERATIONS[operation].takes
+    if len(sources) < least or (most is not None and len(sources) > most):
+        takes = f"{least} tensor{'s' * (least > 1)}" if most is not None else f"{least} or more tensors"
+        raise ValueError(f"{operation} takes {takes}, got {len(sources)}: '{text.strip()}'")
     return Recipe(operation, sources)
 
 
-def _rule(target: str, sources: str, where: str) -> Rule:
-    rule = Rule(_pattern(target), tuple(_recipe(part, where) for part in sources.split("|")))
-    known = set(re.findall(r"\{\w+\}|\*", target))
-    for recipe in rule.alternatives:
-        for blank in re.findall(r"\{\w+\}|\*", " ".join(recipe.sources)):
-            if blank not in known:
-                raise ValueError(f"{where}: {blank} is not on the left of '{target} = ...'")
-    return rule
+def _check_placeholders(target: str, sources: str) -> None:
+    known = {match.group() for match in _PLACEHOLDER.finditer(target)}
+    for match in _PLACEHOLDER.finditer(sources):
+        if match.group() not in known:
+            raise ValueError(f"{match.group()} is not on the left side, '{target}'")
 
 
-class WeightMap:
-    """One map, parsed. Raises ValueError, with the line, where the text is not a map."""
+def _alternatives(target: str, text: str, section: Section) -> tuple[Recipe, ...]:
+    """The recipes that `text` lists, separated by `|`, for a parameter `target`; names are made full."""
+    recipes = []
+    for recipe in map(_recipe, text.split("|")):
+        full = Recipe(recipe.operation, tuple(section.theirs + source for source in recipe.sources))
+        _check_placeholders(target, ", ".join(full.sources))
+        recipes.append(full)
+    return tuple(recipes)
 
-    def __init__(self, text: str, name: str = "map"):
-        self.name = name
+
+class _Parser:
+    """Reads a map line by line into `rules`, `ignored` and `prefix`.
+
+    The private methods read one kind of line each and return the name of that kind.
+    """
+
+    def __init__(self) -> None:
         self.rules: list[Rule] = []
         self.ignored: list[tuple[re.Pattern[str], str]] = []
         self.prefix = ""
-        for number, raw in enumerate(text.splitlines(), 1):
-            where = f"{name}:{number}"
-            line = raw.split("#", 1)[0].strip()
-            if not line:
-                continue
-            if line.startswith("ignore "):
-                pattern, colon, reason = line[len("ignore ") :].partition(" :")
-                if not colon or not reason.strip():
-                    raise ValueError(f"{where}: 'ignore NAME : REASON' needs its reason")
-                self.ignored.append((_pattern(pattern.strip()), reason.strip()))
-            elif line.startswith("optional_prefix "):
-                self.prefix = line.split()[1]
-            elif "=" in line:
-                target, sources = (side.strip() for side in line.split("=", 1))
-                self.rules.append(_rule(target, sources, where))
-            else:
-                raise ValueError(
-                    f"{where}: '{line}' is neither 'ours = theirs', 'ignore' nor 'optional_prefix'"
-                )
+        self._sections = [Section()]  # those that the next line belongs to
+        self._previous = ""  # the kind of the line before
+
+    def read(self, line: str) -> None:
+        """Read a line without comment, indentation and trailing blanks; ValueError if it is malformed."""
+        keyword, _, rest = line.partition(" ")
+        if line.startswith("["):
+            kind = self._header(line)
+        elif line.startswith("|"):
+            kind = self._more(line[1:])
+        elif keyword == "ignore":
+            kind = self._ignore(rest)
+        elif keyword == "optional_prefix":
+            kind = self._optional_prefix(rest.strip())
+        elif "=" in line:
+            kind = self._rule(line)
+        else:
+            raise ValueError(
+                f"cannot read '{line}'; expected 'ours = theirs', '| theirs', '[ours = theirs]', "
+                "'ignore NAME : REASON' or 'optional_prefix P'"
+            )
+        self._previous = kind
+
+    def _header(self, line: str) -> str:
+        if line == "[]":
+            if self._previous == "header":
+                raise ValueError("the section that ends here has no lines")
+            self._sections = [Section()]
+            return "end of section"
+        match = _HEADER.fullmatch(line)
+        if match is None:
+            raise ValueError(f"cannot read '{line}'; a header is '[ours = theirs]' without '*', or '[]'")
+        ours, theirs = match.groups()
+        _check_placeholders(ours, theirs)
+        others = self._sections if self._previous == "header" else []
+        self._sections = [*others, Section(f"{ours}.", f"{theirs}.")]
+        return "header"
+
+    def _rule(self, line: str) -> str:
+        name, _, sources = line.partition("=")
+        for section in self._sections:
+            target = section.ours + name.strip()
+            self.rules.append(Rule(target, _pattern(target), _alternatives(target, sources, section)))
+        return "rule"
+
+    def _more(self, sources: str) -> str:
+        if self._previous != "rule":
+            raise ValueError("a line that begins with '|' has to follow 'ours = theirs'")
+        last = self.rules[-len(self._sections) :]  # the line before, once for each section
+        for position, (rule, section) in enumerate(zip(last, self._sections, strict=True), -len(last)):
+            alternatives = rule.alternatives + _alternatives(rule.target, sources, section)
+            self.rules[position] = replace(rule, alternatives=alternatives)
+        return "rule"
+
+    def _ignore(self, text: str) -> str:
+        name, colon, reason = text.partition(" :")
+        if not colon or not name.strip() or not reason.strip():
+            raise ValueError("'ignore NAME : REASON' needs a name and a reason")
+        for section in self._sections:
+            self.ignored.append((_pattern(section.theirs + name.strip()), reason.strip()))
+        return "ignore"
+
+    def _optional_prefix(self, prefix: str) -> str:
+        if self._sections != [Section()]:
+            raise ValueError("'optional_prefix' has to stand outside a section")
+        if not prefix or " " in prefix:
+            raise ValueError("'optional_prefix P' needs one prefix")
+        self.prefix = prefix
+        return "optional_prefix"
+
+
+class WeightMap:
+    """A parsed weight map: fits a checkpoint to a stage, and writes a stage as a checkpoint.
+
+    Args:
+        text: the map, in the language of this module's docstring.
+        name: its name, for error messages.
+
+    Raises:
+        ValueError: the text is malformed. The message names the line.
+
+    Example:
+        >>> m = WeightMap("up.* = transpose(mlp.c_fc.*)")
+        >>> str(m.plan({"up.weight": (8, 2)}, {"mlp.c_fc.weight": (2, 8)})["up.weight"])
+        'transpose(mlp.c_fc.weight)'
+    """
+
+    def __init__(self, text: str, name: str = "map"):
+        parser = _Parser()
+        for number, line in enumerate([*text.splitlines(), "[]"], 1):  # the last section ends, too
+            try:
+                if content := line.split("#", 1)[0].strip():
+                    parser.read(content)
+            except ValueError as error:
+                raise ValueError(f"{name}:{number}: {error}") from None
+        self.name = name
+        self.rules = parser.rules
+        self.ignored = parser.ignored
+        self.prefix = parser.prefix
 
     def _recipes(self, target: str) -> tuple[Recipe, ...]:
         for rule in self.rules:
             recipes = rule.recipes(target)
             if recipes is not None:
                 return recipes
-        raise ValueError(f"{self.name}: no line for our parameter '{target}'")
+        raise ValueError(f"{self.name}: no line matches the parameter '{target}'")
 
     def plan(self, targets: Mapping[str, Shape], sources: Mapping[str, Shape]) -> dict[str, Recipe]:
-        """Fit a checkpoint to a stage: from our names and shapes and theirs to a recipe for each of ours.
+        """Choose a recipe for each parameter, and check that the checkpoint fits the stage exactly.
+
+        Args:
+            targets: the stage's parameters, from name to shape.
+            sources: the checkpoint's tensors, from name to shape.
+
+        Returns:
+            From each parameter's name to its recipe, whose sources are names in `sources`.
 
         Raises:
-            CheckpointError: one line a misfit: tensors that are missing, left over or of another shape.
+            CheckpointError: tensors are missing, unexpected, duplicate or of the wrong shape. The message has
+                one line for each.
         """
-        # The checkpoint's own spelling for each name without the optional prefix.
-        bare: dict[str, str] = {}
-        misfits: list[str] = []
+        # Names without the optional prefix, and how the checkpoint spells them.
+        spelling: dict[str, str] = {}
+        mismatches: list[str] = []
         for name in sources:
-            first = bare.setdefault(name.removeprefix(self.prefix), name)
+            first = spelling.setdefault(name.removeprefix(self.prefix), name)
             if first != name:
-                misfits.append(f"twice: {first} and {name}")
-        chosen: dict[str, Recipe] = {}
+                mismatches.append(f"duplicate: {first} and {name}")
+        plan: dict[str, Recipe] = {}
         used: set[str] = set()
-        for target, wanted in targets.items():
+        for target, expected in targets.items():
             alternatives = self._recipes(target)
-            recipe = next((r for r in alternatives if all(s in bare for s in r.sources)), None)
+            recipe = next((r for r in alternatives if all(s in spelling for s in r.sources)), None)
             if recipe is None:
-                # The alternative that is nearest to being there is the one to report.
-                nearest = max(alternatives, key=lambda r: sum(s in bare for s in r.sources) / len(r.sources))
-                used.update(s for s in nearest.sources if s in bare)
-                absent = [s for s in nearest.sources if s not in bare]
-                misfits.append(f"missing: {', '.join(absent)} (for our {target}, shape {wanted})")
+                # Report the alternative of which the most is there.
+                nearest = max(
+                    alternatives, key=lambda r: sum(s in spelling for s in r.sources) / len(r.sources)
+                )
+                used.update(s for s in nearest.sources if s in spelling)
+                absent = [s for s in nearest.sources if s not in spelling]
+                mismatches.append(
+                    f"missing: {', '.join(absent)} (for the parameter {target}, shape {expected})"
+                )
                 continue
             used.update(recipe.sources)
-            named = Recipe(recipe.operation, tuple(bare[s] for s in recipe.sources))
-            shapes = [tuple(sources[s]) for s in named.sources]
+            recipe = Recipe(recipe.operation, tuple(spelling[s] for s in recipe.sources))
             try:
-                found = OPERATIONS[recipe.operation].shape(shapes)
+                shape = OPERATIONS[recipe.operation].shape([tuple(sources[s]) for s in recipe.sources])
             except ValueError as error:
-                misfits.append(f"wrong shape: {named}: {error}")
+                mismatches.append(f"wrong shape: {recipe}: {error}")
                 continue
-            if found != wanted:
-                misfits.append(f"wrong shape: {named} gives {found}, the config asks for {wanted}")
+            if shape != expected:
+                mismatches.append(f"wrong shape: {recipe} gives {shape}, the config expects {expected}")
                 continue
-            chosen[target] = named
-        for name in sorted(bare.keys() - used):
+            plan[target] = recipe
+        for name in sorted(spelling.keys() - used):
             if not any(pattern.fullmatch(name) for pattern, _ in self.ignored):
-                misfits.append(f"unexpected: {bare[name]}, shape {tuple(sources[bare[name]])}")
-        if misfits:
-            shown = "\n  ".join(misfits)
-            raise CheckpointError(f"{len(misfits)} of the checkpoint's tensors do not fit:\n  {shown}")
-        return chosen
+                mismatches.append(f"unexpected: {spelling[name]}, shape {tuple(sources[spelling[name]])}")
+        if mismatches:
+            lines = "\n  ".join(mismatches)
+            raise CheckpointError(f"{len(mismatches)} of the checkpoint's tensors do not fit:\n  {lines}")
+        return plan
 
     def save(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """From our parameters to the checkpoint's tensors, today's spelling: the inverse of every line."""
+        """The checkpoint tensors of a stage: each line's first alternative, inverted.
+
+        Args:
+            state: the stage's parameters by name.
+
+        Returns:
+            The checkpoint's tensors by name, contiguous.
+        """
         saved: dict[str, Tensor] = {}
         for target, tensor in state.items():
             recipe = self._recipes(target)[0]
@@ -266,15 +337,23 @@ class WeightMap:
 
 
 def apply(recipe: Recipe, read: Callable[[str], Tensor]) -> Tensor:
-    """Make one of our tensors: `read` gives a checkpoint tensor by name."""
+    """Make one parameter.
+
+    Args:
+        recipe: from `WeightMap.plan`.
+        read: gives a checkpoint tensor by name.
+    """
     return OPERATIONS[recipe.operation].apply([read(name) for name in recipe.sources])
 
 
-@cache
 def weight_map(name: str) -> WeightMap:
-    """The shipped map `name`, such as "unet.diffusers" (weights_map/unet.diffusers.map)."""
+    """The map of that name in `weights_map/`: "unet.diffusers" is `weights_map/unet.diffusers.map`.
+
+    Raises:
+        FileNotFoundError: there is no such map.
+    """
     package = Path(__file__).resolve().parents[1]
-    # In a wheel the maps lie inside the package, in a checkout beside it.
+    # The maps are inside the package in a wheel, and next to it in a checkout.
     for folder in (package / "weights_map", package.parent / "weights_map"):
         path = folder / f"{name}.map"
         if path.is_file():
