@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under a temporary name beside the target, then renamed."""
+"""Writing files atomically: into a temporary file in the same folder, which is then renamed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,20 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Give a temporary name in `path`'s folder to write to; when the block ends well it becomes `path`.
+    """A context manager for writing a file so that it is either complete or not there.
 
-    When the block raises (ctrl-C too), the temporary file is removed and what was at `path` before is
-    untouched.
+    If the block ends normally, the temporary file replaces `path`. If it raises (Ctrl-C, too), the temporary
+    file is removed and `path` is unchanged.
+
+    Args:
+        path: path of the file to write.
+
+    Yields:
+        The path of an empty temporary file in the same folder, to be written in the block.
+
+    Example:
+        >>> with replacing("config.json") as temporary:
+        ...     temporary.write_text("{}")
     """
     path = Path(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
@@ -22,7 +32,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        # mkstemp makes files private; a result gets the permissions that any new file would.
+        # mkstemp makes the file private. Give it the permissions of an ordinary new file.
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)

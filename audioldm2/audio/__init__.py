@@ -1,7 +1,7 @@
-"""Sound on its way in and out of the models.
+"""Audio input and output of the models.
 
-- `log_mel`: the mel filter bank and the two front ends on it, CLAP's (dB) and AudioLDM's own (log).
-- `resample`: a waveform at another sampling rate.
+- `log_mel`: the mel filter bank and two front ends, CLAP's (in dB) and AudioLDM's (natural logarithm).
+- `resample`: conversion between sampling rates.
 - `wav`: reading and writing WAV files.
-- `spectrogram_image`: a picture of a sound, for the eye.
+- `spectrogram_image`: spectrograms as PNG files.
 """

@@ -1,18 +1,18 @@
-"""Log-mel front ends: a waveform in, a picture of its energy over time and mel bands out.
+"""Log-mel front ends: from a waveform to its log-mel spectrogram.
 
     waveform (B, samples) -> short-time Fourier transform (B, frames, bins) -> |.|^power
                           -> mel filter bank (B, frames, mels) -> logarithm (B, 1, frames, mels)
 
-`ClapFeatureExtractor` feeds CLAP's audio tower: power spectrum, decibels, a window of fixed length (Wu et al.
-2023, section 2; the filter bank is Slaney's, as librosa has it). It equals transformers' class of that name
-for the unfused models.
+`ClapFeatureExtractor` computes the input of CLAP's audio tower (Wu et al. 2023, section 2): energies in
+decibels, over a window of fixed length. It gives the same numbers as transformers' class of that name for
+models without feature fusion.
 
-`LogMel` makes the pictures that AudioLDM's VAE was trained on and that its vocoder turns back into sound:
-magnitude spectrum, natural logarithm, HiFi-GAN's framing (Kong et al. 2020), exactly `samples // hop_length`
-frames.
+`LogMel` computes the spectrograms that AudioLDM's VAE was trained on and that its vocoder turns into sound:
+the natural logarithm of magnitudes, with HiFi-GAN's framing (Kong et al. 2020), exactly
+`samples // hop_length` frames.
 
-Both share one filter bank, `mel_filter_bank`, and differ from the textbook in nothing but the floor under the
-logarithm, which each has of its own.
+Both use Slaney's mel filter bank, librosa's default. Each clamps small values before the logarithm with a
+floor of its own.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from einops import rearrange
 from torch import Tensor
 
 # Slaney's mel scale (Auditory Toolbox, 1998): linear below 1 kHz, logarithmic above.
-LINEAR_STEP = 200 / 3  # Hz a mel, below the bend
+LINEAR_STEP = 200 / 3  # Hz per mel below the bend
 BEND_HERTZ = 1000.0
 BEND_MEL = BEND_HERTZ / LINEAR_STEP
-LOG_STEP = math.log(6.4) / 27  # of the natural logarithm of the frequency a mel, above the bend
+LOG_STEP = math.log(6.4) / 27  # step of the frequency's natural logarithm per mel, above the bend
 
 
 def hertz_to_mel(hertz: Tensor) -> Tensor:
-    """Slaney's mel scale, any shape."""
+    """From Hz to mels on Slaney's scale; any shape."""
     above = BEND_MEL + torch.log(hertz.clamp(min=BEND_HERTZ) / BEND_HERTZ) / LOG_STEP
     return torch.where(hertz < BEND_HERTZ, hertz / LINEAR_STEP, above)
 
 
 def mel_to_hertz(mel: Tensor) -> Tensor:
-    """The inverse of `hertz_to_mel`."""
+    """From mels to Hz, the inverse of `hertz_to_mel`; any shape."""
     above = BEND_HERTZ * torch.exp((mel.clamp(min=BEND_MEL) - BEND_MEL) * LOG_STEP)
     return torch.where(mel < BEND_MEL, mel * LINEAR_STEP, above)
 
@@ -50,17 +50,17 @@ def mel_to_hertz(mel: Tensor) -> Tensor:
 def mel_filter_bank(
     n_fft: int, n_mels: int, sampling_rate: int, frequency_min: float, frequency_max: float
 ) -> Tensor:
-    """Triangular filters, evenly spaced on the mel scale, each of unit area (Slaney's; librosa's default).
+    """Slaney's mel filter bank: triangular filters of unit area, evenly spaced on the mel scale.
 
     Args:
-        n_fft: length of the Fourier transform, in samples.
+        n_fft: length of the Fourier transform in samples.
         n_mels: number of filters.
-        sampling_rate: in Hz.
-        frequency_min: lower edge of the first filter, in Hz.
-        frequency_max: upper edge of the last filter, in Hz.
+        sampling_rate: sampling rate in Hz.
+        frequency_min: lower edge of the first filter in Hz.
+        frequency_max: upper edge of the last filter in Hz.
 
     Returns:
-        (n_fft // 2 + 1, n_mels), float64, on the CPU.
+        Filters of shape (n_fft // 2 + 1, n_mels), float64, on the CPU.
     """
     bins = torch.arange(n_fft // 2 + 1, dtype=torch.float64) * (sampling_rate / n_fft)  # (bins,) Hz
     limits = hertz_to_mel(torch.tensor([frequency_min, frequency_max], dtype=torch.float64))
@@ -76,40 +76,41 @@ def mel_filter_bank(
 def mel_spectrogram(
     waveforms: Tensor, filters: Tensor, n_fft: int, hop_length: int, power: float, center: bool, pad_mode: str
 ) -> Tensor:
-    """Hann-windowed spectrum through a filter bank, computed in the waveforms' dtype (float32 or float64).
+    """A mel spectrogram without logarithm, computed in the waveforms' dtype (float32 or float64).
 
     Args:
-        waveforms: (B, samples).
-        filters: (n_fft // 2 + 1, n_mels), any device and dtype.
-        n_fft: length of window and transform, in samples.
+        waveforms: waveforms of shape (B, samples).
+        filters: mel filter bank of shape (n_fft // 2 + 1, n_mels); any device and dtype.
+        n_fft: length of the Hann window and of the Fourier transform in samples.
         hop_length: samples from one frame to the next.
-        power: 1 for magnitudes, 2 for energy.
-        center: put frame t's middle, not its start, at sample t · hop_length, padding both ends by n_fft //
-        2. pad_mode: what to pad with: "reflect" or "constant" (zeros).
+        power: 1 for magnitudes, 2 for energies.
+        center: if True, frame t is centered on sample t · hop_length, and n_fft // 2 samples of padding are
+            added at each end. If False, frame t starts there and nothing is padded.
+        pad_mode: how to pad if `center`: "reflect" or "constant" (zeros).
 
     Returns:
-        (B, frames, n_mels).
+        The spectrogram, shape (B, frames, n_mels).
     """
     window = torch.hann_window(n_fft, dtype=waveforms.dtype, device=waveforms.device)
     spectrum = torch.stft(
         waveforms, n_fft, hop_length, window=window, center=center, pad_mode=pad_mode, return_complex=True
     )
-    strength = spectrum.abs() ** power  # (B, bins, frames)
-    return rearrange(strength, "b f t -> b t f") @ filters.to(waveforms)
+    spectrum = spectrum.abs() ** power  # (B, bins, frames)
+    return rearrange(spectrum, "b f t -> b t f") @ filters.to(waveforms)
 
 
-def _check_waveforms(waveforms: Tensor, sampling_rate: int, wanted_rate: int) -> None:
+def _check_waveforms(waveforms: Tensor, sampling_rate: int, expected_rate: int) -> None:
     if waveforms.dim() != 2 or not waveforms.is_floating_point():
         raise ValueError(
-            f"waveforms must be floating point of shape (batch, samples), not {waveforms.dtype} of shape "
-            f"{tuple(waveforms.shape)}; one waveform is waveform[None]"
+            "waveforms must be floating-point tensors of shape (batch, samples), got "
+            f"{waveforms.dtype} of shape {tuple(waveforms.shape)}; pass a single waveform as waveform[None]"
         )
     if waveforms.shape[1] == 0:
-        raise ValueError("waveforms are empty: they have no samples")
-    if sampling_rate != wanted_rate:
+        raise ValueError("waveforms have no samples")
+    if sampling_rate != expected_rate:
         raise ValueError(
-            f"the sampling rate is {sampling_rate} Hz and {wanted_rate} Hz is needed; "
-            "change it with audioldm2.audio.resample.resample"
+            f"the sampling rate must be {expected_rate} Hz, got {sampling_rate} Hz; convert the waveforms "
+            "with audioldm2.audio.resample.resample"
         )
 
 
@@ -117,18 +118,28 @@ def _check_sizes(config: Any, names: tuple[str, ...], band: tuple[float, float])
     for name in names:
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} is not supported: a positive whole number is needed")
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
     if not 0 <= band[0] < band[1]:
-        raise ValueError(
-            f"a band from {band[0]} to {band[1]} Hz is not supported: 0 <= lower < upper is needed"
-        )
+        raise ValueError(f"0 <= frequency_min < frequency_max must hold, got {band[0]} and {band[1]} (in Hz)")
 
 
 @dataclass(frozen=True)
 class ClapFeatureExtractorConfig:
-    """CLAP's front end, under the names of preprocessor_config.json.
+    """Settings of `ClapFeatureExtractor`, named as in preprocessor_config.json.
 
-    `top_db` and `padding_value` stand in those files too and change nothing: transformers reads neither.
+    Args:
+        feature_size: number of mel bands.
+        sampling_rate: sampling rate of the waveforms in Hz.
+        hop_length: samples from one frame to the next.
+        max_length_s: length of the window in seconds.
+        fft_window_size: length of the Fourier transform in samples.
+        frequency_min: lower edge of the lowest mel band in Hz.
+        frequency_max: upper edge of the highest mel band in Hz.
+        truncation: what to do with longer waveforms; only "rand_trunc" is supported, a random excerpt.
+        padding: what to do with shorter waveforms: "repeatpad", "repeat" or "pad".
+
+    Raises:
+        ValueError: a value is not supported.
     """
 
     feature_size: int = 64
@@ -146,46 +157,56 @@ class ClapFeatureExtractorConfig:
         _check_sizes(self, sizes, (self.frequency_min, self.frequency_max))
         if self.truncation != "rand_trunc":
             raise ValueError(
-                f"truncation={self.truncation!r} is not supported: 'rand_trunc' is, which CLAP models with "
-                "enable_fusion false need"
+                f"truncation={self.truncation!r} is not supported; CLAP models without feature fusion use "
+                "'rand_trunc'"
             )
         if self.padding not in ("repeatpad", "repeat", "pad"):
-            raise ValueError(
-                f"padding={self.padding!r} is not supported: 'repeatpad', 'repeat' and 'pad' are"
-            )
+            raise ValueError(f"padding must be 'repeatpad', 'repeat' or 'pad', got {self.padding!r}")
         if self.max_samples <= self.fft_window_size // 2:
             raise ValueError(
-                f"fft_window_size={self.fft_window_size} is too long for max_length_s={self.max_length_s}"
+                f"fft_window_size={self.fft_window_size} is too large for max_length_s={self.max_length_s}"
             )
 
     @property
     def max_samples(self) -> int:
-        """Length of the window in samples."""
+        """The length of the window in samples."""
         return self.max_length_s * self.sampling_rate
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> ClapFeatureExtractorConfig:
-        """From a preprocessor_config.json's content; keys that change nothing are passed over.
+        """Create a config from the content of a preprocessor_config.json.
+
+        Keys that transformers' ClapFeatureExtractor does not use either (`top_db`, `padding_value`, ...) are
+        ignored.
 
         Raises:
-            ValueError: a value that is not supported, named.
+            ValueError: a value is not supported.
         """
         names = {field.name for field in dataclasses.fields(cls)}
-        # transformers takes a file that does not say for a fused model's.
+        # transformers' default is a model with feature fusion.
         given = {"truncation": "fusion", **content}
         return cls(**{key: value for key, value in given.items() if key in names})
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of a preprocessor_config.json that transformers' ClapFeatureExtractor loads."""
+        """The content of a preprocessor_config.json that transformers' ClapFeatureExtractor can load."""
         return {"feature_extractor_type": "ClapFeatureExtractor", **dataclasses.asdict(self)}
 
 
 class ClapFeatureExtractor:
-    """CLAP's front end: a window of `max_length_s` seconds as log-mel, 10 log10(max(energy, 1e-10)).
+    """CLAP's front end: waveforms (B, samples) -> log-mel features (B, 1, frames, mels) in dB.
 
-    Shorter sounds fill the window as `padding` says: "repeatpad" repeats the sound as often as it fits whole
-    and adds zeros, "repeat" repeats it to the end, "pad" only adds zeros. Of longer ones a part is taken at
-    random.
+    The features are 10 log10(max(energy, 1e-10)) over a window of `config.max_length_s` seconds. Shorter
+    waveforms fill the window according to `config.padding`: "repeatpad" repeats the waveform as many times as
+    it fits in full and pads with zeros, "repeat" repeats it up to the end, and "pad" only pads with zeros.
+    Longer waveforms are cropped at a random position.
+
+    Args:
+        config: settings; available as `extractor.config`.
+
+    Example:
+        >>> extractor = ClapFeatureExtractor(ClapFeatureExtractorConfig())
+        >>> extractor(torch.randn(2, 48000), 48000).shape
+        torch.Size([2, 1, 1001, 64])
     """
 
     def __init__(self, config: ClapFeatureExtractorConfig):
@@ -201,20 +222,23 @@ class ClapFeatureExtractor:
     def __call__(
         self, waveforms: Tensor, sampling_rate: int, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Waveforms (B, samples) -> dB (B, 1, frames, mels), float32, on the waveforms' device.
+        """Compute log-mel features in dB.
 
         Args:
-            waveforms: floating point, in [-1, 1].
-            sampling_rate: theirs, in Hz; it must be the config's.
-            generator: decides where each waveform longer than the window is cut; None is torch's default one.
+            waveforms: floating-point waveforms in [-1, 1] of shape (B, samples).
+            sampling_rate: their sampling rate in Hz, which must equal `config.sampling_rate`.
+            generator: draws the excerpt of each waveform that is longer than the window; by default,
+                PyTorch's global generator.
+
+        Returns:
+            Features of shape (B, 1, frames, mels), float32, on the waveforms' device.
 
         Raises:
-            ValueError: another sampling rate; waveforms of another shape or dtype, or empty.
+            ValueError: the waveforms have the wrong sampling rate, shape or dtype, or no samples.
         """
         config = self.config
         _check_waveforms(waveforms, sampling_rate, config.sampling_rate)
-        # float64 as in transformers, where there is one: quiet bands beside loud ones lie below float32's
-        # noise.
+        # In float32, rounding errors of loud bands would drown quiet ones. MPS has no float64.
         waveforms = waveforms.to(torch.float32 if waveforms.device.type == "mps" else torch.float64)
         energy = mel_spectrogram(
             self._window(waveforms, generator),
@@ -235,8 +259,8 @@ class ClapFeatureExtractor:
         if samples > length:
             device = generator.device if generator is not None else torch.device("cpu")
             starts = torch.randint(samples - length + 1, (batch, 1), generator=generator, device=device)
-            places = starts.to(waveforms.device) + torch.arange(length, device=waveforms.device)
-            return waveforms.gather(1, places)
+            index = starts.to(waveforms.device) + torch.arange(length, device=waveforms.device)
+            return waveforms.gather(1, index)
         if self.config.padding == "repeat":
             return waveforms.repeat(1, length // samples + 1)[:, :length]
         if self.config.padding == "repeatpad":
@@ -246,7 +270,20 @@ class ClapFeatureExtractor:
 
 @dataclass(frozen=True)
 class LogMelConfig:
-    """AudioLDM's own front end; the defaults are what its VAE and vocoder were trained with."""
+    """Settings of `LogMel`; the defaults are those that AudioLDM 2's VAE and vocoder were trained with.
+
+    Args:
+        sampling_rate: sampling rate of the waveforms in Hz.
+        n_fft: length of the window and of the Fourier transform in samples.
+        hop_length: samples from one frame to the next.
+        n_mels: number of mel bands.
+        frequency_min: lower edge of the lowest mel band in Hz.
+        frequency_max: upper edge of the highest mel band in Hz.
+        floor: smallest magnitude; smaller ones are raised to it before the logarithm.
+
+    Raises:
+        ValueError: a value is not supported.
+    """
 
     sampling_rate: int = 16000
     n_fft: int = 1024
@@ -261,19 +298,27 @@ class LogMelConfig:
         _check_sizes(self, sizes, (self.frequency_min, self.frequency_max))
         if self.hop_length > self.n_fft or (self.n_fft - self.hop_length) % 2:
             raise ValueError(
-                f"hop_length={self.hop_length} must be at most n_fft={self.n_fft} and less by an even number"
+                f"n_fft={self.n_fft} minus hop_length={self.hop_length} must be an even number, 0 or more"
             )
         if not self.floor > 0:
-            raise ValueError(f"floor={self.floor} is not supported: it must be positive")
+            raise ValueError(f"floor must be positive, got {self.floor}")
 
 
 class LogMel:
-    """AudioLDM's front end: log(max(magnitude, floor)) of 64 mel bands, what its VAE encodes.
+    """AudioLDM's front end: waveforms (B, samples) -> log-mel spectrograms (B, 1, frames, mels).
 
-    Frames lie as in HiFi-GAN: (n_fft - hop_length) / 2 samples are mirrored at either end and no more, so
-    that `samples` give `samples // hop_length` frames. In training each clip first lost its mean and was
-    scaled to a peak of 0.5 (`w -= w.mean(); w *= 0.5 / w.abs().max()`); do so before to be where the VAE is
-    at its best.
+    The values are log(max(magnitude, floor)), the input of AudioLDM 2's VAE. Framing is HiFi-GAN's:
+    (n_fft - hop_length) / 2 samples are reflected at each end, which gives `samples // hop_length` frames.
+
+    During training, each clip was centered and scaled to a peak of 0.5: `w -= w.mean();
+    w *= 0.5 / w.abs().max()`. The VAE works best on waveforms prepared in the same way.
+
+    Args:
+        config: settings; available as `log_mel.config`. By default, those of AudioLDM 2.
+
+    Example:
+        >>> LogMel()(torch.randn(2, 16000), 16000).shape
+        torch.Size([2, 1, 100, 64])
     """
 
     def __init__(self, config: LogMelConfig | None = None):
@@ -283,22 +328,25 @@ class LogMel:
         )
 
     def __call__(self, waveforms: Tensor, sampling_rate: int) -> Tensor:
-        """Waveforms (B, samples) -> natural log of magnitudes (B, 1, samples // hop_length, n_mels).
+        """Compute log-mel spectrograms.
 
-        Computed in float32, or in float64 for float64 waveforms, on their device.
+        Args:
+            waveforms: floating-point waveforms in [-1, 1] of shape (B, samples).
+            sampling_rate: their sampling rate in Hz, which must equal `config.sampling_rate`.
+
+        Returns:
+            Spectrograms of shape (B, 1, samples // hop_length, n_mels) on the waveforms' device: float64 for
+            float64 waveforms, float32 for others.
 
         Raises:
-            ValueError: another sampling rate than the config's; waveforms of another shape or dtype, or too
-                short to be mirrored or to fill a frame.
+            ValueError: the waveforms have the wrong sampling rate, shape or dtype, or are too short.
         """
         config = self.config
         _check_waveforms(waveforms, sampling_rate, config.sampling_rate)
         pad = (config.n_fft - config.hop_length) // 2
         shortest = max(pad + 1, config.n_fft - 2 * pad)
         if waveforms.shape[1] < shortest:
-            raise ValueError(
-                f"waveforms of {waveforms.shape[1]} samples are too short: at least {shortest} are needed"
-            )
+            raise ValueError(f"waveforms must have at least {shortest} samples, got {waveforms.shape[1]}")
         if waveforms.dtype != torch.float64:
             waveforms = waveforms.float()
         magnitude = mel_spectrogram(

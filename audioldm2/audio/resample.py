@@ -1,24 +1,23 @@
-"""Changing the sampling rate by a rational factor: band-limited interpolation.
+"""Resampling by a rational factor, with band-limited interpolation.
 
-In: a waveform (..., samples) at one rate. Out: the same sound, (..., ceil(samples · target / original)).
+In: a waveform (..., samples). Out: the same sound at another rate, (..., ceil(samples · target / original)).
 
-Between its samples a band-limited signal is a sum of sincs (Shannon). Cut short by a Kaiser window and
-lowered to the smaller of the two Nyquist frequencies, the sinc is a low-pass filter h, and an output sample
-is
+A band-limited signal is a sum of sincs, one for each sample (Shannon). The sinc, truncated by a Kaiser window
+and scaled to the lower of the two Nyquist frequencies, is a low-pass filter h, and an output sample is
 
     y[n] = sum_k x[k] h(n M / L - k),        L / M = target / original in lowest terms
 
-(Smith, *Digital Audio Resampling*; Crochiere & Rabiner 1983, chapter 4). The fraction of n M / L takes only L
-values, so there are L short filters ("phases"): output n uses phase n mod L. That is one strided convolution
-with L output channels, the polyphase form.
+(Smith, *Digital Audio Resampling*; Crochiere & Rabiner 1983, chapter 4). The fractional part of n M / L takes
+only L values, so there are L short filters, the phases: output n uses phase n mod L. This polyphase form is a
+strided convolution with L output channels.
 
-The filter passes up to 0.9 of the lower Nyquist frequency, stops all from 1.0 on, and is 100 dB deep.
+The passband ends at 0.9 of the lower Nyquist frequency. The stopband begins at 1.0, attenuated by
+100 dB.
 """
 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from operator import index
 
 import torch
@@ -26,25 +25,24 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-HALF_WIDTH = 64  # reach of the filter to either side, in samples of the lower rate
-CUTOFF = 0.95  # of the lower Nyquist frequency: the middle of the transition from 0.9 to 1.0
-ATTENUATION = 100.0  # dB, to which HALF_WIDTH and the transition's width belong (Kaiser 1974)
+HALF_WIDTH = 64  # of the filter, in samples of the lower rate
+CUTOFF = 0.95  # relative to the lower Nyquist frequency: the middle of the transition band, 0.9 to 1.0
+ATTENUATION = 100.0  # of the stopband in dB; follows from HALF_WIDTH and the transition band (Kaiser 1974)
 KAISER_BETA = 0.1102 * (ATTENUATION - 8.7)
-# Above this many weights the convolution's kernel, mostly zeros when L and M are large, is not built.
-LARGEST_KERNEL = 2**22
+# The convolution's kernel is mostly zeros when L and M are large. It is not built beyond this many weights.
+MAX_KERNEL_WEIGHTS = 2**22
+PHASES_AT_ONCE = 4096  # in the algorithm without that kernel
 
 
-@lru_cache(maxsize=8)
 def _phases(up: int, down: int) -> tuple[Tensor, Tensor]:
-    """The L = `up` filters, (L, taps), and where in a block of M = `down` inputs each begins, (L,)."""
-    stretch = max(1.0, down / up)  # the lower rate's sample, in input samples
-    reach = math.ceil(HALF_WIDTH * stretch)
-    time = torch.arange(up) * down  # in 1/L of an input sample
+    """The L = `up` filters, (L, taps), and the offset of each in a block of M = `down` inputs, (L,)."""
+    stretch = max(1.0, down / up)  # samples of the input per sample of the lower rate
+    half_width = math.ceil(HALF_WIDTH * stretch)
+    time = torch.arange(up) * down  # in units of 1/L input samples
     starts = time // up
     fraction = rearrange((time % up).double() / up, "l -> l 1")
-    distance = (
-        fraction + reach - torch.arange(2 * reach + 1)
-    ) / stretch  # (L, taps), in samples of the lower rate
+    # Distance of each tap from the output sample, in samples of the lower rate: (L, taps).
+    distance = (fraction + half_width - torch.arange(2 * half_width + 1)) / stretch
     inside = (1 - (distance / HALF_WIDTH) ** 2).clamp(min=0)
     window = torch.special.i0(KAISER_BETA * inside.sqrt()) / torch.special.i0(torch.tensor(KAISER_BETA))
     window = torch.where(distance.abs() <= HALF_WIDTH, window, 0.0)
@@ -52,28 +50,32 @@ def _phases(up: int, down: int) -> tuple[Tensor, Tensor]:
 
 
 def resample(waveform: Tensor, orig_sr: int, target_sr: int) -> Tensor:
-    """The waveform at another sampling rate; beyond its ends it is taken to be silent.
+    """Convert a waveform to another sampling rate. Beyond its ends it is assumed to be zero.
 
     Args:
-        waveform: (..., samples), floating point, any device.
-        orig_sr: its sampling rate, in Hz.
-        target_sr: the wanted one, in Hz.
+        waveform: floating-point waveform of shape (..., samples), on any device.
+        orig_sr: its sampling rate in Hz.
+        target_sr: the new sampling rate in Hz.
 
     Returns:
-        (..., ceil(samples · target_sr / orig_sr)) in the same dtype; `waveform` itself when the rates are
-        equal.
+        A waveform of shape (..., ceil(samples · target_sr / orig_sr)), same dtype; `waveform` itself if the
+        rates are equal.
 
     Raises:
-        TypeError: a rate that is not a whole number; a waveform that is not floating point.
-        ValueError: a rate that is not positive; a waveform without a sample axis.
+        TypeError: a rate is not an integer, or the waveform is not floating point.
+        ValueError: a rate is not positive, or the waveform has no sample axis.
+
+    Example:
+        >>> resample(torch.randn(2, 16000), 16000, 48000).shape
+        torch.Size([2, 48000])
     """
     orig_sr, target_sr = index(orig_sr), index(target_sr)
     if orig_sr < 1 or target_sr < 1:
-        raise ValueError(f"sampling rates must be positive, not {orig_sr} and {target_sr}")
+        raise ValueError(f"sampling rates must be positive, got {orig_sr} and {target_sr}")
     if not waveform.is_floating_point():
-        raise TypeError(f"the waveform must be floating point, not {waveform.dtype}")
+        raise TypeError(f"the waveform must be floating point, got {waveform.dtype}")
     if waveform.dim() == 0:
-        raise ValueError("the waveform must have shape (..., samples); this one is a single number")
+        raise ValueError("the waveform must have shape (..., samples), got a single number")
     if orig_sr == target_sr or waveform.shape[-1] == 0:
         return waveform
     divisor = math.gcd(orig_sr, target_sr)
@@ -82,19 +84,16 @@ def resample(waveform: Tensor, orig_sr: int, target_sr: int) -> Tensor:
     taps = filters.shape[1]
 
     *lead, samples = waveform.shape
-    # Half precision would add audible noise; so would TF32, which a GPU may use for a float32 convolution.
-    dtype = (
-        torch.float64
-        if waveform.device.type == "cuda"
-        else torch.promote_types(waveform.dtype, torch.float32)
-    )
+    # Half precision would add audible noise, and so would TF32, which GPUs may use in float32 convolutions.
+    lowest = torch.float64 if waveform.device.type == "cuda" else torch.float32
+    dtype = torch.promote_types(waveform.dtype, lowest)
     x = waveform.reshape(-1, samples).to(dtype)
     length = -(-samples * up // down)
     blocks = -(-length // up)
     left = taps // 2
-    width = int(starts[-1]) + taps  # inputs that a block of outputs looks at
+    width = int(starts[-1]) + taps  # number of inputs for one block of outputs
     x = F.pad(x, (left, max(0, (blocks - 1) * down + width - left - samples)))
-    if up * width <= LARGEST_KERNEL:
+    if up * width <= MAX_KERNEL_WEIGHTS:
         kernel = torch.zeros(up, 1, width, dtype=torch.float64)
         kernel[:, 0].scatter_(1, rearrange(starts, "l -> l 1") + torch.arange(taps), filters)
         y = F.conv1d(rearrange(x, "b n -> b 1 n"), kernel.to(x), stride=down)  # (B, L, blocks)
@@ -107,10 +106,12 @@ def resample(waveform: Tensor, orig_sr: int, target_sr: int) -> Tensor:
 
 
 def _block(x: Tensor, filters: Tensor, starts: Tensor) -> Tensor:
-    """One block of outputs, the L phases one after the other: (B, width) -> (B, L)."""
+    """One block of L outputs, computed in groups of phases: (B, width) -> (B, L)."""
     taps = filters.shape[1]
-    pieces = []
-    for filters_part, starts_part in zip(filters.split(4096), starts.split(4096), strict=True):
-        windows = x.unfold(1, taps, 1)[:, starts_part.to(x.device)]  # (B, phases, taps)
-        pieces.append(torch.einsum("b l k, l k -> b l", windows, filters_part.to(x)))
-    return torch.cat(pieces, dim=1)
+    windows = x.unfold(1, taps, 1)  # (B, width - taps + 1, taps), a view
+    outputs = []
+    for first in range(0, len(filters), PHASES_AT_ONCE):
+        phases = slice(first, first + PHASES_AT_ONCE)
+        inputs = windows[:, starts[phases].to(x.device)]  # (B, phases, taps)
+        outputs.append(torch.einsum("b l k, l k -> b l", inputs, filters[phases].to(x)))
+    return torch.cat(outputs, dim=1)

@@ -1,6 +1,8 @@
-"""A picture of a sound: its log-mel spectrogram as a PNG, time to the right and frequency upwards.
+"""Log-mel spectrograms as PNG files.
 
-The only module that needs matplotlib, which is an optional extra: `pip install "audioldm2[plot]"`.
+In: a waveform. Out: an image, with time from left to right and frequency from bottom to top.
+
+This is the only module that needs matplotlib, which the extra "plot" installs.
 """
 
 from __future__ import annotations
@@ -20,82 +22,111 @@ from torch import Tensor
 from audioldm2.atomic import replacing
 from audioldm2.audio.log_mel import hertz_to_mel, mel_filter_bank, mel_spectrogram
 from audioldm2.audio.wav import as_channels, check_writable
+from audioldm2.extras import install_hint
 
-MELS = 128
-DEPTH = 80.0  # dB below the loudest point at which the picture is black
-WINDOW = 0.064  # s, rounded to a power of two samples
-HOP = 0.01  # s
-# Marks of the frequency axis, in Hz, as far as they lie in the picture.
-MARKS = (0, 250, 500, 1000, 2000, 4000, 8000, 16000, 32000)
+N_MELS = 128
+RANGE_DB = 80.0  # dynamic range of the image: levels this far below the maximum are black
+WINDOW_S = 0.064  # in seconds; rounded to a power of two in samples
+HOP_S = 0.01  # in seconds
+TICKS = (0, 250, 500, 1000, 2000, 4000, 8000, 16000, 32000)  # of the frequency axis, in Hz
 
 
 def decibels(waveform: Tensor, sampling_rate: int) -> Tensor:
-    """The picture's values: (1, samples) -> (frames, MELS) in dB, 0 where it is loudest, -DEPTH at least."""
-    n_fft = 2 ** max(4, round(math.log2(WINDOW * sampling_rate)))
-    hop = max(1, round(HOP * sampling_rate))
-    filters = mel_filter_bank(n_fft, MELS, sampling_rate, 0, sampling_rate / 2)
+    """The log-mel spectrogram of a waveform, relative to its maximum.
+
+    Args:
+        waveform: floating-point waveform of shape (1, samples).
+        sampling_rate: in Hz.
+
+    Returns:
+        Levels in dB of shape (frames, N_MELS), from -RANGE_DB to 0; -RANGE_DB everywhere if it is silent.
+    """
+    n_fft = 2 ** max(4, round(math.log2(WINDOW_S * sampling_rate)))
+    hop = max(1, round(HOP_S * sampling_rate))
+    filters = mel_filter_bank(n_fft, N_MELS, sampling_rate, 0, sampling_rate / 2)
     energy = mel_spectrogram(waveform, filters, n_fft, hop, power=2, center=True, pad_mode="constant")[0]
-    loudest = energy.max().clamp(min=1e-10)  # silence is then black
-    return 10 * torch.log10((energy / loudest).clamp(min=10 ** (-DEPTH / 10)))
+    maximum = energy.max().clamp(min=1e-10)
+    return 10 * torch.log10((energy / maximum).clamp(min=10 ** (-RANGE_DB / 10)))
 
 
-def show(axes: Any, picture: Tensor, samples: int, sampling_rate: int, marks: Sequence[int] = MARKS) -> Any:
-    """Draw `decibels`' picture of so many samples into matplotlib's axes, marks in Hz; gives the image."""
+def show(
+    axes: Any, spectrogram: Tensor, samples: int, sampling_rate: int, ticks: Sequence[int] = TICKS
+) -> Any:
+    """Draw a spectrogram into matplotlib axes.
+
+    Args:
+        axes: matplotlib's Axes.
+        spectrogram: levels from `decibels`, (frames, N_MELS).
+        samples: length of the waveform.
+        sampling_rate: of the waveform, in Hz.
+        ticks: of the frequency axis, in Hz; those above half the sampling rate are left out.
+
+    Returns:
+        matplotlib's AxesImage, for a color bar.
+    """
     top = hertz_to_mel(torch.tensor(sampling_rate / 2.0)).item()
     image = axes.imshow(
-        rearrange(picture, "t m -> m t").numpy(),
+        rearrange(spectrogram, "t m -> m t").numpy(),
         origin="lower",
         aspect="auto",
         interpolation="nearest",
         cmap="magma",
-        vmin=-DEPTH,
+        vmin=-RANGE_DB,
         vmax=0,
         extent=(0, samples / sampling_rate, 0, top),
     )
-    marks = [mark for mark in marks if mark <= sampling_rate / 2]
-    axes.set_yticks(hertz_to_mel(torch.tensor(marks, dtype=torch.float64)).tolist(), [f"{m}" for m in marks])
+    ticks = [tick for tick in ticks if tick <= sampling_rate / 2]
+    axes.set_yticks(hertz_to_mel(torch.tensor(ticks, dtype=torch.float64)).tolist(), [f"{t}" for t in ticks])
     return image
 
 
 def check_can_draw() -> None:
-    """Find out whether spectrograms can be drawn here; raises ImportError, with what to install, if not."""
+    """Check that spectrograms can be drawn.
+
+    Raises:
+        ImportError: matplotlib is not installed; the message says how to install it.
+    """
     if find_spec("matplotlib") is None:
-        raise ImportError('drawing a spectrogram needs matplotlib: pip install "audioldm2[plot]"')
+        raise ImportError(f"drawing a spectrogram requires matplotlib: {install_hint('plot')}")
 
 
 def save_spectrogram(
     path: str | Path, waveform: np.ndarray | Tensor, sampling_rate: int, *, title: str | None = None
 ) -> None:
-    """Draw a waveform's log-mel spectrogram into a PNG file, whole or not at all.
+    """Save the log-mel spectrogram of a waveform as a PNG file. On failure, no partial file is left.
 
     Args:
-        path: where; always PNG, whatever the name ends in.
-        waveform: (samples,) or (channels, samples), numpy or torch, floating point; channels are averaged.
+        path: path of the file, which is always PNG, whatever its extension.
+        waveform: floating-point waveform (samples,) or (channels, samples), numpy or torch; channels are
+            averaged.
         sampling_rate: in Hz.
-        title: stands above the picture.
+        title: text above the image.
 
     Raises:
         ImportError: matplotlib is not installed.
-        OSError, TypeError, ValueError: the path or the waveform is of no use, as `write_wav` says.
+        OSError: the file cannot be written.
+        TypeError: the waveform is not floating point, or the sampling rate is not an integer.
+        ValueError: the waveform has another shape, no samples, NaN or infinity, or the sampling rate is not
+            positive.
     """
     check_can_draw()
     from matplotlib.figure import Figure
 
     sampling_rate = index(sampling_rate)
     if sampling_rate < 1:
-        raise ValueError(f"the sampling rate must be positive, not {sampling_rate}")
+        raise ValueError(f"the sampling rate must be positive, got {sampling_rate}")
     channels = as_channels(waveform)
     check_writable(path)
-    picture = decibels(torch.from_numpy(channels.mean(0, keepdims=True)).float(), sampling_rate)
+    spectrogram = decibels(torch.from_numpy(channels.mean(0, keepdims=True)).float(), sampling_rate)
 
-    # A Figure of its own, without pyplot: no backend is chosen for the whole program, nothing is left open.
+    # A Figure made without pyplot selects no backend for the whole program and needs no closing.
     figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    image = show(axes, picture, channels.shape[1], sampling_rate)
+    image = show(axes, spectrogram, channels.shape[1], sampling_rate)
     axes.set_xlabel("time (s)")
     axes.set_ylabel("frequency (Hz, mel scale)")
     if title is not None:
         axes.set_title(title, parse_math=False)
-    figure.colorbar(image, ax=axes, pad=0.01, label="level (dB, loudest = 0)")
+    figure.colorbar(image, ax=axes, pad=0.01, label="level (dB relative to the maximum)")
     with replacing(Path(path).resolve()) as temporary:
         figure.savefig(temporary, format="png")

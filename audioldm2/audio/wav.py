@@ -1,10 +1,10 @@
-"""Sound files: reading and writing WAV (RIFF/WAVE, IBM & Microsoft 1991).
+"""Reading and writing WAV files (RIFF/WAVE, IBM & Microsoft 1991).
 
-A waveform in memory is floating point in [-1, 1], (samples,) or (channels, samples). An integer sample of b
-bits stands for itself divided by 2^(b-1), so that what is written reads back the same to half a step.
+In memory, a waveform is floating point in [-1, 1], of shape (samples,) or (channels, samples). Reading
+divides a b-bit integer by 2^(b-1). Writing rounds to the nearest integer, so a waveform that is written and
+read back changes by at most half a quantization step.
 
-The standard library's `wave` knows integers only and soundfile is no dependency of this package, hence the
-small reader and writer here.
+Python's `wave` module supports integers only, and soundfile is not a dependency of this package.
 """
 
 from __future__ import annotations
@@ -26,70 +26,77 @@ from torch import Tensor
 from audioldm2.atomic import replacing
 
 PCM, IEEE_FLOAT, EXTENSIBLE = 1, 3, 0xFFFE  # format tags
-MOST_CHANNELS = 256
-UNKNOWN_SIZE = 0xFFFFFFFF  # in the header of a file that was written to a pipe
+MAX_CHANNELS = 256
+UNKNOWN_SIZE = 0xFFFFFFFF  # the size of the data in the header of a file that was written to a pipe
 
 
-class _Rehearsal(Exception):
-    """Ends the rehearsal in `check_writable`."""
+class _DryRun(Exception):
+    """Ends the dry run in `check_writable`."""
 
 
 def check_writable(path: str | Path) -> None:
-    """Find out whether a file can be written at `path`, before the work whose result it is to hold.
+    """Check that a file can be written, before the long computation of its content.
 
-    Nothing is left behind, and a file that is there already is not touched.
+    An existing file is not changed, and no new one is left behind.
+
+    Args:
+        path: path of the file.
 
     Raises:
-        OSError: it cannot; a subclass as fits (FileNotFoundError, IsADirectoryError, PermissionError, ...),
-            and the message says why.
+        OSError: it cannot be written. The message says why, and the subclass fits the reason:
+            FileNotFoundError, IsADirectoryError, PermissionError, ...
     """
     path = Path(path)
     folder = path.parent
     if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "the output path is a folder; name a file in it", str(path))
+        raise IsADirectoryError(errno.EISDIR, "the output path is a folder; add a file name", str(path))
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "the output path is not a regular file", str(path))
     if not folder.exists():
         raise FileNotFoundError(errno.ENOENT, "the folder of the output path does not exist", str(folder))
     if not folder.is_dir():
-        raise NotADirectoryError(
-            errno.ENOTDIR, "the output path lies in something that is no folder", str(folder)
-        )
+        raise NotADirectoryError(errno.ENOTDIR, "the parent of the output path is not a folder", str(folder))
     if path.exists() and not os.access(path, os.W_OK):
-        raise PermissionError(errno.EACCES, "the output file exists and may not be written", str(path))
+        raise PermissionError(errno.EACCES, "the output file exists and is not writable", str(path))
     try:
-        with suppress(_Rehearsal), replacing(path.resolve()):
-            raise _Rehearsal
+        with suppress(_DryRun), replacing(path.resolve()):
+            raise _DryRun
     except OSError as error:
         reason = f"the output file cannot be written ({error.strerror})"
-        raise OSError(error.errno, reason, str(path)) from error  # becomes the subclass that errno means
+        raise OSError(error.errno, reason, str(path)) from error  # errno selects the subclass
 
 
 def as_channels(audio: np.ndarray | Tensor) -> np.ndarray:
-    """A waveform (samples,) or (channels, samples), numpy or torch, as floats (channels, samples) in numpy.
+    """Convert a waveform to a numpy array of shape (channels, samples), and check it.
+
+    Args:
+        audio: waveform of shape (samples,) or (channels, samples), numpy or torch.
+
+    Returns:
+        A floating-point array of shape (channels, samples).
 
     Raises:
-        TypeError: not floating point.
-        ValueError: another shape, no samples, or NaN or infinity among them.
+        TypeError: the waveform is not floating point.
+        ValueError: it has another shape, no samples, NaN or infinity.
     """
     if isinstance(audio, Tensor):
         audio = audio.detach().cpu()
-        # numpy knows no bfloat16.
+        # numpy has no bfloat16.
         audio = audio.float().numpy() if audio.dtype == torch.bfloat16 else audio.numpy()
     audio = np.asarray(audio)
     if not np.issubdtype(audio.dtype, np.floating):
-        raise TypeError(f"audio must be floating point in [-1, 1], not {audio.dtype}")
+        raise TypeError(f"audio must be floating point in [-1, 1], got {audio.dtype}")
     if audio.ndim not in (1, 2) or 0 in audio.shape:
-        raise ValueError(f"audio must have shape (samples,) or (channels, samples), not {audio.shape}")
+        raise ValueError(f"audio must have shape (samples,) or (channels, samples), got {audio.shape}")
     channels = np.atleast_2d(audio)
-    if len(channels) > MOST_CHANNELS:
+    if len(channels) > MAX_CHANNELS:
         raise ValueError(
-            f"audio of shape {audio.shape} would have {len(channels)} channels; (channels, samples) is "
-            "meant, so transpose it"
+            f"audio of shape {audio.shape} would have {len(channels)} channels; transpose it to "
+            "(channels, samples)"
         )
-    broken = channels.size - np.count_nonzero(np.isfinite(channels))
-    if broken:
-        raise ValueError(f"audio has {broken} samples of {channels.size} that are NaN or infinite")
+    invalid = channels.size - np.count_nonzero(np.isfinite(channels))
+    if invalid:
+        raise ValueError(f"{invalid} of {channels.size} samples in audio are NaN or infinite")
     return channels
 
 
@@ -100,31 +107,35 @@ def write_wav(
     *,
     format: Literal["pcm16", "float32"] = "pcm16",
 ) -> None:
-    """Write a WAV file: whole or, when anything goes wrong, not at all.
+    """Write a WAV file. On failure, no partial file is left, and an existing file is unchanged.
 
     Args:
-        path: where; an existing file is replaced.
-        audio: (samples,) or (channels, samples), numpy or torch, floating point. "pcm16" clips what is
-            outside [-1, 1], with a warning; "float32" keeps it.
+        path: path of the file; an existing file is replaced.
+        audio: floating-point waveform of shape (samples,) or (channels, samples), numpy or torch. Samples
+            outside [-1, 1] are clipped with a warning in "pcm16" and kept in "float32".
         sampling_rate: in Hz.
-        format: "pcm16" or "float32".
+        format: sample format, "pcm16" (16-bit integers) or "float32".
 
     Raises:
-        OSError: as `check_writable` says, or the disk is full.
-        TypeError: audio that is not floating point, or a rate that is not a whole number.
-        ValueError: audio of another shape, empty, too long for a WAV file (4 GiB), with NaN or infinity;
-            another format; a rate that does not fit.
+        OSError: the file cannot be written (see `check_writable`), or the disk is full.
+        TypeError: the audio is not floating point, or the sampling rate is not an integer.
+        ValueError: the audio has another shape, no samples, NaN or infinity, or is too long for a WAV file
+            (4 GiB); or the sampling rate or the format is not supported.
+
+    Example:
+        >>> audio = 0.5 * torch.sin(2 * torch.pi * 440 * torch.arange(16000) / 16000)
+        >>> write_wav("a440.wav", audio, 16000)
     """
     if format not in ("pcm16", "float32"):
-        raise ValueError(f"format must be 'pcm16' or 'float32', not {format!r}")
+        raise ValueError(f"format must be 'pcm16' or 'float32', got {format!r}")
     channels = as_channels(audio)
     if format == "float32":
         tag, samples = IEEE_FLOAT, channels.astype("<f4")
     else:
-        beyond = np.count_nonzero(np.abs(channels) > 1)
-        if beyond:
+        clipped = np.count_nonzero(np.abs(channels) > 1)
+        if clipped:
             warnings.warn(
-                f"{beyond} samples of {channels.size} are outside [-1, 1] and were clipped", stacklevel=2
+                f"{clipped} of {channels.size} samples are outside [-1, 1] and were clipped", stacklevel=2
             )
         steps = np.rint(channels.astype(np.float64) * 2**15)
         tag, samples = PCM, np.clip(steps, -(2**15), 2**15 - 1).astype("<i2")
@@ -133,15 +144,15 @@ def write_wav(
     frame = count * samples.itemsize
     rate = index(sampling_rate)
     if not 0 < rate * frame < 2**32:
-        raise ValueError(f"a WAV file cannot have a sampling rate of {rate} Hz")
+        raise ValueError(f"a WAV file cannot store a sampling rate of {rate} Hz")
     form = struct.pack("<HHIIHH", tag, count, rate, rate * frame, frame, 8 * samples.itemsize)
     chunks = _chunk(b"fmt ", form)
-    if tag == IEEE_FLOAT:  # what is not PCM says how long its extension and the sound are
+    if tag == IEEE_FLOAT:  # formats other than PCM state the sizes of their extension and of the sound
         chunks = _chunk(b"fmt ", form + struct.pack("<H", 0)) + _chunk(b"fact", struct.pack("<I", length))
-    # Frames are of even length, so the data need no padding byte.
+    # A frame has an even number of bytes, so the data chunk needs no padding.
     size = len(b"WAVE") + len(chunks) + 8 + samples.nbytes
     if size >= 2**32:
-        raise ValueError(f"{samples.nbytes} bytes of sound do not fit into a WAV file, which ends at 4 GiB")
+        raise ValueError(f"{samples.nbytes} bytes of audio do not fit into a WAV file, whose limit is 4 GiB")
     check_writable(path)
     with replacing(Path(path).resolve()) as temporary, open(temporary, "wb") as file:
         file.write(struct.pack("<4sI4s", b"RIFF", size, b"WAVE") + chunks)
@@ -154,22 +165,31 @@ def _chunk(name: bytes, content: bytes) -> bytes:
 
 
 def read_wav(path: str | Path) -> tuple[Tensor, int]:
-    """Read a WAV file of 16, 24 or 32 bit integers or 32 or 64 bit floats.
+    """Read a WAV file of 16, 24 or 32-bit integers or of 32 or 64-bit floats.
+
+    Args:
+        path: path of the file.
 
     Returns:
-        The sound, (channels, samples) in float32, integers scaled to [-1, 1); and its sampling rate in Hz.
+        The waveform, float32 of shape (channels, samples), with integers scaled to [-1, 1); and the sampling
+        rate in Hz.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not a WAV file, is cut short, or holds samples of another kind.
+        ValueError: it is not a WAV file, is truncated, or has another sample format.
+
+    Example:
+        >>> waveform, sampling_rate = read_wav("a440.wav")
+        >>> waveform.shape, sampling_rate
+        (torch.Size([1, 16000]), 16000)
     """
     path = Path(path)
     form, data = _chunks(path, path.read_bytes())
     tag, count, rate, _, _, bits = struct.unpack_from("<HHIIHH", form)
     if tag == EXTENSIBLE and len(form) >= 26:
-        (tag,) = struct.unpack_from("<H", form, 24)  # the subformat begins with the tag proper
+        (tag,) = struct.unpack_from("<H", form, 24)  # the subformat begins with the actual tag
     if count == 0 or rate == 0:
-        raise ValueError(f"{path}: not a sound, with {count} channels at {rate} Hz")
+        raise ValueError(f"{path} is not a valid WAV file: {count} channels at {rate} Hz")
     data = data[: len(data) // (count * max(1, bits // 8)) * count * max(1, bits // 8)]
     samples: np.ndarray[Any, Any]
     if tag == IEEE_FLOAT and bits in (32, 64):
@@ -183,26 +203,26 @@ def read_wav(path: str | Path) -> tuple[Tensor, int]:
     else:
         raise ValueError(
             f"{path}: samples of {bits} bits in format {tag} are not supported; "
-            "16, 24 or 32 bit PCM and 32 or 64 bit float are"
+            "use 16, 24 or 32-bit PCM, or 32 or 64-bit float"
         )
     channels = rearrange(samples.astype(np.float32), "(n c) -> c n", c=count)
     return torch.from_numpy(np.ascontiguousarray(channels)), rate
 
 
 def _chunks(path: Path, content: bytes) -> tuple[bytes, bytes]:
-    """A WAV file's `fmt ` and `data` chunks."""
+    """The content of a WAV file's `fmt ` and `data` chunks."""
     if len(content) < 12 or content[:4] != b"RIFF" or content[8:12] != b"WAVE":
-        raise ValueError(f"{path}: not a WAV file")
+        raise ValueError(f"{path} is not a WAV file")
     form: bytes | None = None
-    place = 12
-    while place + 8 <= len(content):
-        name, size = struct.unpack_from("<4sI", content, place)
-        body = content[place + 8 : place + 8 + size]
+    offset = 12
+    while offset + 8 <= len(content):
+        name, size = struct.unpack_from("<4sI", content, offset)
+        body = content[offset + 8 : offset + 8 + size]
         if name == b"data" and form is not None:
             if len(body) < size != UNKNOWN_SIZE:
-                raise ValueError(f"{path}: cut short, {len(body)} bytes of sound of {size} are there")
+                raise ValueError(f"{path} is truncated: it has {len(body)} of {size} bytes of audio")
             return form, body
         if name == b"fmt " and len(body) >= 16:
             form = body
-        place += 8 + size + size % 2  # chunks begin at even places
-    raise ValueError(f"{path}: cut short, the sound or its format is missing")
+        offset += 8 + size + size % 2  # chunks begin at even offsets
+    raise ValueError(f"{path} is truncated: its format or its audio is missing")

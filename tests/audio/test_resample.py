@@ -1,0 +1,112 @@
+"""Resampling against ideal tones, soxr, librosa and scipy."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from audioldm2.audio.resample import resample
+from tests.reference import assert_close
+
+
+def tones(rate: int, count: int, highest: float) -> np.ndarray:
+    """The mean of forty tones up to `highest` Hz, sampled at `rate`."""
+    generator = np.random.default_rng(3)
+    frequency = generator.uniform(0.01, 1, 40)[:, None] * highest
+    frequency[0] = highest
+    phase = generator.uniform(0, 2 * np.pi, 40)[:, None]
+    return np.sin(2 * np.pi * frequency * np.arange(count) / rate + phase).mean(0)
+
+
+def noise_to_signal(actual: np.ndarray, expected: np.ndarray) -> float:
+    """In dB, without an eighth at each end, where the sound begins and stops."""
+    middle = slice(len(expected) // 8, -len(expected) // 8)
+    difference = (actual[: len(expected)] - expected)[middle]
+    return 10 * math.log10((difference**2).mean() / (expected[middle] ** 2).mean())
+
+
+RATES = [(16000, 48000), (48000, 16000), (44100, 48000), (44100, 16000), (16000, 44100), (8001, 16000)]
+
+
+@pytest.mark.parametrize(("orig", "target"), RATES)
+def test_resampled_tones_equal_ideal_tones(orig, target):
+    highest = 0.9 * min(orig, target) / 2
+    x = tones(orig, orig, highest)
+    y = resample(torch.from_numpy(x), orig, target).numpy()
+    ideal = tones(target, len(y), highest)
+    assert noise_to_signal(y, ideal) < -100
+    single = resample(torch.from_numpy(x).float(), orig, target).numpy()
+    assert single.dtype == np.float32
+    assert noise_to_signal(single, ideal) < -100
+
+
+def test_resampling_is_as_good_as_soxr_and_better_than_scipy():
+    soxr = pytest.importorskip("soxr")
+    signal = pytest.importorskip("scipy.signal")
+    x = tones(16000, 16000, 7200)
+    ours = resample(torch.from_numpy(x), 16000, 48000).numpy()
+    theirs = soxr.resample(x, 16000, 48000, quality="HQ")
+    assert ours.shape == theirs.shape
+    assert noise_to_signal(ours, theirs) < -60
+    ideal = tones(48000, 48000, 7200)
+    assert noise_to_signal(ours, ideal) < noise_to_signal(signal.resample_poly(x, 3, 1), ideal) - 20
+
+
+def test_resampling_has_no_aliases_and_no_images():
+    # Downsampling removes a tone above the new Nyquist frequency.
+    x = np.sin(2 * np.pi * 8010 / 48000 * np.arange(48000))
+    down = resample(torch.from_numpy(x), 48000, 16000).numpy()
+    assert 20 * math.log10(np.abs(down[2000:-2000]).max()) < -90
+    # Upsampling adds nothing above the old Nyquist frequency.
+    generator = np.random.default_rng(0)
+    x = lowpass_noise(generator.standard_normal(16000), 0.9)
+    up = resample(torch.from_numpy(x), 16000, 48000).numpy()
+    spectrum = np.abs(np.fft.rfft(up * np.blackman(len(up)))) ** 2
+    edge = 8000 * len(spectrum) // 24000 + 10
+    assert 10 * math.log10(spectrum[edge:].sum() / spectrum[:edge].sum()) < -90
+
+
+def lowpass_noise(noise: np.ndarray, share: float) -> np.ndarray:
+    """Noise without frequencies above `share` of its Nyquist frequency, faded in and out."""
+    spectrum = np.fft.rfft(noise)
+    spectrum[int(share * len(spectrum)) :] = 0
+    return np.fft.irfft(spectrum, len(noise)) * np.hanning(len(noise))
+
+
+def test_resampled_lengths_are_rounded_up_as_librosas():
+    librosa = pytest.importorskip("librosa")
+    for orig, target in [(16000, 48000), (48000, 16000), (44100, 16000), (16000, 44100)]:
+        for samples in (1, 2, 3, 100, 1001, 4567):
+            length = resample(torch.zeros(samples), orig, target).shape[-1]
+            assert length == -(-samples * target // orig)
+            librosas = librosa.resample(np.zeros(samples, np.float32), orig_sr=orig, target_sr=target)
+            assert length == len(librosas)
+
+
+def test_resampling_keeps_shape_dtype_and_equal_rates(monkeypatch):
+    x = torch.randn(3, 1, 1000, generator=torch.Generator().manual_seed(0))
+    y = resample(x, 44100, 48000)
+    assert y.shape == (3, 1, 1089)
+    for i in range(3):
+        assert_close(y[i, 0], resample(x[i, 0], 44100, 48000), 1e-6)
+    assert resample(x, 16000, 16000) is x
+    half = resample(x.bfloat16(), 44100, 48000)
+    assert half.dtype == torch.bfloat16
+    assert_close(half.float(), y, 2e-2)
+    # The algorithm for large factors gives the same result as the convolution.
+    monkeypatch.setattr("audioldm2.audio.resample.MAX_KERNEL_WEIGHTS", 0)
+    assert_close(resample(x, 44100, 48000), y, 1e-6)
+
+
+def test_resampling_refuses_bad_arguments():
+    with pytest.raises(ValueError, match="must be positive, got 16000 and 0"):
+        resample(torch.zeros(5), 16000, 0)
+    with pytest.raises(TypeError):
+        resample(torch.zeros(5), 16000, 44100.5)
+    with pytest.raises(TypeError, match="floating point"):
+        resample(torch.zeros(5, dtype=torch.int16), 16000, 8000)
+    with pytest.raises(ValueError, match="single number"):
+        resample(torch.tensor(1.0), 16000, 8000)
