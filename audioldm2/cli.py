@@ -1,7 +1,7 @@
 """The command line: `audioldm2 "a hammer hits wood" -o hammer.wav`.
 
-Nothing heavy is imported before the arguments are read, so that `--help` and a slip answer at once.
-Results go to standard output, progress and messages to standard error.
+PyTorch is imported only after the arguments have been checked, so that `--help` and mistakes are answered at
+once. Results go to standard output, progress and messages to standard error.
 """
 
 from __future__ import annotations
@@ -18,45 +18,52 @@ from typing import Any, NoReturn, TypeVar
 
 from audioldm2 import __version__
 from audioldm2.arguments import MAX_LENGTH_IN_S, as_texts, check_length
+from audioldm2.extras import install_hint
 
 PROGRAM = "audioldm2"
 SCHEDULERS = {"ddim": "DDIMScheduler", "dpmsolver++": "DPMSolverMultistepScheduler"}
 DTYPES = ("float32", "float16", "bfloat16")
 DESCRIPTION = """\
-Make sound from a description with AudioLDM 2.
+Generate sound from a text description with AudioLDM 2.
 
-The description works best as a sentence that says what is heard, how and where: "A hammer hits a wooden
-surface", "Slow rain on a tin roof, far thunder". What is not wanted goes into --negative.
+Describe the sound in a sentence: what makes it, how, and where. For example:
+"A hammer hits a wooden surface", "Slow rain on a tin roof, distant thunder".
 
---model tiny takes the small checkpoint that lies in this package and needs no download. It knows synthetic
-sounds only: tones (low, middle, high), sweeps, scales and arpeggios (rising, falling), pulses, clicks and
-drums (slow, fast), sirens, bells, plucked and struck notes, noise, rain, wind, waves, engines and birds; loud
-or soft, and one over another: "A bell over rain".
+The default model is downloaded from the Hugging Face Hub when it is first used
+(about 5 GB). "--model tiny" selects a small model that is included in this
+package. It knows only synthetic sounds: tones (low, middle, high), sweeps,
+scales and arpeggios (rising, falling), pulses, clicks and drums (slow, fast),
+sirens, bells, plucked and struck notes, noise, rain, wind, waves, engines and
+birds. They can be loud or soft, and two can be mixed: "A bell over rain".
 """
 EXAMPLES = """\
 examples:
   audioldm2 "A low steady tone" --model tiny
-  audioldm2 "A rising sweep" -o sweep.wav --model tiny --spectrogram sweep.png
+  audioldm2 "A rising sweep" --model tiny -o sweep.wav --spectrogram sweep.png
   audioldm2 "A hammer hits a wooden surface" -o hammer.wav
-  audioldm2 "Techno with a strong beat" -o techno.wav --negative "Low quality" --duration 20 --seed 7
-  audioldm2 "Birds in a wood" -o birds.wav --candidates 3 --spectrogram birds.png
-  audioldm2 "Rain" -o rain.wav --model ./my-checkpoint --scheduler ddim --steps 200
+  audioldm2 "Techno with a strong beat" -o techno.wav --duration 20 --seed 7 \\
+      --negative "Low quality"
+  audioldm2 "Birds in a forest" -o birds.wav --candidates 3
+  audioldm2 "Rain" -o rain.wav --model ./my-checkpoint --scheduler ddim
 
-exit codes: 0 done, 2 an argument is wrong, 1 anything else. Nothing half-written is left behind.
+exit codes:
+  0  success
+  1  an error occurred; no partial file is left behind
+  2  an argument is invalid
 """
 
 Number = TypeVar("Number", int, float)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, but a wrong argument gets one line and not the whole usage before it."""
+    """An argument parser whose errors are one line, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; {self.prog} --help explains\n")
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
 def parser() -> Parser:
-    """The options, and the help that explains them."""
+    """The parser with all options and their help."""
     p = Parser(
         PROGRAM,
         description=DESCRIPTION,
@@ -64,94 +71,113 @@ def parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("prompt", help="what to hear")
-    p.add_argument("-o", "--output", default="audio.wav", metavar="WAV", help="the sound file (%(default)s)")
+    p.add_argument("prompt", help="description of the sound")
+    p.add_argument(
+        "-o", "--output", default="audio.wav", metavar="WAV", help="file to write (default: %(default)s)"
+    )
     p.add_argument(
         "--format",
         choices=("pcm16", "float32"),
         default="pcm16",
-        help="of the samples in the file: 16-bit, or 32-bit floats (%(default)s)",
+        help="format of the samples, 16-bit integers or 32-bit floats (default: %(default)s)",
     )
-    p.add_argument("--spectrogram", metavar="PNG", help="also draw the sound (needs audioldm2[plot])")
+    p.add_argument(
+        "--spectrogram",
+        metavar="PNG",
+        help=f"also save an image of the spectrogram; needs matplotlib ({install_hint('plot')})",
+    )
 
-    sound = p.add_argument_group("the sound")
-    sound.add_argument("--negative", metavar="TEXT", help='what to steer away from, such as "Low quality"')
+    sound = p.add_argument_group("sound")
     sound.add_argument(
-        "--transcription", metavar="TEXT", help="the words to say; for speech checkpoints only"
+        "--negative", metavar="TEXT", help='description of what to avoid, such as "Low quality"'
     )
+    sound.add_argument("--transcription", metavar="TEXT", help="words to speak; only for speech checkpoints")
     sound.add_argument(
         "--duration",
         type=_seconds,
         metavar="SECONDS",
-        help=f"up to {MAX_LENGTH_IN_S:g}; as long as the sounds of the training where not given (10.24, or "
-        "5.12 with tiny)",
+        help=f"length of the sound, at most {MAX_LENGTH_IN_S:g} (default: the length of the training clips, "
+        "10.24, or 5.12 for tiny)",
     )
     sound.add_argument(
         "--candidates",
         type=_number(int, 1),
         default=1,
         metavar="N",
-        help="make N sounds and keep the one that CLAP finds nearest to the prompt (%(default)s)",
+        help="generate N sounds and keep the one that matches the prompt best, as judged by CLAP "
+        "(default: %(default)s)",
     )
     sound.add_argument(
         "--seed",
         type=_number(int, 0, 2**63 - 1),
         metavar="N",
-        help="the same seed gives the same sound; one is drawn and told where not given",
+        help="random seed; the same seed and options give the same sound (default: a new seed, which is "
+        "printed)",
     )
 
-    quality = p.add_argument_group("quality against time")
+    quality = p.add_argument_group("quality and speed")
     quality.add_argument(
         "--scheduler",
         choices=tuple(SCHEDULERS),
         default="dpmsolver++",
-        help="the sampler; dpmsolver++ needs a tenth of ddim's steps (%(default)s)",
+        help="sampling algorithm; dpmsolver++ needs a tenth of ddim's steps (default: %(default)s)",
     )
     quality.add_argument(
-        "--steps", type=_number(int, 1), metavar="N", help="20 for dpmsolver++, 200 for ddim where not given"
+        "--steps",
+        type=_number(int, 1),
+        metavar="N",
+        help="number of denoising steps; more take longer and usually sound better (default: 20 for "
+        "dpmsolver++, 200 for ddim)",
     )
     quality.add_argument(
         "--guidance",
         type=_number(float, 0),
         default=3.5,
         metavar="W",
-        help="how closely to follow the prompt; 1 or less is no guidance, in half the time (%(default)s)",
+        help="guidance scale; larger values follow the prompt more closely, and 1 or less disables guidance, "
+        "which takes half the time (default: %(default)s)",
     )
 
-    machine = p.add_argument_group("the machine")
+    machine = p.add_argument_group("model and device")
     machine.add_argument(
         "--model",
         default="cvssp/audioldm2",
         metavar="NAME",
-        help="a repository on the Hugging Face Hub (also cvssp/audioldm2-large, cvssp/audioldm2-music), a "
-        "folder, or tiny, which needs no download (%(default)s)",
+        help="repository on the Hugging Face Hub (also cvssp/audioldm2-large and cvssp/audioldm2-music), "
+        "path of a folder, or tiny (default: %(default)s)",
     )
-    machine.add_argument("--device", help="cpu, cuda, cuda:1, mps; the GPU if there is one where not given")
     machine.add_argument(
-        "--dtype", choices=DTYPES, help="float16 on a GPU, float32 elsewhere where not given"
+        "--device", help="cpu, cuda, cuda:1, mps or xpu (default: cuda if available, or cpu)"
+    )
+    machine.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="precision of weights and computation (default: float16 with cuda, otherwise float32)",
     )
     machine.add_argument(
         "--compile",
         action="store_true",
-        help="compile every stage: minutes at the first start, faster after; for long work on a GPU",
+        help="compile the model with torch.compile: minutes in the first run, then faster; best on a GPU",
     )
-    machine.add_argument("--quiet", action="store_true", help="no progress bars")
-    machine.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
-    machine.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    machine.add_argument("--quiet", action="store_true", help="print only the result, warnings and errors")
+    machine.add_argument("--debug", action="store_true", help="print the full traceback of an error")
+    machine.add_argument(
+        "--version", action="version", version=f"{PROGRAM} {__version__}", help="print the version and exit"
+    )
     return p
 
 
 def _number(kind: type[Number], low: Number, high: Number | None = None) -> Callable[[str], Number]:
-    """A type for argparse: a finite number of a range."""
+    """An argparse type: a finite number from `low` to `high`."""
 
     def parse(text: str) -> Number:
         with suppress(ValueError):
             value = kind(text)
-            if low <= value < float("inf") and (high is None or value <= high):  # false of NaN, too
+            if low <= value < float("inf") and (high is None or value <= high):  # also false for NaN
                 return value
-        what = "a whole number" if kind is int else "a number"
-        upper = f" to {high}" if high is not None else " or more"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what} of {low}{upper}")
+        what = "an integer" if kind is int else "a number"
+        limits = f"from {low} to {high}" if high is not None else f"of at least {low}"
+        raise argparse.ArgumentTypeError(f"must be {what} {limits}, got {text!r}")
 
     return parse
 
@@ -162,16 +188,22 @@ def _seconds(text: str) -> float:
         check_length(seconds)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number of seconds, more than 0 and up to {MAX_LENGTH_IN_S:g}"
+            f"must be a number of seconds, more than 0 and at most {MAX_LENGTH_IN_S:g}, got {text!r}"
         ) from None
     return seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for bad arguments, 1 for everything else.
+    """Run the command line.
 
     Args:
-        arguments: without the program's name; None is what the program was called with.
+        arguments: the arguments without the program's name; by default, those of the process.
+
+    Returns:
+        The exit code: 0, or 1 after an error.
+
+    Raises:
+        SystemExit: with code 2 for invalid arguments, and with code 0 for --help and --version.
     """
     p = parser()
     options = p.parse_args(arguments)
@@ -188,17 +220,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.showwarning = _show_warning
             return _run(p, options)
     except KeyboardInterrupt:
-        return _failed("stopped; nothing half-written is left", options.debug)
+        return _failed("interrupted; no partial file was left", options.debug)
     except Exception as error:
         return _failed(_reason(error), options.debug)
 
 
 def _run(p: Parser, options: argparse.Namespace) -> int:
-    # What can be refused without the seconds that PyTorch takes to import comes first.
+    # This check comes before PyTorch, which takes seconds to import.
     output = Path(options.output)
-    picture = Path(options.spectrogram) if options.spectrogram else None
-    if picture is not None and picture.resolve() == output.resolve():
-        p.error("--output and --spectrogram name the same file")
+    spectrogram = Path(options.spectrogram) if options.spectrogram else None
+    if spectrogram is not None and spectrogram.resolve() == output.resolve():
+        p.error("--output and --spectrogram are the same file")
 
     import torch
 
@@ -207,9 +239,9 @@ def _run(p: Parser, options: argparse.Namespace) -> int:
     from audioldm2.runtime.device import available_device
 
     check_writable(output)
-    if picture is not None:
+    if spectrogram is not None:
         check_can_draw()
-        check_writable(picture)
+        check_writable(spectrogram)
     try:
         device = available_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except ValueError as error:
@@ -217,7 +249,7 @@ def _run(p: Parser, options: argparse.Namespace) -> int:
     dtype = getattr(torch, options.dtype or ("float16" if device.type == "cuda" else "float32"))
     seed = options.seed if options.seed is not None else int.from_bytes(os.urandom(4), "little")
 
-    # Its advice is for its own users; what goes wrong with a tokenizer is raised.
+    # transformers' advice is for users of its models. Errors of its tokenizers are raised all the same.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from audioldm2 import schedulers
     from audioldm2.pipeline import AudioLDM2Pipeline
@@ -245,9 +277,9 @@ def _run(p: Parser, options: argparse.Namespace) -> int:
     rate = pipe.vocoder.config.sampling_rate
     write_wav(output, best, rate, format=options.format)
     print(f"{output}: {len(best) / rate:.2f} s at {rate} Hz, seed {seed}")
-    if picture is not None:
-        save_spectrogram(picture, best, rate, title=options.prompt)
-        print(f"{picture}: its spectrogram")
+    if spectrogram is not None:
+        save_spectrogram(spectrogram, best, rate, title=options.prompt)
+        print(f"{spectrogram}: spectrogram of {output}")
     return 0
 
 
@@ -257,14 +289,14 @@ def _say(text: str, quiet: bool) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """An error in one line."""
+    """An error as one line."""
     lines = [line.strip() for line in (str(error).strip() or type(error).__name__).splitlines()]
     if type(error).__name__ == "OutOfMemoryError":
-        return "the device has too little memory; try --dtype float16, less --duration or fewer --candidates"
+        return "out of memory; try --dtype float16, a shorter --duration or fewer --candidates"
     if isinstance(error, OSError) and error.filename is not None:
         lines = [f"{error.filename}: {error.strerror}"]
-    shown = " ".join(lines[:2])
-    return shown if len(lines) <= 2 else f"{shown} (and {len(lines) - 2} more; --debug shows all)"
+    start = " ".join(lines[:2])
+    return start if len(lines) <= 2 else f"{start} (and {len(lines) - 2} more lines; --debug prints them)"
 
 
 def _failed(reason: str, debug: bool) -> int:
@@ -277,4 +309,4 @@ def _failed(reason: str, debug: bool) -> int:
 def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
     from tqdm import tqdm
 
-    tqdm.write(f"{PROGRAM}: warning: {message}", file=sys.stderr)  # between the progress bars
+    tqdm.write(f"{PROGRAM}: warning: {message}", file=sys.stderr)  # does not break the progress bars

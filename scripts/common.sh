@@ -1,9 +1,9 @@
-# What scripts/demo and scripts/test share: one virtual environment, installed into only when that is needed.
-# Sourced, with bash, after `set -euo pipefail`. Gives $root (the checkout), $venv, say, fail and
+# Shared by scripts/demo and scripts/test: a virtual environment in which the package is installed when needed.
+# Source it in bash after `set -euo pipefail`. Defines $root (the checkout), $venv, say, fail and
 # prepare_environment.
 #
-# AUDIOLDM2_VENV  where the environment lies (.venv in the checkout where not set)
-# PYTHON          the Python that makes it (python3 where not set)
+# AUDIOLDM2_VENV  folder of the environment (default: .venv in the checkout)
+# PYTHON          Python that creates it (default: python3)
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=${AUDIOLDM2_VENV:-$root/.venv}
@@ -16,41 +16,41 @@ fail() {
     exit 1
 }
 
-# What an installation depends on: a change of any of it installs anew.
+# Identifies what an installation depends on; if it changes, the package is installed again.
 _fingerprint() {
     { printf '%s\n' "$root" && cat -- "$root/pyproject.toml" "$root/scripts/constraints.txt"; } | cksum
 }
 
 _check_python() {
-    command -v -- "$python" >/dev/null || fail "$python is not found; install Python 3.10 or newer"
+    command -v -- "$python" >/dev/null || fail "$python was not found; install Python 3.10 or newer"
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-        fail "Python 3.10 or newer is needed and $python is $("$python" --version 2>&1); PYTHON=... names another"
+        fail "Python 3.10 or newer is required, $python is $("$python" --version 2>&1); select another with PYTHON=..."
     "$python" -c 'import venv, ensurepip' 2>/dev/null ||
-        fail "$python has no venv; install it (on Debian and Ubuntu: apt install python3-venv)"
+        fail "$python has no venv module; install it (on Debian and Ubuntu: apt install python3-venv)"
 }
 
-# prepare_environment EXTRA: $venv holds this checkout, editable, with the extra of pyproject.toml and what it
-# needs. Where it does so already, nothing is done.
+# prepare_environment EXTRA: installs this checkout in $venv, editable and with an extra of pyproject.toml, unless
+# that has been done before.
 prepare_environment() {
     local extra=$1 python=${PYTHON:-python3} stamp fingerprint
     fingerprint=$(_fingerprint)
     if ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
         _check_python
-        # What is broken is made anew; what is no virtual environment is not for this to clear.
+        # A broken virtual environment is replaced; any other folder is left alone.
         [[ -f $venv/pyvenv.cfg || ! -e $venv || -z $(ls -A -- "$venv" 2>/dev/null) ]] ||
-            fail "$venv is there and is no virtual environment; remove it or name another: AUDIOLDM2_VENV=..."
-        say "making a virtual environment in $venv"
-        "$python" -m venv --clear -- "$venv" || fail "$venv cannot be made; AUDIOLDM2_VENV=... names another place"
+            fail "$venv exists and is not a virtual environment; remove it or select another with AUDIOLDM2_VENV=..."
+        say "creating a virtual environment in $venv"
+        "$python" -m venv --clear -- "$venv" || fail "cannot create $venv; select another folder with AUDIOLDM2_VENV=..."
     fi
-    for stamp in "$venv/.audioldm2-$extra" "$venv/.audioldm2-test"; do # test holds every other extra
+    for stamp in "$venv/.audioldm2-$extra" "$venv/.audioldm2-test"; do # test includes every other extra
         if [[ -f $stamp && $(<"$stamp") == "$fingerprint" ]]; then
             say "using the virtual environment in $venv"
             return
         fi
     done
-    say "installing audioldm2 and what it needs into $venv (the first time: minutes, and some GB for PyTorch)"
+    say "installing audioldm2 and its dependencies in $venv (takes minutes, and some GB for PyTorch)"
     (cd -- "$root" && "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
         -c scripts/constraints.txt -e ".[$extra]") ||
-        fail "the installation failed, see above; it needs the Python package index"
+        fail "the installation failed (see above); it needs access to the Python package index"
     printf '%s\n' "$fingerprint" >"$venv/.audioldm2-$extra"
 }

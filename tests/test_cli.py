@@ -1,4 +1,4 @@
-"""The command line: what it writes, what it says, and how it fails."""
+"""The command line: files, messages, exit codes and help."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ HAMMER = "A hammer hitting a wooden surface."
 
 @pytest.fixture
 def fast(random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Arguments for a quick run, in a folder of its own."""
+    """Arguments for a quick run, in an empty working directory."""
     monkeypatch.chdir(tmp_path)
     return ["--model", str(random_checkpoint), "--duration", "0.5", "--steps", "2", "--device", "cpu"]
 
 
 def failing(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """The exit code, and the one line that says why; no result is printed, nothing is left behind."""
+    """The exit code and the error message of a run that must print no result and leave no file."""
     before = sorted(Path.cwd().iterdir())
     try:
         code = cli.main(arguments)
@@ -45,7 +45,7 @@ def failing(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[i
     return code, lines[0]
 
 
-def test_writes_the_pipelines_sound(
+def test_the_file_is_what_the_pipeline_returns(
     fast: list[str], random_checkpoint: Path, capsys: pytest.CaptureFixture
 ) -> None:
     arguments = ["--negative", "Low quality", "--seed", "7", "--guidance", "4", "--candidates", "2"]
@@ -72,25 +72,27 @@ def test_writes_the_pipelines_sound(
     np.testing.assert_array_equal(waveform[0].numpy(), audio[0])
 
 
-def test_sixteen_bits_are_the_default(fast: list[str]) -> None:
+def test_pcm16_is_the_default(fast: list[str]) -> None:
     assert cli.main([HAMMER, "-o", "a.wav", "--seed", "1", "--quiet", *fast]) == 0
     assert cli.main([HAMMER, "-o", "b.wav", "--seed", "1", "--quiet", "--format", "float32", *fast]) == 0
-    short, long = read_wav("a.wav")[0], read_wav("b.wav")[0]
+    pcm16, float32 = read_wav("a.wav")[0], read_wav("b.wav")[0]
     assert Path("a.wav").stat().st_size < 0.6 * Path("b.wav").stat().st_size
-    assert 0 < (short - long).abs().max() <= 0.51 / 2**15
+    assert 0 < (pcm16 - float32).abs().max() <= 0.51 / 2**15
 
 
-def test_a_seed_is_drawn_told_and_can_be_repeated(fast: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_a_random_seed_is_printed_and_reproduces_the_sound(
+    fast: list[str], capsys: pytest.CaptureFixture
+) -> None:
     for name in ("a.wav", "b.wav"):
         assert cli.main([HAMMER, "-o", name, "--quiet", *fast]) == 0
-    said, other = (line.rsplit(" ", 1)[1] for line in capsys.readouterr().out.splitlines())
-    assert said != other
+    seed, other = (line.rsplit(" ", 1)[1] for line in capsys.readouterr().out.splitlines())
+    assert seed != other
     assert Path("a.wav").read_bytes() != Path("b.wav").read_bytes()
-    assert cli.main([HAMMER, "-o", "again.wav", "--seed", said, "--quiet", *fast]) == 0
+    assert cli.main([HAMMER, "-o", "again.wav", "--seed", seed, "--quiet", *fast]) == 0
     assert Path("a.wav").read_bytes() == Path("again.wav").read_bytes()
 
 
-def test_quiet_says_nothing_but_the_result(fast: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_quiet_prints_only_the_result(fast: list[str], capsys: pytest.CaptureFixture) -> None:
     assert cli.main([HAMMER, "--quiet", "--scheduler", "ddim", "--seed", "0", *fast]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("audio.wav: ")
@@ -102,10 +104,10 @@ def test_half_precision(fast: list[str]) -> None:
     assert read_wav("audio.wav")[0].abs().max() > 0.05
 
 
-def test_draws_the_spectrogram(fast: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_spectrogram(fast: list[str], capsys: pytest.CaptureFixture) -> None:
     assert cli.main([HAMMER, "--spectrogram", "a.png", "--quiet", *fast]) == 0
     assert Path("a.png").read_bytes().startswith(b"\x89PNG")
-    assert "a.png: its spectrogram" in capsys.readouterr().out
+    assert "a.png: spectrogram of audio.wav" in capsys.readouterr().out
 
 
 def test_warnings_are_one_line(fast: list[str], capsys: pytest.CaptureFixture) -> None:
@@ -119,30 +121,33 @@ def test_warnings_are_one_line(fast: list[str], capsys: pytest.CaptureFixture) -
 BAD_ARGUMENTS = {
     "no prompt": ([], "prompt"),
     "empty prompt": ([" "], "the prompt is empty"),
-    "no text": (["\udcff"], "the prompt is not readable as text"),
-    "no text to avoid": ([HAMMER, "--negative", "\udcff"], "--negative is not readable as text"),
+    "not text": (["\udcff"], "the prompt is not valid UTF-8 text"),
+    "negative not text": ([HAMMER, "--negative", "\udcff"], "--negative is not valid UTF-8 text"),
     "unknown option": ([HAMMER, "--loud"], "--loud"),
     "abbreviation": ([HAMMER, "--neg", "x"], "--neg"),
-    "duration text": ([HAMMER, "--duration", "long"], "'long' is not a number of seconds"),
+    "duration text": (
+        [HAMMER, "--duration", "long"],
+        "must be a number of seconds, more than 0 and at most 3600, got 'long'",
+    ),
     "duration zero": ([HAMMER, "--duration", "0"], "more than 0"),
     "duration negative": ([HAMMER, "--duration=-3"], "more than 0"),
     "duration nan": ([HAMMER, "--duration", "nan"], "'nan'"),
-    "duration absurd": ([HAMMER, "--duration", "99999"], "up to 3600"),
-    "steps": ([HAMMER, "--steps", "0"], "whole number of 1 or more"),
-    "steps text": ([HAMMER, "--steps", "2.5"], "whole number"),
+    "duration too long": ([HAMMER, "--duration", "99999"], "at most 3600, got '99999'"),
+    "steps": ([HAMMER, "--steps", "0"], "--steps: must be an integer of at least 1, got '0'"),
+    "steps text": ([HAMMER, "--steps", "2.5"], "--steps: must be an integer"),
     "guidance": ([HAMMER, "--guidance", "inf"], "--guidance"),
     "candidates": ([HAMMER, "--candidates", "-1"], "--candidates"),
     "seed": ([HAMMER, "--seed", "-1"], "--seed"),
     "scheduler": ([HAMMER, "--scheduler", "euler"], "euler"),
     "dtype": ([HAMMER, "--dtype", "int8"], "int8"),
-    "device": ([HAMMER, "--device", "banana"], "no device 'banana'"),
-    "device not there": ([HAMMER, "--device", "cuda:77"], "cuda:77 is not there"),
-    "same files": ([HAMMER, "-o", "a.png", "--spectrogram", "./a.png"], "the same file"),
+    "device": ([HAMMER, "--device", "banana"], "unknown device 'banana'"),
+    "device not available": ([HAMMER, "--device", "cuda:77"], "cuda:77 is not available"),
+    "same files": ([HAMMER, "-o", "a.png", "--spectrogram", "./a.png"], "are the same file"),
 }
 
 
 @pytest.mark.parametrize(("arguments", "reason"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
-def test_bad_arguments_end_with_2(
+def test_invalid_arguments_exit_with_2(
     arguments: list[str],
     reason: str,
     tmp_path: Path,
@@ -153,14 +158,14 @@ def test_bad_arguments_end_with_2(
     code, line = failing(arguments, capsys)
     assert code == 2
     assert reason in line
-    assert "--help explains" in line
+    assert line.endswith("; see audioldm2 --help")
 
 
-def test_everything_else_ends_with_1(fast: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_other_errors_exit_with_1(fast: list[str], capsys: pytest.CaptureFixture) -> None:
     Path("folder").mkdir()
     Path("file").write_text("")
     cases = {
-        "neither a folder": ["--model", "./nothing"],
+        "neither a local folder": ["--model", "./nothing"],
         "is a file": ["--model", "file"],
         "model_index.json is missing": ["--model", "folder"],
         "the folder of the output path does not exist": ["-o", "nowhere/a.wav"],
@@ -176,11 +181,11 @@ def test_everything_else_ends_with_1(fast: list[str], capsys: pytest.CaptureFixt
         assert reason in line
 
 
-def test_the_output_is_checked_before_the_work(
+def test_the_output_path_is_checked_before_the_model_is_loaded(
     fast: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     def loaded(*arguments: object, **options: object) -> None:
-        raise AssertionError("the model was loaded first")
+        raise AssertionError("the model was loaded before the check")
 
     monkeypatch.setattr(AudioLDM2Pipeline, "from_pretrained", loaded)
     code, line = failing([HAMMER, "-o", "nowhere/a.wav", *fast], capsys)
@@ -188,7 +193,7 @@ def test_the_output_is_checked_before_the_work(
     assert "nowhere" in line
 
 
-def test_a_broken_checkpoint_is_one_line(
+def test_a_broken_checkpoint_is_reported_in_one_line(
     fast: list[str], random_checkpoint: Path, capsys: pytest.CaptureFixture
 ) -> None:
     shutil.copytree(random_checkpoint, "broken")
@@ -198,17 +203,17 @@ def test_a_broken_checkpoint_is_one_line(
     code, line = failing([HAMMER, "--quiet", *fast, "--model", "broken"], capsys)
     assert code == 1
     assert "wrong shape" in line
-    assert "--debug shows all" in line
+    assert "--debug prints them" in line
 
 
-def test_debug_shows_where(fast: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_debug_prints_the_traceback(fast: list[str], capsys: pytest.CaptureFixture) -> None:
     assert cli.main([HAMMER, "--debug", "--quiet", *fast, "--model", "./nothing"]) == 1
     err = capsys.readouterr().err
     assert "Traceback" in err
     assert err.splitlines()[-1].startswith("audioldm2: error: ")
 
 
-def test_out_of_memory_says_what_to_do(
+def test_out_of_memory_suggests_options(
     fast: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     def full(*arguments: object, **options: object) -> None:
@@ -220,7 +225,7 @@ def test_out_of_memory_says_what_to_do(
     assert "--dtype float16" in line
 
 
-def test_an_unwritable_result_leaves_the_old_file(
+def test_a_failed_write_keeps_the_old_file(
     fast: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     Path("audio.wav").write_bytes(b"old")
@@ -235,7 +240,7 @@ def test_an_unwritable_result_leaves_the_old_file(
     assert Path("audio.wav").read_bytes() == b"old"
 
 
-def test_ctrl_c_leaves_nothing(random_checkpoint: Path, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_no_file(random_checkpoint: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "audioldm2", HAMMER, "--model", str(random_checkpoint), "--steps", "900"]
     root = ROOT
     process = subprocess.Popen(
@@ -245,23 +250,23 @@ def test_ctrl_c_leaves_nothing(random_checkpoint: Path, tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Who runs the tests in the background has ctrl-C ignored, and children inherit that.
+        # A background job ignores SIGINT, and its child processes inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
     seen, deadline = "", time.monotonic() + 120
-    while not re.search(r"Denoising: +[1-9]", seen) and time.monotonic() < deadline:  # it may skip a percent
+    while not re.search(r"Denoising: +[1-9]", seen) and time.monotonic() < deadline:  # 1 % may never be shown
         seen += process.stderr.read(1)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert out == ""
     assert "Traceback" not in err
-    assert err.splitlines()[-1] == "audioldm2: error: stopped; nothing half-written is left"
+    assert err.splitlines()[-1] == "audioldm2: error: interrupted; no partial file was left"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_while_drawing_leaves_the_sound(
+def test_ctrl_c_while_drawing_keeps_the_sound(
     fast: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     def stopped(*arguments: object, **options: object) -> None:
@@ -271,15 +276,17 @@ def test_ctrl_c_while_drawing_leaves_the_sound(
     assert cli.main([HAMMER, "--spectrogram", "a.png", "--quiet", *fast]) == 1
     out, err = capsys.readouterr()
     assert out.startswith("audio.wav: ")
-    assert err == "audioldm2: error: stopped; nothing half-written is left\n"
+    assert err == "audioldm2: error: interrupted; no partial file was left\n"
     assert [path.name for path in Path.cwd().iterdir()] == ["audio.wav"]
 
 
-def test_help_and_version(capsys: pytest.CaptureFixture) -> None:
+def test_help_and_version(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     for option in ("--help", "--version"):
         with pytest.raises(SystemExit) as stop:
             cli.main([option])
         assert stop.value.code == 0
     out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
     for word in ("examples:", "--negative", "--spectrogram", "--model tiny", "exit codes", "audioldm2 0."):
         assert word in out

@@ -478,14 +478,14 @@ BAD = {
     "empty": ({"prompt": ""}, ValueError, "prompt is empty"),
     "blank": ({"prompt": [HAMMER, "  "]}, ValueError, "prompt is empty"),
     "no prompts": ({"prompt": []}, ValueError, "empty list"),
-    "no text": ({"prompt": "\udcff"}, ValueError, "not readable as text"),
+    "no text": ({"prompt": "\udcff"}, ValueError, "prompt is not valid UTF-8 text"),
     "no negative text": (
         {"prompt": HAMMER, "negative_prompt": "\udcff"},
         ValueError,
-        "negative_prompt is not readable as text",
+        "negative_prompt is not valid UTF-8 text",
     ),
-    "number": ({"prompt": 3}, TypeError, "should be a text"),
-    "numbers": ({"prompt": [HAMMER, 3]}, TypeError, "should be a text"),
+    "number": ({"prompt": 3}, TypeError, "prompt must be a string"),
+    "numbers": ({"prompt": [HAMMER, 3]}, TypeError, "prompt must be a string"),
     "negatives": (
         {"prompt": [HAMMER, RAIN], "negative_prompt": ["a", "b", "c"]},
         ValueError,
@@ -494,7 +494,7 @@ BAD = {
     "negative type": (
         {"prompt": HAMMER, "negative_prompt": 3},
         TypeError,
-        "negative_prompt should be a text",
+        "negative_prompt must be a string",
     ),
     "transcription": ({"prompt": HAMMER, "transcription": "hello"}, ValueError, "speech checkpoints"),
     "zero length": ({"prompt": HAMMER, "audio_length_in_s": 0}, ValueError, "audio_length_in_s"),
@@ -556,7 +556,7 @@ def test_bad_arguments(base_layout: Both, arguments: dict, kind: type[Exception]
 
 
 def test_devices_that_are_not_there(base_layout: Both) -> None:
-    for name, message in (("banana", "no device 'banana'"), ("cuda:99", "not there")):
+    for name, message in (("banana", "unknown device 'banana'"), ("cuda:99", "not available")):
         with pytest.raises(ValueError, match=message):
             base_layout.ours.to(name)
         with pytest.raises(ValueError, match=message):

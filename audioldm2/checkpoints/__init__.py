@@ -1,5 +1,9 @@
-"""Checkpoints: finding one (Hub or folder), reading and checking it, and mapping its tensors into the stages.
+"""Checkpoints: finding, downloading, reading and checking them, and mapping their tensors to the stages.
 
-`hub` finds the files, `tensors` reads them, `weight_map` says which tensor goes where, `stage` builds and
-saves a stage with them. None of it knows what a stage computes: it reads a config, a map and a class.
+- `hub` finds the files and downloads them.
+- `tensors` reads weight files safely.
+- `weight_map` says which tensors each parameter is made from, `operations` how.
+- `fill` gives a stage its parameters.
+- `formats` lists the parts of a checkpoint and their classes.
+- `folder` loads and saves a stage, or all parts.
 """

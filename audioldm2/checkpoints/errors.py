@@ -1,5 +1,8 @@
-"""The one error that everything about checkpoints raises."""
+"""The error that loading a checkpoint raises."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be found, read, trusted or fitted; the message says which and what to do."""
+    """A checkpoint cannot be found or read, is not safe to read, or does not fit the stage it is for.
+
+    The message names the checkpoint or file and says what to do.
+    """

@@ -1,8 +1,8 @@
 """Finding a checkpoint: a local folder, "tiny", or a repository on the Hugging Face Hub.
 
-"tiny" is the one that lies in the package: small, trained on synthetic sounds (its README.md tells more).
+"tiny" is a small checkpoint inside this package, trained on synthetic sounds (see its README.md).
 
-Of a repository only what is needed is downloaded: the configs, the tokenizers, and one weight format.
+Only the files that are needed are downloaded: configs, tokenizers and weights in one format.
 """
 
 from __future__ import annotations
@@ -16,26 +16,30 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
+from audioldm2 import DISTRIBUTION
 from audioldm2.checkpoints.errors import CheckpointError
 from audioldm2.checkpoints.tensors import shard_names, weights_file
 
 SHIPPED = "tiny"
 SHIPPED_FOLDER = Path(__file__).resolve().parents[1] / SHIPPED
 
-_OFFLINE = f'; "{SHIPPED}" is in the package and needs no Hub'  # at the end of what cannot be found
+_TINY_HINT = f'; "{SHIPPED}" is included in the package and needs no download'
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SMALL = (".json", ".txt", ".model")  # configs, tokenizers and their vocabularies
 _SHARD_INDEX = re.compile(r".*\.index(\.[^.]+)?\.json")
-_DISK = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EDQUOT)  # what a download dies of here
+_DISK_ERRORS = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EDQUOT)
 
 
 def needed_files(names: Collection[str], folders: Sequence[str], variant: str | None = None) -> list[str]:
-    """Which of a repository's files are needed: the small ones of the folders, and one weights file each.
+    """Select the files that have to be downloaded: each folder's configs and tokenizers and one weight file.
 
     Args:
-        names: the repository's files, as paths with forward slashes.
-        folders: the subfolders that are wanted ("" is the top).
-        variant: as in `WeightFiles`.
+        names: paths of all files in the repository, with forward slashes.
+        folders: the subfolders that are needed; "" is the top level.
+        variant: weights of a variant, such as "fp16".
+
+    Returns:
+        The sorted paths of the files. Where weights are sharded, only the shard index is among them.
     """
     needed = []
     for folder in folders:
@@ -63,24 +67,27 @@ def checkpoint_folder(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The local folder of a checkpoint, downloaded first where `repo_or_folder` is a repository on the Hub.
+    """The local folder of a checkpoint. If it is a repository on the Hub, it is downloaded first.
+
+    If the Hub cannot be reached, an earlier download is used, with a warning.
 
     Args:
-        repo_or_folder: a folder, "tiny" for the checkpoint that lies in the package, or "owner/name" on the
-            Hub. A folder that exists wins; one that is called "tiny" and is meant by that name alone has to
-            hold `first_file` for it.
-        folders: the subfolders that are needed ("" is the top).
-        first_file: what loading reads first, in the first of `folders`; by it an earlier download is found.
-        check: called with the folder when only that file is there, to refuse before the rest is downloaded.
+        repo_or_folder: a local folder, "tiny" for the checkpoint in this package, or "owner/name" on the Hub.
+            An existing folder takes precedence; one with the name "tiny" only if it contains `first_file`.
+        folders: the subfolders that are needed; "" is the top level.
+        first_file: the file in the first of `folders` that loading reads first. It identifies an earlier
+            download.
+        check: called with the folder once only `first_file` is there. It may raise an error to prevent the
+            download of the other files.
         variant: weights of a variant, such as "fp16".
         revision: branch, tag or commit on the Hub.
-        cache_dir: where downloads are kept; None is the Hub client's own place.
-        token: for private repositories; None uses the stored login.
-        local_files_only: use what was downloaded before, without asking the Hub.
+        cache_dir: folder for downloads; None is the Hub client's default.
+        token: access token for private repositories; None uses the stored login.
+        local_files_only: use an earlier download, without asking the Hub.
 
     Raises:
-        CheckpointError: no such folder or repository, or the Hub is out of reach and nothing was downloaded
-            before.
+        CheckpointError: there is no such folder or repository, access is denied, or the Hub cannot be reached
+            and there is no earlier download.
     """
     name = str(repo_or_folder)
     local = Path(name).expanduser()
@@ -90,16 +97,16 @@ def checkpoint_folder(
     if name == SHIPPED:
         if not SHIPPED_FOLDER.is_dir():
             raise CheckpointError(
-                f"this installation of audioldm2 lacks {SHIPPED_FOLDER}, its tiny checkpoint; install it anew"
+                f"{SHIPPED_FOLDER} is missing from this installation; reinstall {DISTRIBUTION}"
             )
         return SHIPPED_FOLDER
     if name and local.exists():
-        raise CheckpointError(f"{name} is a file; pass the folder that holds it")
-    no_repository = f"{name!r} is neither a folder here nor a repository on the Hub (owner/name)"
+        raise CheckpointError(f"{name} is a file; pass the folder that contains it")
+    not_found = f"{name!r} is neither a local folder nor a repository on the Hub (owner/name)"
     if not _REPOSITORY.fullmatch(name):
-        raise CheckpointError(f"{no_repository}{_OFFLINE}")
+        raise CheckpointError(f"{not_found}{_TINY_HINT}")
 
-    # The Hub's client is slow to import and not needed for a local folder.
+    # The Hub's client is slow to import, and local folders do not need it.
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -114,7 +121,7 @@ def checkpoint_folder(
             folder = _downloaded(name, first, revision, cache)
             if folder is None:
                 raise CheckpointError(
-                    f"{name} was not downloaded before; run once without local_files_only{_OFFLINE}"
+                    f"{name} has not been downloaded; run once without local_files_only{_TINY_HINT}"
                 )
             return folder
         info = HfApi(token=token).model_info(name, revision=revision)
@@ -122,13 +129,13 @@ def checkpoint_folder(
         if str(first) in files:
             path = hf_hub_download(name, str(first), revision=info.sha, cache_dir=cache, token=token)
             check(Path(path).parents[len(first.parts) - 1])
-        # An index says which shards there are, so it comes before them.
+        # The shard index lists the shards, so it is downloaded before them.
         for index in filter(_SHARD_INDEX.fullmatch, list(files)):
             path = hf_hub_download(name, index, revision=info.sha, cache_dir=cache, token=token)
             parent = PurePosixPath(index).parent
             files += sorted({str(parent / shard) for shard in shard_names(Path(path)).values()})
-        # Given the branch rather than its commit, the client notes which commit the branch was at: without
-        # that note it would not find the snapshot when the Hub is out of reach.
+        # Pass the branch and not its commit: the client then records which commit the branch was at, and
+        # finds the snapshot again when the Hub cannot be reached.
         return Path(
             snapshot_download(
                 name,
@@ -139,47 +146,47 @@ def checkpoint_folder(
             )
         )
     except HFValidationError as error:
-        raise CheckpointError(f"{no_repository}{_OFFLINE}") from error
+        raise CheckpointError(f"{not_found}{_TINY_HINT}") from error
     except GatedRepoError as error:
         raise CheckpointError(
-            f"{name} is gated on the Hub; ask for access there and log in (hf auth login)"
+            f"{name} is gated on the Hub; request access there and log in (hf auth login)"
         ) from error
     except RepositoryNotFoundError as error:
-        raise CheckpointError(f"{no_repository}; a private one needs a token{_OFFLINE}") from error
+        raise CheckpointError(f"{not_found}; private ones need a token{_TINY_HINT}") from error
     except RevisionNotFoundError as error:
-        raise CheckpointError(f"{name} on the Hub has no revision {revision!r}") from error
+        raise CheckpointError(f"{name} has no revision {revision!r} on the Hub") from error
     except CheckpointError:
         raise
     except Exception as error:
-        # The client's transport has changed over its releases (requests, httpx, httpx2), each with errors of
-        # its own; whatever fails here, but for the disk, the Hub did not deliver.
-        if isinstance(error, OSError) and error.errno in _DISK:
-            raise CheckpointError(f"{name} cannot be downloaded to this disk: {error}") from error
+        # The client's HTTP library depends on its release (requests, httpx), and so do the errors. Whatever
+        # fails here, except for the disk, means that the Hub did not answer as it should.
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            raise CheckpointError(f"{name} cannot be saved to this disk: {error}") from error
         folder = _downloaded(name, first, revision, cache)
         if folder is not None:
-            warnings.warn(
-                f"the Hub is out of reach; using what was downloaded of {name} before", stacklevel=3
-            )
+            warnings.warn(f"the Hub cannot be reached; using an earlier download of {name}", stacklevel=3)
             return folder
         raise CheckpointError(
-            f"{name} is no folder here, and the Hub is out of reach ({_first_line(error)}); "
-            f"pass the path of a local folder that holds the checkpoint{_OFFLINE}"
+            f"{name} is not a local folder, and the Hub cannot be reached ({_first_line(error)}); "
+            f"pass the path of a folder with the checkpoint{_TINY_HINT}"
         ) from error
 
 
 def default_dtype(folder: Path) -> torch.dtype | None:
-    """What a checkpoint is loaded in where nobody says: its own dtype (None), or float32.
+    """The dtype in which a checkpoint is loaded by default.
 
-    float32 is for the one in the package, whose weights are float16 to be small, not to be run so.
+    Returns:
+        None, which keeps the dtype of the checkpoint's weights; float32 for the tiny checkpoint, which is
+        stored in float16 only to make the package smaller.
     """
     return torch.float32 if folder.resolve() == SHIPPED_FOLDER else None
 
 
 def _downloaded(name: str, first: PurePosixPath, revision: str | None, cache: Path | None) -> Path | None:
-    """What an earlier download left of a repository, or None; found by the file that loading reads first.
+    """The folder of an earlier download that has the file which loading reads first, or None.
 
-    The client's own search (`snapshot_download(local_files_only=True)`) takes a snapshot that leaves out what
-    is not needed for an interrupted one, and refuses it.
+    The client's own search (`snapshot_download(local_files_only=True)`) cannot be used: it takes a snapshot
+    without the files that are not needed for an interrupted download, and refuses it.
     """
     from huggingface_hub import try_to_load_from_cache
 

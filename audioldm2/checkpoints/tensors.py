@@ -1,8 +1,8 @@
-"""Reading tensors from a folder's weight files: safetensors, sharded safetensors, or PyTorch's `.bin`.
+"""Reading tensors from a folder's weight files: safetensors or PyTorch's `.bin`, in one file or in shards.
 
-Which file: safetensors before `.bin`, one file before shards, the names that diffusers and transformers
-write. Nothing is unpickled but tensors (`torch.load(weights_only=True)`), and a shard index may name only
-files beside it.
+File names are those that diffusers and transformers write. safetensors is preferred to `.bin`, and one file
+to shards. Reading is safe: only tensors are unpickled (`torch.load(weights_only=True)`), and a shard index
+may refer only to files in its own folder.
 """
 
 from __future__ import annotations
@@ -25,16 +25,24 @@ STEMS = {
     "safetensors": ("diffusion_pytorch_model", "model"),
     "bin": ("diffusion_pytorch_model", "pytorch_model"),
 }
-# What parameters may be held in, by safetensors' names.
+# The dtypes of parameters, by their names in safetensors files.
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-# Tensors that need work (another dtype, device or form) are read through a mapping of the file that is
-# dropped after this many bytes, so that the pages that were read do not pile up beside the tensors that were
-# made.
+# Tensors that are converted (to another dtype, device or shape) are read through a memory mapping that is
+# closed and reopened after this many bytes. Otherwise the pages of the file would stay in memory beside the
+# converted tensors.
 _WINDOW_BYTES = 32 * 2**20
 
 
 def weights_file(names: Collection[str], variant: str | None = None) -> str | None:
-    """The file among a folder's `names` to read weights from: a shard index or the weights; or None."""
+    """Select the file to read weights from.
+
+    Args:
+        names: the names of all files in a folder.
+        variant: weights of a variant, such as "fp16".
+
+    Returns:
+        The name of a weight file or of a shard index; None if there is neither.
+    """
     dot = f".{variant}" if variant else ""
     for suffix, stems in STEMS.items():
         for stem in stems:
@@ -45,43 +53,56 @@ def weights_file(names: Collection[str], variant: str | None = None) -> str | No
 
 
 def shard_names(index: Path) -> dict[str, str]:
-    """From tensor names to shard files, as a shard index says.
+    """Read a shard index.
+
+    Args:
+        index: path of the index, such as `model.safetensors.index.json`.
+
+    Returns:
+        From each tensor's name to the name of its shard, a file in the folder of the index.
 
     Raises:
-        CheckpointError: the index is not JSON of the known form, or names a file that is not beside it.
+        CheckpointError: the file is not a shard index, or refers to a file outside its folder.
     """
     content = read_json(index)
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} is no shard index: it has no 'weight_map'")
+        raise CheckpointError(f"{index} is not a shard index: it has no 'weight_map'")
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".", "..") or "\\" in name:
-            raise CheckpointError(f"{index} points outside its folder ({name!r}); refused")
+            raise CheckpointError(
+                f"{index} refers to a file outside its folder ({name!r}), which is not allowed"
+            )
     return weight_map
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file; CheckpointError if it is missing or holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8 or not JSON
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} should hold a JSON object")
+        raise CheckpointError(f"{path} must contain a JSON object")
     return content
 
 
 class WeightFiles:
-    """The tensors in a folder's weight files, by name; shapes and types are known before anything is read.
+    """The tensors in a folder's weight files. Names, shapes and dtypes are known before a tensor is read.
 
     Args:
-        folder: where the weight files are.
-        variant: "fp16" reads `model.fp16.safetensors` and such.
+        folder: folder with the weight files.
+        variant: weights of a variant: "fp16" selects `model.fp16.safetensors` and such.
+
+    Attributes:
+        shapes: from each tensor's name to its shape.
+        types: from each tensor's name to its dtype, or to safetensors' name of it if it is not one of FLOATS.
 
     Raises:
-        CheckpointError: no weights, a truncated or garbage file, a `.bin` that holds more than tensors, a
-            shard that is missing or outside the folder.
+        CheckpointError: there are no weights, a file is truncated or not a weight file, a `.bin` file
+            contains more than tensors, or a shard is missing or outside the folder.
     """
 
     def __init__(self, folder: Path, variant: str | None = None):
@@ -89,54 +110,52 @@ class WeightFiles:
         if name is None:
             kind = f"weights of the variant '{variant}'" if variant else "weights"
             raise CheckpointError(
-                f"{folder} holds no {kind} (looked for model.safetensors, "
-                "diffusion_pytorch_model.safetensors, their shards and their .bin)"
+                f"{folder} has no {kind} (looked for model.safetensors and "
+                "diffusion_pytorch_model.safetensors, their shards, and .bin files)"
             )
         if name.endswith(".json"):
-            places = shard_names(folder / name)
-            missing = sorted({shard for shard in places.values() if not (folder / shard).is_file()})
+            shards = shard_names(folder / name)
+            missing = sorted({shard for shard in shards.values() if not (folder / shard).is_file()})
             if missing:
-                raise CheckpointError(f"{folder / name} names shards that are missing: {', '.join(missing)}")
-            files = sorted(set(places.values()))
+                raise CheckpointError(f"{folder / name} refers to missing shards: {', '.join(missing)}")
+            files = sorted(set(shards.values()))
         else:
             files = [name]
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.types: dict[str, torch.dtype | str] = {}
         self._file_of: dict[str, Path] = {}
-        self._tensors: dict[str, Tensor] = {}  # what a .bin held
-        self._mapped: dict[Path, Any] = {}  # open safetensors files whose tensors are used where they lie
-        self._window: dict[Path, Any] = {}  # open safetensors files that are soon closed again
+        self._tensors: dict[str, Tensor] = {}  # from .bin files
+        self._mapped: dict[Path, Any] = {}  # safetensors files that stay open, for `map`
+        self._window: dict[Path, Any] = {}  # safetensors files that are closed again, for `read`
         self._window_read = 0
         for path in (folder / file for file in files):
             if path.suffix == ".safetensors":
-                with _naming(path):
+                with _naming_file(path):
                     handle = self._mapped[path] = _safe_open(path)
                     for key in handle.keys():  # noqa: SIM118 - not a dict
                         part = handle.get_slice(key)
-                        self._found(
-                            path, key, part.get_shape(), FLOATS.get(part.get_dtype(), part.get_dtype())
-                        )
+                        self._add(path, key, part.get_shape(), FLOATS.get(part.get_dtype(), part.get_dtype()))
             else:
                 for key, tensor in _read_bin(path).items():
                     self._tensors[key] = tensor
-                    self._found(path, key, tensor.shape, tensor.dtype)
+                    self._add(path, key, tensor.shape, tensor.dtype)
 
-    def _found(self, path: Path, name: str, shape: Sequence[int], held: torch.dtype | str) -> None:
+    def _add(self, path: Path, name: str, shape: Sequence[int], dtype: torch.dtype | str) -> None:
         if name in self.shapes:
-            raise CheckpointError(f"{path} holds {name}, and so does another shard")
+            raise CheckpointError(f"{path} contains {name}, which another shard contains, too")
         self.shapes[name] = tuple(shape)
-        self.types[name] = held
+        self.types[name] = dtype
         self._file_of[name] = path
 
     def read(self, name: str) -> Tensor:
-        """One tensor, to be worked on and let go."""
+        """Read one tensor that is used only for a short time, such as one that is converted."""
         if name in self._tensors:
             return self._tensors[name]
         path = self._file_of[name]
         if self._window_read > _WINDOW_BYTES:
             self._window.clear()
             self._window_read = 0
-        with _naming(path):
+        with _naming_file(path):
             if path not in self._window:
                 self._window[path] = _safe_open(path)
             tensor = self._window[path].get_tensor(name)
@@ -144,11 +163,11 @@ class WeightFiles:
         return tensor
 
     def map(self, name: str) -> Tensor:
-        """One tensor where it lies: backed by the file's memory mapping (private: the file never changes)."""
+        """Map one tensor into memory without reading it. Writing to it does not change the file."""
         if name in self._tensors:
             return self._tensors[name]
         path = self._file_of[name]
-        with _naming(path):
+        with _naming_file(path):
             return self._mapped[path].get_tensor(name)
 
 
@@ -159,35 +178,35 @@ def _safe_open(path: Path) -> Any:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turn what safetensors says of a broken file into an error that names the file."""
+def _naming_file(path: Path) -> Iterator[None]:
+    """Turn safetensors' error about a broken file into one that names the file."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} is not a whole safetensors file ({error}); download or copy it again"
+            f"{path} is not a complete safetensors file ({error}); download or copy it again"
         ) from error
 
 
 def _read_bin(path: Path) -> dict[str, Tensor]:
     try:
-        # Files from before PyTorch 1.6 are no zip archives and cannot be memory-mapped.
+        # Files from before PyTorch 1.6 are not zip archives and cannot be memory-mapped.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} is garbage, or holds more than tensors and would have to run code to be read; refused. "
+            f"{path} was not read: it is damaged, or contains more than tensors and could run code. "
             "Use safetensors"
         ) from error
     except Exception as error:
-        # Garbage makes torch.load raise nearly anything: RuntimeError, IndexError, struct.error, BadZipFile.
+        # torch.load raises many kinds of errors for damaged files: RuntimeError, IndexError, BadZipFile, ...
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise CheckpointError(
-            f"{path} is not a whole PyTorch weights file ({reason}); download or copy it again"
+            f"{path} is not a complete PyTorch weight file ({reason}); download or copy it again"
         ) from error
     if not isinstance(content, dict) or not all(map(_is_named_tensor, content.items())):
-        raise CheckpointError(f"{path} is no state dict: it should hold tensors by name")
+        raise CheckpointError(f"{path} is not a state dict: it must contain tensors by name")
     return content
 
 

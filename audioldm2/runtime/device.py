@@ -1,4 +1,4 @@
-"""Devices by name."""
+"""Checking that a device exists before anything is moved to it."""
 
 from __future__ import annotations
 
@@ -6,23 +6,28 @@ import torch
 
 
 def available_device(name: torch.device | str) -> torch.device:
-    """The device of that name.
+    """The device of that name, if this machine has it.
+
+    Args:
+        name: a torch.device, or a name such as "cpu", "cuda", "cuda:1" or "mps".
 
     Raises:
-        ValueError: there is no such kind of device, or none on this machine.
+        ValueError: the device is unknown, not supported, or not available on this machine.
     """
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"no device {str(name)!r}; there are cpu, cuda, cuda:1, mps, ...") from error
+        raise ValueError(f"unknown device {str(name)!r}; use cpu, cuda, cuda:1, mps or xpu") from error
     if device.type not in ("cpu", "cuda", "mps", "xpu"):
-        raise ValueError(f"device {device} is none to make sound on; there are cpu, cuda, cuda:1, mps, ...")
+        raise ValueError(f"device {device} is not supported; use cpu, cuda, cuda:1, mps or xpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"device {device} is not there: this machine shows {torch.cuda.device_count()} CUDA devices"
+            f"device {device} is not available: PyTorch sees {torch.cuda.device_count()} CUDA devices"
         )
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device mps is not there: this machine or this PyTorch has no Metal")
+        raise ValueError("device mps is not available: this machine or this build of PyTorch has no Metal")
     if device.type == "xpu" and not torch.xpu.is_available():
-        raise ValueError("device xpu is not there: this machine or this PyTorch has none")
+        raise ValueError(
+            "device xpu is not available: this machine has no Intel GPU, or this build of PyTorch no support"
+        )
     return device

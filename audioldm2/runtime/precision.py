@@ -1,17 +1,17 @@
-"""Which numbers may be halved.
+"""Which dtype each parameter has when a stage runs in float32, bfloat16 or float16.
 
-Everything runs in the dtype that is asked for, from the token embeddings to the waveform. What stays float32
-all the same, and why:
+Everything runs in the requested dtype, from the token embeddings to the waveform, except for the following:
 
-* The parameters that a stage names in `float32_parameters` (fnmatch patterns), where float16 is asked for.
-  That is the last matrix of each of T5's feed-forwards, whose results outgrow float16 (largest number 65504);
-  T5 also adds up its blocks in float32. bfloat16 has float32's range and keeps nothing.
-* DPM-Solver++'s arithmetic, a few operations a step: it takes differences of estimates that are nearly alike.
-  Coefficients are float64 numbers of Python's.
-* The sinusoids of the time embedding: timesteps up to 999 are no float16 numbers to multiply with.
-* Means and variances of norms, and softmax: inside PyTorch's own kernels, and in `VAE.decode_in_chunks`.
-* The waveform that comes out. CLAP's log-mel front end for ranking is float64: quiet bands beside loud ones
-  lie below float32's noise.
+* In float16, the parameters that a stage lists in `float32_parameters` (fnmatch patterns) stay in float32:
+  the last matrix of each feed-forward layer in T5, whose outputs exceed the largest float16 number, 65504.
+  T5's residual stream is float32, too. bfloat16 has the range of float32 and needs no exception.
+* DPM-Solver++ works on differences of nearly equal estimates. Its few operations per step are done in
+  float32, with coefficients that are Python floats (float64).
+* The sinusoids of the time embedding are computed in float32: float16 is too coarse for timesteps up to 999.
+* Statistics of normalization layers and softmax are computed in float32, inside PyTorch's kernels and in
+  `VAE.decode_in_chunks`.
+* The waveform is returned in float32. CLAP's log-mel front end works in float64, because rounding errors of
+  loud mel bands would drown quiet ones in float32.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import nn
 
 
 def parameter_dtype(stage: nn.Module | type[nn.Module], name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the parameter `name` when `stage` is run in `dtype`."""
+    """The dtype of the parameter or buffer `name` when `stage` runs in `dtype`."""
     patterns = getattr(stage, "float32_parameters", ())
     if dtype == torch.float16 and any(fnmatchcase(name, pattern) for pattern in patterns):
         return torch.float32
@@ -31,7 +31,7 @@ def parameter_dtype(stage: nn.Module | type[nn.Module], name: str, dtype: torch.
 
 
 def cast(stage: nn.Module, dtype: torch.dtype) -> None:
-    """Turn a stage's parameters and buffers into `dtype`, in place, one tensor at a time."""
+    """Convert a stage's parameters and buffers to `dtype` in place, one tensor at a time to save memory."""
     tensors = [*stage.named_parameters(), *stage.named_buffers()]
     for name, tensor in tensors:
         if tensor.is_floating_point():
@@ -39,7 +39,7 @@ def cast(stage: nn.Module, dtype: torch.dtype) -> None:
 
 
 def stage_dtype(stage: nn.Module) -> torch.dtype:
-    """The dtype a stage runs in: that of its first parameter that may be halved."""
+    """The dtype that a stage runs in: that of its first parameter that float16 makes no exception for."""
     for name, parameter in stage.named_parameters():
         if parameter_dtype(stage, name, torch.float16) == torch.float16:
             return parameter.dtype
@@ -47,4 +47,5 @@ def stage_dtype(stage: nn.Module) -> torch.dtype:
 
 
 def stage_device(stage: nn.Module) -> torch.device:
+    """The device of a stage's parameters."""
     return next(stage.parameters()).device

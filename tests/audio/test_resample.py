@@ -101,6 +101,18 @@ def test_resampling_keeps_shape_dtype_and_equal_rates(monkeypatch):
     assert_close(resample(x, 44100, 48000), y, 1e-6)
 
 
+@pytest.mark.parametrize("max_kernel_weights", [0, 2**22])
+def test_resampling_has_gradients_even_after_inference_mode(monkeypatch, max_kernel_weights):
+    monkeypatch.setattr("audioldm2.audio.resample.MAX_KERNEL_WEIGHTS", max_kernel_weights)
+    x = torch.randn(100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        resample(x, 44100, 48000)
+    x.requires_grad_()
+    resample(x, 44100, 48000).square().sum().backward()
+    assert torch.isfinite(x.grad).all()
+    assert x.grad.abs().min() > 0
+
+
 def test_resampling_refuses_bad_arguments():
     with pytest.raises(ValueError, match="must be positive, got 16000 and 0"):
         resample(torch.zeros(5), 16000, 0)

@@ -147,7 +147,7 @@ def test_shards_of_the_libraries_load_to_the_same_tensors(random_checkpoint, sta
         assert len([name for name in names if name.endswith(".safetensors")]) >= 2
         same_state(load(tmp_path, part, variant=variant), stages[part])
         if variant:
-            with pytest.raises(CheckpointError, match="holds no weights"):
+            with pytest.raises(CheckpointError, match="has no weights"):
                 load(tmp_path, part)
 
 
@@ -161,7 +161,7 @@ def test_shards_in_bin_of_diffusers_load_to_the_same_tensors(random_checkpoint, 
 @pytest.mark.parametrize("part", MIXED_WEIGHTS)
 def test_the_variant_is_read_and_only_the_variant(checkpoint, part):
     safe, binary = MIXED_WEIGHTS[part]
-    with pytest.raises(CheckpointError, match=r"holds no weights of the variant 'fp16' \(looked for "):
+    with pytest.raises(CheckpointError, match=r"has no weights of the variant 'fp16' \(looked for "):
         load(checkpoint, part, variant="fp16")
     state = load_file(checkpoint / part / safe)
     halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
@@ -600,22 +600,22 @@ def pipeline_refusal(folder: Path | str) -> str:
 def test_a_name_that_is_neither_folder_nor_repository(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert pipeline_refusal(name) == (
-        f"{name!r} is neither a folder here nor a repository on the Hub (owner/name); "
-        '"tiny" is in the package and needs no Hub'
+        f"{name!r} is neither a local folder nor a repository on the Hub (owner/name); "
+        '"tiny" is included in the package and needs no download'
     )
 
 
 @pytest.mark.parametrize("name", ["a--b/c", "owner/name.git", "owner/na..me"])
 def test_a_name_that_the_hub_cannot_have(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "neither a folder here nor a repository" in pipeline_refusal(name)
+    assert "neither a local folder nor a repository" in pipeline_refusal(name)
     only_local = refusal(lambda: AudioLDM2Pipeline.from_pretrained(name, local_files_only=True))
-    assert "neither a folder here nor a repository" in only_local
+    assert "neither a local folder nor a repository" in only_local
 
 
 def test_a_file_in_place_of_a_folder(checkpoint):
     path = checkpoint / "model_index.json"
-    assert pipeline_refusal(path) == f"{path} is a file; pass the folder that holds it"
+    assert pipeline_refusal(path) == f"{path} is a file; pass the folder that contains it"
 
 
 def test_a_folder_that_holds_no_checkpoint(tmp_path):
@@ -637,7 +637,7 @@ def test_garbage_in_place_of_json(checkpoint, name):
         path.write_bytes(content)
         assert f"{path} cannot be read as JSON: " in pipeline_refusal(checkpoint)
     path.write_text("[1, 2]")
-    assert f"{path} should hold a JSON object" in pipeline_refusal(checkpoint)
+    assert f"{path} must contain a JSON object" in pipeline_refusal(checkpoint)
     path.unlink()
     assert f"{path} is missing" in pipeline_refusal(checkpoint)
     path.mkdir()
@@ -827,9 +827,11 @@ def test_a_bin_that_would_run_code_is_refused_and_does_not_run(checkpoint, tmp_p
     evil = {**state, "conv_in.bias": RunsCode(f"touch {marker}")}
     torch.save(evil, path, _use_new_zipfile_serialization=not legacy)
     message = refusal(lambda: load(checkpoint, "unet"))
-    assert message.startswith(f"{path} is garbage, or holds more than tensors and would have to run code")
+    assert message.startswith(
+        f"{path} was not read: it is damaged, or contains more than tensors and could run code"
+    )
     path.write_bytes(pickle.dumps(evil["conv_in.bias"]))
-    assert "refused" in refusal(lambda: load(checkpoint, "unet"))
+    assert "was not read" in refusal(lambda: load(checkpoint, "unet"))
     assert not marker.exists()
 
 
@@ -841,13 +843,13 @@ def test_a_bin_that_holds_no_state_dict(checkpoint, content):
     path = weights(checkpoint, "vae").with_suffix(".bin")
     weights(checkpoint, "vae").unlink()
     torch.save(content, path)
-    expected = f"{path} is no state dict: it should hold tensors by name"
+    expected = f"{path} is not a state dict: it must contain tensors by name"
     assert refusal(lambda: load(checkpoint, "vae")) == expected
 
 
 def test_no_weights_at_all(checkpoint):
     weights(checkpoint, "vae").unlink()
-    assert f"{checkpoint / 'vae'} holds no weights (looked for " in pipeline_refusal(checkpoint)
+    assert f"{checkpoint / 'vae'} has no weights (looked for " in pipeline_refusal(checkpoint)
 
 
 @pytest.mark.parametrize("write", [write_safetensors, write_bin])
@@ -924,7 +926,7 @@ def test_an_index_that_points_outside_its_folder_is_refused(checkpoint, name, sa
     places = json.loads(index.read_text())["weight_map"]
     edit_json(index, weight_map={**places, "decoder.conv_in.bias": name})
     message = refusal(lambda: load(checkpoint, "vae"))
-    assert message == f"{index} points outside its folder ({name!r}); refused"
+    assert message == f"{index} refers to a file outside its folder ({name!r}), which is not allowed"
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}'])
@@ -939,13 +941,13 @@ def test_a_shard_that_is_missing_truncated_or_double(checkpoint):
     first, second = sorted(index.parent.glob("*.safetensors"))
     content = second.read_bytes()
     second.write_bytes(content[:-1])
-    assert refusal(lambda: load(checkpoint, "vae")).startswith(f"{second} is not a whole safetensors file")
+    assert refusal(lambda: load(checkpoint, "vae")).startswith(f"{second} is not a complete safetensors file")
     second.unlink()
-    expected = f"{index} names shards that are missing: {second.name}"
+    expected = f"{index} refers to missing shards: {second.name}"
     assert refusal(lambda: load(checkpoint, "vae")) == expected
     shutil.copy(first, second)
     message = refusal(lambda: load(checkpoint, "vae"))
-    assert re.fullmatch(rf"{re.escape(str(second))} holds \S+, and so does another shard", message)
+    assert re.fullmatch(rf"{re.escape(str(second))} contains \S+, which another shard contains, too", message)
 
 
 # Tokenizers, front end, scheduler
