@@ -5,8 +5,8 @@
     pipe = AudioLDM2Pipeline.from_pretrained("cvssp/audioldm2")
     audio = pipe("A hammer hits a wooden surface.").audios[0]  # numpy, 16 kHz
 
-Every stage can be had alone (`UNet`, `VAE`, ...). Names are imported when they are first used, so that
-importing the package costs nothing.
+Every stage can be used alone (`UNet`, `VAE`, ...). Names are imported when they are first used, so that
+importing the package is cheap.
 """
 
 from __future__ import annotations
@@ -39,20 +39,26 @@ _HOMES = {
 
 __all__ = [*_HOMES]
 
-if TYPE_CHECKING:
-    from audioldm2.audio.log_mel import ClapFeatureExtractor, LogMel
-    from audioldm2.audio.wav import read_wav, write_wav
-    from audioldm2.checkpoints.errors import CheckpointError
-    from audioldm2.models.clap import ClapModel
-    from audioldm2.models.gpt2 import GPT2
-    from audioldm2.models.hifigan import HifiGan
-    from audioldm2.models.projection import ProjectionModel
-    from audioldm2.models.t5 import T5Encoder
-    from audioldm2.models.unet import UNet
-    from audioldm2.models.vae import VAE
-    from audioldm2.models.vits import VitsTextEncoder
-    from audioldm2.pipeline import AudioLDM2Pipeline, AudioPipelineOutput
-    from audioldm2.schedulers import DDIMScheduler, DPMSolverMultistepScheduler
+if TYPE_CHECKING:  # `as` marks what is exported
+    from audioldm2.audio.log_mel import ClapFeatureExtractor as ClapFeatureExtractor, LogMel as LogMel
+    from audioldm2.audio.wav import read_wav as read_wav, write_wav as write_wav
+    from audioldm2.checkpoints.errors import CheckpointError as CheckpointError
+    from audioldm2.models.clap import ClapModel as ClapModel
+    from audioldm2.models.gpt2 import GPT2 as GPT2
+    from audioldm2.models.hifigan import HifiGan as HifiGan
+    from audioldm2.models.projection import ProjectionModel as ProjectionModel
+    from audioldm2.models.t5 import T5Encoder as T5Encoder
+    from audioldm2.models.unet import UNet as UNet
+    from audioldm2.models.vae import VAE as VAE
+    from audioldm2.models.vits import VitsTextEncoder as VitsTextEncoder
+    from audioldm2.pipeline import (
+        AudioLDM2Pipeline as AudioLDM2Pipeline,
+        AudioPipelineOutput as AudioPipelineOutput,
+    )
+    from audioldm2.schedulers import (
+        DDIMScheduler as DDIMScheduler,
+        DPMSolverMultistepScheduler as DPMSolverMultistepScheduler,
+    )
 
 
 def __getattr__(name: str) -> Any:
