@@ -12,6 +12,7 @@ from audioldm2.checkpoints.errors import CheckpointError
 from audioldm2.checkpoints.tensors import FLOATS
 from audioldm2.checkpoints.weight_map import WeightMap, apply
 from audioldm2.models.stage import Stage
+from audioldm2.runtime.precision import parameter_dtype
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -92,7 +93,7 @@ def fill(
         held = cast(torch.dtype, source.types[recipe.sources[0]])
         wanted = dtype or held
         if isinstance(stage, Stage):
-            wanted = stage.parameter_dtype(name, wanted)
+            wanted = parameter_dtype(stage, name, wanted)
         # A tensor that is used as it is must not be read through the short-lived window of the file, which it
         # would keep alive as a whole.
         unchanged = recipe.operation in ("copy", "squeeze") and held == wanted

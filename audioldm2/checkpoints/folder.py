@@ -39,11 +39,12 @@ from audioldm2.checkpoints.formats import (
     write_json,
 )
 from audioldm2.checkpoints.hub import checkpoint_folder, default_dtype
-from audioldm2.checkpoints.tensors import FLOATS, WeightFiles, read_json
+from audioldm2.checkpoints.tensors import WeightFiles, read_json
 from audioldm2.checkpoints.weight_map import weight_map
 from audioldm2.models.config import check_types
 from audioldm2.models.stage import Stage
 from audioldm2.runtime.device import available_device
+from audioldm2.runtime.precision import check_dtype
 from audioldm2.schedulers import SCHEDULERS, DDIMScheduler, DPMSolverMultistepScheduler
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
@@ -146,17 +147,6 @@ class _SkipInit(TorchFunctionMode):
         if getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
-
-
-def check_dtype(dtype: Any) -> None:
-    """Check that a stage can be loaded in a dtype; None stands for the checkpoint's own.
-
-    Raises:
-        ValueError: it is not a floating-point dtype that stages work in.
-    """
-    if dtype is not None and dtype not in FLOATS.values():
-        supported = ", ".join(map(str, FLOATS.values()))
-        raise ValueError(f"torch_dtype = {dtype!r} is not supported; use one of {supported}")
 
 
 def save_stage(stage: Stage[Any], folder: Path) -> None:
@@ -266,7 +256,10 @@ def save_parts(parts: Mapping[str, Any], folder: str | Path) -> None:
     """
     folder = Path(folder)
     forms = {name: _format_of_part(name, parts[name]) for name in PARTS}
-    kinds = {"scheduler": tuple(SCHEDULERS.values()), "feature_extractor": ClapFeatureExtractor}
+    kinds: dict[str, Any] = {
+        "scheduler": tuple(SCHEDULERS.values()),
+        "feature_extractor": ClapFeatureExtractor,
+    }
     for name, kind in kinds.items():
         if not isinstance(parts[name], kind):
             raise TypeError(f"{name} is a {type(parts[name]).__name__}, which this package cannot save")

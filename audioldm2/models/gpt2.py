@@ -238,6 +238,8 @@ class GPT2(Stage[GPT2Config]):
         caches = [Cache(batch, total, width, like=inputs_embeds) for _ in self.blocks]
         positions = torch.arange(total, device=inputs_embeds.device)
         x = self(inputs_embeds, mask, positions=positions[:length], caches=caches)[:, -1:]
+        # Laid out as the later vectors are: to a compiled stage, strides are part of a shape.
+        x = x.clone(memory_format=torch.contiguous_format)
         generated = [x]
         for position in range(length, total):
             x = self(x, mask, positions=positions[position : position + 1], caches=caches)

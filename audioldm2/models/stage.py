@@ -7,8 +7,6 @@ and `save_pretrained`, which read and write the Hub's checkpoint format.
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
-from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -110,22 +108,13 @@ class Stage(nn.Module, Generic[ConfigT]):
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
-        return next(chain(self.parameters(), self.buffers())).device
+        from audioldm2.runtime.precision import stage_device
+
+        return stage_device(self)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype the stage works in: that of its parameters, except for `float32_parameters`."""
-        for name, parameter in self.named_parameters():
-            if self.parameter_dtype(name, torch.float16) == torch.float16:
-                return parameter.dtype
-        return torch.float32
+        from audioldm2.runtime.precision import stage_dtype
 
-    @classmethod
-    def parameter_dtype(cls, name: str, dtype: torch.dtype) -> torch.dtype:
-        """The dtype that the parameter `name` has when the stage works in `dtype`.
-
-        It is `dtype`, except that parameters in `float32_parameters` are float32 if `dtype` is float16.
-        """
-        if dtype == torch.float16 and any(fnmatchcase(name, pattern) for pattern in cls.float32_parameters):
-            return torch.float32
-        return dtype
+        return stage_dtype(self)

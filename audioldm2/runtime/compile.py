@@ -1,85 +1,160 @@
-"""Compiling stages, each as one graph: what torch.compile is called on, and the rules that keep it rare.
+"""Compiling stages with torch.compile, each as one graph, and calling them in shapes that rarely change.
 
-The compiler works once for each set of shapes. So that a new prompt brings no new shapes, texts are padded to
-a multiple of `BUCKET` tokens where a stage is compiled (the pipeline does it; the padding is masked, so the
-numbers stay). Another duration, batch or number of candidates does bring new shapes, and compiles anew.
+torch.compile works once for each set of input shapes. So that a new prompt brings no new shapes, texts are
+padded to a multiple of `TOKEN_BUCKET` tokens on their way into a compiled stage, and its result is cut back
+(the padding is masked, so no number changes). Another duration, batch size or number of candidates does bring
+new shapes, and compiles again.
 
-On a GPU the graphs are recorded and replayed (CUDA graphs), which leaves no time between kernels.
+On a GPU the graphs are recorded and replayed (CUDA graphs), which leaves no gaps between kernels. A replay
+writes its result into the same memory as the one before, so results are copied.
 
-What was compiled is kept on disk by PyTorch (TORCHINDUCTOR_CACHE_DIR, else a folder in the temporary one) and
-found again by the next process, which then compiles in a fraction of the time.
+PyTorch keeps what it compiled on disk (TORCHINDUCTOR_CACHE_DIR, by default a temporary folder), so that the
+next process compiles in a fraction of the time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
-from torch import nn
+from torch import Tensor, nn
 
-BUCKET = 16  # tokens
-LIMIT = 64  # sets of shapes for which one function may be compiled before the compiler refuses; its own is 8
-# What is compiled of a stage: a submodule, a method, or all of it. Of CLAP it is the tower that every
+TOKEN_BUCKET = 16
+# Sets of shapes a function may be compiled for before PyTorch gives up on it; its own limit is 8.
+MAX_SHAPES = 64
+# The submodule of a stage that is compiled, "" for the whole stage. Of CLAP it is the tower that every
 # generation needs.
 TARGETS: dict[str, str] = {
     "text_encoder": "text",
     "text_encoder_2": "",
     "projection_model": "",
-    "language_model": "states",
-    "unet": "denoise",
+    "language_model": "",
+    "unet": "",
     "vae": "decoder",
     "vocoder": "",
 }
-# The language model writes into its caches and the projection takes sequences of any length: neither can be
-# recorded in a CUDA graph.
-UNRECORDED = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+# These take sequences of any length, and GPT-2 writes into its caches: they are not recorded in CUDA graphs.
+DYNAMIC = ("projection_model", "language_model")
+WITHOUT_CUDA_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
 
 def default_mode(device: torch.device) -> str:
-    """CUDA graphs where there is a GPU."""
+    """CUDA graphs on a GPU."""
     return "reduce-overhead" if device.type == "cuda" else "default"
 
 
-def compile_stage(name: str, stage: nn.Module, mode: str) -> None:
-    """Compile what `TARGETS` names of a stage: all, a submodule or a method. It compiles when first called.
-
-    Args:
-        name: of the part.
-        stage: changed in place.
-        mode: as torch.compile's.
-    """
-    for function in (rearrange, reduce, repeat):
-        # Without this the compiler traces through einops itself, which takes longer than all the rest.
-        torch.compiler.allow_in_graph(function)
-    # Newer releases call it recompile_limit, and know this name too.
-    config = torch._dynamo.config
-    config.cache_size_limit = max(config.cache_size_limit, LIMIT)
-    # The projection alone sees as many tokens as there are: what comes after them must not move.
-    dynamic = name == "projection_model"
-    if name in ("language_model", "projection_model"):
-        mode = UNRECORDED.get(mode, mode)
-    target = getattr(stage, TARGETS[name]) if TARGETS[name] else stage
-    if isinstance(target, nn.Module):
-        target.compile(fullgraph=True, dynamic=dynamic, mode=mode)
-    else:
-        compiled: Callable[..., object] = torch.compile(target, fullgraph=True, dynamic=dynamic, mode=mode)
-        setattr(stage, TARGETS[name], compiled)
-
-
-def rounded_up(count: int, multiple: int) -> int:
-    """The least multiple that is no less than `count`."""
-    return -(-count // multiple) * multiple
-
-
-def check_stages(stages: Sequence[str] | None) -> list[str]:
-    """The names of stages to compile, None meaning all.
+def check_stage_names(stages: Sequence[str] | None) -> list[str]:
+    """The names of the stages to compile; None means all.
 
     Raises:
-        ValueError: there is no stage of that name.
+        ValueError: a name that is not a stage's.
     """
     chosen = [*TARGETS] if stages is None else [stages] if isinstance(stages, str) else [*stages]
     for name in chosen:
         if name not in TARGETS:
-            raise ValueError(f"there is no stage {name!r} to compile; there are {', '.join(TARGETS)}")
+            raise ValueError(f"there is no stage {name!r} to compile; choose from {', '.join(TARGETS)}")
     return chosen
+
+
+def compile_stage(name: str, stage: nn.Module, mode: str) -> None:
+    """Have `stage`, or what `TARGETS` names of it, compiled when it is first called (`nn.Module.compile`).
+
+    Args:
+        name: which part of the pipeline the stage is.
+        stage: the stage; its parameters and its state dict do not change.
+        mode: torch.compile's.
+    """
+    for function in (rearrange, reduce, repeat):
+        # Otherwise the compiler traces through einops itself, which takes longer than everything else.
+        torch.compiler.allow_in_graph(function)
+    # Newer releases call it recompile_limit, and still know this name.
+    config = torch._dynamo.config
+    config.cache_size_limit = max(config.cache_size_limit, MAX_SHAPES)
+    dynamic = name in DYNAMIC
+    mode = WITHOUT_CUDA_GRAPHS.get(mode, mode) if dynamic else mode
+    target = stage.get_submodule(TARGETS[name])
+    target.compile(fullgraph=True, dynamic=dynamic, mode=mode)
+
+
+# --- calling compiled stages
+
+
+def rounded_up(count: int, multiple: int) -> int:
+    """The smallest multiple that is at least `count`."""
+    return -(-count // multiple) * multiple
+
+
+class CompiledStage:
+    """A stage that was compiled, as the pipeline calls it: its results are copied.
+
+    Everything that is not a call (`config`, `parameters`, ...) is the stage's own.
+    """
+
+    def __init__(self, stage: Any):
+        self.stage = stage
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stage, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = self.stage(*args, **kwargs)
+        return result.clone() if isinstance(result, Tensor) else tuple(x.clone() for x in result)
+
+
+class CompiledClap(CompiledStage):
+    """CLAP; texts are padded to a multiple of `TOKEN_BUCKET`."""
+
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        text = self.stage.config.text_config
+        longest = text.max_position_embeddings - text.pad_token_id - 1
+        added = (0, min(rounded_up(input_ids.shape[1], TOKEN_BUCKET), longest) - input_ids.shape[1])
+        ids = F.pad(input_ids, added, value=text.pad_token_id)
+        features: Tensor = self.stage.text_features(ids, F.pad(attention_mask, added))
+        return features.clone()
+
+
+class CompiledSecondEncoder(CompiledStage):
+    """T5 or VITS; texts are padded to a multiple of `TOKEN_BUCKET`, and the padding's states cut off."""
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        length = input_ids.shape[1]
+        added = (0, rounded_up(length, TOKEN_BUCKET) - length)
+        states: Tensor = self.stage(F.pad(input_ids, added), F.pad(attention_mask, added))
+        return states[:, :length].clone()
+
+
+class CompiledUNet(CompiledStage):
+    """The UNet; the second encoder's states are padded to a multiple of `TOKEN_BUCKET`."""
+
+    def contexts(self, vectors: Tensor, states: Tensor, mask: Tensor) -> Any:
+        added = rounded_up(states.shape[1], TOKEN_BUCKET) - states.shape[1]
+        return self.stage.contexts(vectors, F.pad(states, (0, 0, 0, added)), F.pad(mask, (0, added)))
+
+    def __call__(self, sample: Tensor, timestep: Tensor, **kwargs: Any) -> Tensor:
+        # A copy of the timestep: it is an element of a longer tensor, and its alignment is part of the shape.
+        result: Tensor = self.stage(sample, timestep.clone(), **kwargs)
+        return result.clone()
+
+
+class CompiledVAE(CompiledStage):
+    """The VAE, of which the decoder is compiled."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        mel: Tensor = self.stage.decode(latents)
+        return mel.clone()
+
+
+_WRAPPERS: dict[str, type[CompiledStage]] = {
+    "text_encoder": CompiledClap,
+    "text_encoder_2": CompiledSecondEncoder,
+    "unet": CompiledUNet,
+    "vae": CompiledVAE,
+}
+
+
+def compiled(name: str, stage: nn.Module) -> CompiledStage:
+    """The wrapper through which the pipeline calls a stage that was compiled."""
+    return _WRAPPERS.get(name, CompiledStage)(stage)

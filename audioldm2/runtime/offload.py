@@ -1,35 +1,36 @@
 """Running a pipeline whose stages do not all fit on the device: each is there only while it works.
 
-On a GPU the weights wait in page-locked ("pinned") main memory, from where they are copied while the GPU
-works on something else: while one stage runs, the one after it is on its way. Nothing is copied back, as a
-stage that has worked has not changed; a weight that was changed on the device all the same is.
+On a GPU the weights wait in page-locked ("pinned") main memory. While one stage works, the next one is copied
+to the GPU. Back go only weights that changed on the device: those with a new version counter, and all of a
+stage during whose work a caller's code ran (`may_have_changed`), as a write through `.data` is not counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 @dataclass
-class _Place:
-    """Where a tensor waits, and its version when it left: a higher one says that it was changed since."""
+class _Home:
+    """A tensor's copy in main memory, and the tensor's version when it was copied from there."""
 
-    home: Tensor
+    copy: Tensor
     version: int
 
 
 class Offload:
-    """Gives stages the device, one after the other.
+    """Moves stages to the device, one after the other.
 
-    A stage stays until another one needs the place, so one that works again and again (the UNet) moves once.
+    A stage stays until another one is needed, so one that is called many times (the UNet) moves once.
 
     Args:
         device: where stages work.
-        stages: all that will, in the order in which they do.
+        stages: all of them, in the order in which they work.
     """
 
     def __init__(self, device: torch.device | str, stages: Sequence[nn.Module]):
@@ -37,15 +38,17 @@ class Offload:
         self.stages = list(stages)
         self._working: nn.Module | None = None
         self._coming: tuple[nn.Module, torch.cuda.Event] | None = None
-        self._places: dict[Tensor, _Place] = {}
+        self._homes: MutableMapping[Tensor, _Home] = WeakTensorKeyDictionary()
+        self._changed = False  # whether the working stage's weights may have
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def take(self, stage: nn.Module) -> None:
-        """Have `stage` on the device, the one that was there before at home, and the next one on its way."""
+        """Move `stage` to the device and the one before it back, and start to copy the next one."""
         if self._working is stage:
             return
         if self._working is not None:
             self._send_home(self._working)
+            self._changed = False
         coming, self._coming = self._coming, None
         if coming is not None and coming[0] is stage:
             torch.cuda.current_stream(self.device).wait_event(coming[1])
@@ -58,7 +61,7 @@ class Offload:
         self._prefetch(stage)
 
     def release(self) -> None:
-        """Send all that is on the device home."""
+        """Move everything that is on the device back to main memory."""
         if self._coming is not None:
             stage, event = self._coming
             self._coming = None
@@ -66,14 +69,18 @@ class Offload:
             self._send_home(stage)
         if self._working is not None:
             self._send_home(self._working)
-            self._working = None
+            self._working, self._changed = None, False
+
+    def may_have_changed(self) -> None:
+        """Have all weights of the working stage copied back when it leaves the device."""
+        self._changed = True
 
     def _prefetch(self, stage: nn.Module) -> None:
-        """Begin to copy the stage that works after `stage`, beside the work."""
+        """Start to copy the stage that works after `stage`, in parallel with it."""
         if self._stream is None or stage not in self.stages[:-1]:
             return
         upcoming = self.stages[self.stages.index(stage) + 1]
-        # The memory is taken on the stream that will use it; the copy waits until it is free there.
+        # Memory is allocated on the stream that will use it; the copy waits until it is free there.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         self._bring(upcoming, self._stream)
         event = torch.cuda.Event()
@@ -82,31 +89,29 @@ class Offload:
 
     def _bring(self, stage: nn.Module, stream: torch.cuda.Stream | None = None) -> None:
         for tensor in _tensors(stage):
-            place = self._places.get(tensor)
-            # Weights that were replaced at home (another dtype, say) are not those that were noted.
-            if place is None or place.home.data_ptr() != tensor.data_ptr():
-                home = tensor.data.to("cpu")
-                if self._stream is not None:
-                    home = home.pin_memory()
-                place = self._places[tensor] = _Place(home, 0)
-            there = torch.empty_like(place.home, device=self.device)
+            home = self._homes.get(tensor)
+            # Weights may have been replaced in main memory since, by ones of another dtype for example.
+            if home is None or home.copy.data_ptr() != tensor.data_ptr():
+                copy = tensor.data.to("cpu")
+                home = self._homes[tensor] = _Home(copy if self._stream is None else copy.pin_memory(), 0)
+            on_device = torch.empty_like(home.copy, device=self.device)
             if stream is None:
-                there.copy_(place.home, non_blocking=True)
+                on_device.copy_(home.copy, non_blocking=True)
             else:
                 with torch.cuda.stream(stream):
-                    there.copy_(place.home, non_blocking=True)
-            tensor.data = there
-            place.version = tensor._version
+                    on_device.copy_(home.copy, non_blocking=True)
+            tensor.data = on_device
+            home.version = tensor._version
 
     def _send_home(self, stage: nn.Module) -> None:
         for tensor in _tensors(stage):
-            place = self._places.get(tensor)
-            if place is None:  # it came to be while the stage was at work
+            home = self._homes.get(tensor)
+            if home is None:  # added while the stage was on the device
                 tensor.data = tensor.data.to("cpu")
                 continue
-            if tensor._version != place.version:
-                place.home.copy_(tensor.data)
-            tensor.data = place.home
+            if self._changed or tensor._version != home.version:
+                home.copy.copy_(tensor.data)
+            tensor.data = home.copy
 
 
 def _tensors(stage: nn.Module) -> list[Tensor]:

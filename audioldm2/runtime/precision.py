@@ -17,9 +17,24 @@ Everything runs in the requested dtype, from the token embeddings to the wavefor
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import nn
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_dtype(dtype: Any) -> None:
+    """Check that a stage can run in a dtype; None stands for a checkpoint's own.
+
+    Raises:
+        ValueError: it is not one of `DTYPES`.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        supported = ", ".join(map(str, DTYPES))
+        raise ValueError(f"torch_dtype = {dtype!r} is not supported; use one of {supported}")
 
 
 def parameter_dtype(stage: nn.Module | type[nn.Module], name: str, dtype: torch.dtype) -> torch.dtype:
@@ -48,4 +63,4 @@ def stage_dtype(stage: nn.Module) -> torch.dtype:
 
 def stage_device(stage: nn.Module) -> torch.device:
     """The device of a stage's parameters."""
-    return next(stage.parameters()).device
+    return next(chain(stage.parameters(), stage.buffers())).device

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from audioldm2 import AudioLDM2Pipeline
-from audioldm2.models import PARTS
+from audioldm2.checkpoints.formats import PARTS
 from tests.helpers import ROOT
 
 WHOLE = "owner/tiny"  # every part, as safetensors, as .bin and as a variant; and files that are not needed

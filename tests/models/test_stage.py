@@ -18,6 +18,7 @@ from audioldm2 import UNet
 from audioldm2.checkpoints.folder import load_stage
 from audioldm2.checkpoints.formats import PARTS, format_of
 from audioldm2.models.stage import Stage
+from audioldm2.runtime.precision import parameter_dtype
 from tests.reference import SMALL, SMALL_SPEECH, assert_close, make_checkpoint
 
 SPEECH = "text_encoder_2 (vits)"
@@ -181,9 +182,9 @@ def test_parameters_that_stay_float32_decide_the_dtype_where_there_are_no_others
             self.scale = nn.Parameter(torch.ones(2))
 
     assert Exact().dtype == torch.float32
-    assert Exact.parameter_dtype("scale", torch.float16) == torch.float32
-    assert Exact.parameter_dtype("scale", torch.bfloat16) == torch.bfloat16
-    assert Exact.parameter_dtype("scales", torch.float16) == torch.float16
+    assert parameter_dtype(Exact, "scale", torch.float16) == torch.float32
+    assert parameter_dtype(Exact, "scale", torch.bfloat16) == torch.bfloat16
+    assert parameter_dtype(Exact, "scales", torch.float16) == torch.float16
 
 
 def test_a_subclass_is_loaded_and_saved_as_its_base_class_is(random_checkpoint: Path, tmp_path: Path) -> None:

@@ -21,10 +21,12 @@ from scripts.tiny.data.library import Library, load_library, make_library
 from scripts.tiny.data.sounds import draw_scene
 from scripts.tiny.loop import Run
 from scripts.tiny.sizes import SIZES
-from scripts.tiny.stages import clap as train_clap
-from scripts.tiny.stages import language as train_language
-from scripts.tiny.stages import ranking as train_ranking
-from scripts.tiny.stages import t5 as train_t5
+from scripts.tiny.stages import (
+    clap as train_clap,
+    language as train_language,
+    ranking as train_ranking,
+    t5 as train_t5,
+)
 
 # Each stage's trainer, its module and the parts that it writes.
 STAGES: dict[str, tuple[ModuleType, Callable[[Library, Run], None], tuple[str, ...]]] = {

@@ -27,8 +27,7 @@ from scripts.tiny.data.library import Library, make_library
 from scripts.tiny.data.sounds import Scene, Sound
 from scripts.tiny.loop import Run, schedule, train
 from scripts.tiny.sizes import SIZES, TOKENS
-from scripts.tiny.stages import unet as train_unet_module
-from scripts.tiny.stages import vae as train_vae_module
+from scripts.tiny.stages import unet as train_unet_module, vae as train_vae_module
 from scripts.tiny.stages.unet import (
     BLIND,
     GOING_ON,

@@ -14,8 +14,7 @@ from tqdm.auto import tqdm
 
 from audioldm2.atomic import replacing
 from audioldm2.audio.log_mel import LogMel, LogMelConfig
-from scripts.tiny.data import captions as captions_module
-from scripts.tiny.data import sounds
+from scripts.tiny.data import captions as captions_module, sounds
 from scripts.tiny.data.captions import caption
 from scripts.tiny.data.sounds import SAMPLES, SAMPLING_RATE, Scene, Sound, draw_scene, render
 from scripts.tiny.sizes import HOP

@@ -1,0 +1,308 @@
+"""Prompts to what the UNet attends to (Liu et al. 2023, "AudioLDM 2", figure 1, the left half).
+
+    text --CLAP--> one vector (B, 512) ----+
+         --Flan-T5--> states (B, M, 1024) -+--projection--> (B, M + 5, 768) --GPT-2--> vectors (B, 8, 768)
+
+The UNet attends to GPT-2's vectors and to T5's states; CLAP's vector also ranks the finished sounds.
+
+Prompts and negative prompts go through the encoders as one batch. For T5 they are padded to the length M of
+the longest prompt, and negative prompts are cut to it (as in diffusers). M matters: padding takes positions
+in GPT-2, so the same prompt gives slightly different vectors beside a longer one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from einops import repeat
+from torch import Tensor
+
+from audioldm2.arguments import as_negatives, as_texts
+from audioldm2.runtime.precision import stage_dtype
+
+Text = str | Sequence[str]
+
+# VITS's tokenizer writes no end of sequence; the speech checkpoints were trained with this token there.
+VITS_END_TOKEN = 182
+
+
+class Encoders(Protocol):
+    """What is needed of a pipeline: its tokenizers, and its stages ready to run."""
+
+    tokenizer: Any
+    tokenizer_2: Any
+    text_encoder: Any
+    text_encoder_2: Any
+    projection_model: Any
+    language_model: Any
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def running(self, name: str) -> AbstractContextManager[Any]: ...
+
+    def progress(self, description: str, total: int) -> Any: ...
+
+
+class Encoded(NamedTuple):
+    """What the encoders made of some texts."""
+
+    states: Tensor  # T5's, (B, M, 1024)
+    mask: Tensor  # (B, M), 1 for tokens and 0 for padding
+    vectors: Tensor  # GPT-2's, (B, 8, 768)
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the denoising loop and the ranking need to know of the prompts.
+
+    With guidance, the first half of the rows is the unconditional side (the negative prompts).
+
+    Attributes:
+        t5_states: (rows, M, 1024).
+        t5_mask: (rows, M), 1 for tokens and 0 for padding.
+        gpt2_vectors: (rows, 8, 768).
+        guided: whether there are two sides of guidance.
+        clap: CLAP's embeddings of the prompts, (prompts, 512); None if embeddings replaced the prompts.
+    """
+
+    t5_states: Tensor
+    t5_mask: Tensor
+    gpt2_vectors: Tensor
+    guided: bool
+    clap: Tensor | None
+
+    @property
+    def batch(self) -> int:
+        """How many sounds this conditions."""
+        return len(self.t5_states) // (2 if self.guided else 1)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of guidance as a caller passes it: texts, or the embeddings that replace them.
+
+    Attributes:
+        name: "prompt" or "negative_prompt", for error messages.
+    """
+
+    name: str
+    text: Text | None
+    states: Tensor | None = None
+    vectors: Tensor | None = None
+    mask: Tensor | None = None
+
+    def embeddings(self) -> Encoded | None:
+        """The embeddings, checked; None if there are none.
+
+        Raises:
+            ValueError: embeddings beside a text, one of two missing, or shapes that do not fit together.
+        """
+        prefix = self.name.removesuffix("prompt")
+        names = [f"{prefix}prompt_embeds", f"{prefix}generated_prompt_embeds", f"{prefix}attention_mask"]
+        states, vectors, mask = self.states, self.vectors, self.mask
+        if states is None and vectors is None and mask is None:
+            return None
+        if self.text is not None:
+            raise ValueError(f"pass {self.name} or its embeddings ({', '.join(names)}), not both")
+        if states is None or vectors is None:
+            raise ValueError(f"{names[0]} and {names[1]} go together; one is missing")
+        if mask is None:
+            mask = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
+        dimensions = (states.dim(), vectors.dim())
+        if dimensions != (3, 3) or len(states) != len(vectors) or mask.shape != states.shape[:2]:
+            raise ValueError(
+                f"{names[0]} {tuple(states.shape)}, {names[1]} {tuple(vectors.shape)} and {names[2]} "
+                f"{tuple(mask.shape)} do not match; they should be (B, N, width), (B, 8, width) and (B, N)"
+            )
+        return Encoded(states, mask, vectors)
+
+
+def condition(
+    pipe: Encoders,
+    cond: Side,
+    uncond: Side | None,
+    transcription: Text | None = None,
+    max_new_tokens: int | None = None,
+    waveforms: int = 1,
+) -> Conditioning:
+    """Encode prompts, and negative prompts for guidance, in one batch.
+
+    Args:
+        pipe: the tokenizers and encoders.
+        cond: the prompts.
+        uncond: the negative prompts; None for no guidance.
+        transcription: the words to speak, for the speech checkpoints.
+        max_new_tokens: how many vectors GPT-2 generates; its config's number by default.
+        waveforms: how often each prompt's rows are repeated.
+
+    Raises:
+        ValueError, TypeError: texts or embeddings that cannot be used; the message names the argument.
+    """
+    cond_encoded = cond.embeddings()
+    uncond_encoded = None if uncond is None else uncond.embeddings()
+    prompts: list[str] = []
+    negatives: list[str] = []
+    tokens_2: list[_SecondTokens] = []
+    if cond_encoded is None:
+        if cond.text is None:
+            raise ValueError("pass prompt, or prompt_embeds and generated_prompt_embeds")
+        prompts = as_texts(cond.name, cond.text)
+        tokens_2 = [_tokenize_second(pipe, prompts, transcription)]
+    if uncond is not None and uncond_encoded is None:
+        rows, length = (tokens_2[0] if cond_encoded is None else cond_encoded).mask.shape
+        negatives = as_negatives(uncond.text, rows)
+        tokens_2 = [_tokenize_negatives(pipe, negatives, length), *tokens_2]
+
+    clap = None
+    if tokens_2:
+        encoded, clap = _encode(pipe, negatives + prompts, tokens_2, max_new_tokens)
+        if negatives:
+            uncond_encoded = Encoded(*(x[: len(negatives)] for x in encoded))
+        if prompts:
+            cond_encoded = Encoded(*(x[len(negatives) :] for x in encoded))
+    assert cond_encoded is not None
+    sides = [cond_encoded] if uncond_encoded is None else _aligned(uncond_encoded, cond_encoded)
+    states, mask, vectors = (
+        torch.cat([repeat(x.to(pipe.device), "b ... -> (b n) ...", n=waveforms) for x in side])
+        for side in zip(*sides, strict=True)
+    )
+    return Conditioning(
+        t5_states=states.to(stage_dtype(pipe.text_encoder_2)),
+        t5_mask=mask,
+        gpt2_vectors=vectors.to(stage_dtype(pipe.language_model)),
+        guided=uncond is not None,
+        clap=clap[len(negatives) :] if clap is not None and prompts else None,
+    )
+
+
+def _encode(
+    pipe: Encoders, texts: list[str], tokens_2: Sequence[_SecondTokens], max_new_tokens: int | None
+) -> tuple[Encoded, Tensor]:
+    """Both encoders, the projection and GPT-2; also returns CLAP's embeddings, (B, 512)."""
+    with pipe.progress("Encoding text", 4) as bar:
+        ids, mask = tokenize(pipe, pipe.tokenizer, texts)
+        with pipe.running("text_encoder") as text_encoder:
+            clap = text_encoder.text_features(ids, mask)  # (B, 512)
+        bar.update()
+        mask_2 = torch.cat([tokens.mask for tokens in tokens_2])
+        spoken = [tokens for tokens in tokens_2 if tokens.ids is not None]
+        width = pipe.projection_model.config.text_encoder_1_dim
+        states = clap.new_zeros(*mask_2.shape, width)  # (B, M, 1024)
+        if spoken:
+            with pipe.running("text_encoder_2") as text_encoder_2:
+                encoded = text_encoder_2(
+                    torch.cat([tokens.ids for tokens in spoken if tokens.ids is not None]),
+                    torch.cat([tokens.mask for tokens in spoken]),
+                )
+            # Silent rows are unconditional ones, which come first.
+            states = torch.cat([states[: len(states) - len(encoded)].to(encoded), encoded])
+        bar.update()
+        with pipe.running("projection_model") as projection:
+            dtype = stage_dtype(projection)
+            one = mask_2.new_ones(len(clap), 1)
+            sequence, seen = projection(clap[:, None].to(dtype), states.to(dtype), one, mask_2)
+        bar.update()
+        with pipe.running("language_model") as gpt2:
+            vectors = gpt2.generate(sequence.to(stage_dtype(gpt2)), seen, max_new_tokens)  # (B, 8, 768)
+        bar.update()
+    return Encoded(states, mask_2, vectors), clap
+
+
+def _aligned(uncond: Encoded, cond: Encoded) -> list[Encoded]:
+    """Both sides with the same number of T5 states, the shorter one padded where the mask hides it."""
+    if len(uncond.states) != len(cond.states) or uncond.vectors.shape != cond.vectors.shape:
+        raise ValueError(
+            f"negative embeddings {tuple(uncond.states.shape)} and {tuple(uncond.vectors.shape)} do not go "
+            f"with the prompt's, {tuple(cond.states.shape)} and {tuple(cond.vectors.shape)}"
+        )
+    length = max(uncond.mask.shape[1], cond.mask.shape[1])
+
+    def padded(side: Encoded) -> Encoded:
+        missing = length - side.mask.shape[1]
+        return Encoded(F.pad(side.states, (0, 0, 0, missing)), F.pad(side.mask, (0, missing)), side.vectors)
+
+    return [padded(uncond), padded(cond)]
+
+
+# --- tokens
+
+
+class _SecondTokens(NamedTuple):
+    """Texts as the second encoder reads them, (B, M); ids are None where nothing is spoken."""
+
+    ids: Tensor | None
+    mask: Tensor
+
+
+def speaks(pipe: Encoders) -> bool:
+    """Whether this is a speech checkpoint: only their projection model has learned positions."""
+    return pipe.projection_model.config.use_learned_position_embedding is not None
+
+
+def _tokenize_second(pipe: Encoders, prompts: list[str], transcription: Text | None) -> _SecondTokens:
+    if not speaks(pipe):
+        if transcription is not None:
+            raise ValueError("transcription is for the speech checkpoints; this one takes only a prompt")
+        return _SecondTokens(*tokenize(pipe, pipe.tokenizer_2, prompts))
+    if transcription is None:
+        raise ValueError("this checkpoint speaks: pass transcription, the words to say")
+    texts = as_texts("transcription", transcription)
+    if len(texts) != len(prompts):
+        raise ValueError(f"{len(texts)} transcriptions for {len(prompts)} prompts; give one per prompt")
+    ids, mask = tokenize(pipe, pipe.tokenizer_2, texts, pad_to_limit=True)
+    # VITS's end token takes the place of each row's first padding, which is 0.
+    padding = ids == 0
+    first = padding & (padding.cumsum(dim=1) == 1)
+    return _SecondTokens(ids.masked_fill(first, VITS_END_TOKEN), mask.masked_fill(first, 1))
+
+
+def _tokenize_negatives(pipe: Encoders, negatives: list[str], length: int) -> _SecondTokens:
+    if not speaks(pipe):
+        return _SecondTokens(*tokenize(pipe, pipe.tokenizer_2, negatives, length))
+    mask = torch.zeros(len(negatives), pipe.tokenizer_2.model_max_length, dtype=torch.long)
+    return _SecondTokens(None, mask.to(pipe.device))
+
+
+def tokenize(
+    pipe: Encoders, tokenizer: Any, texts: list[str], length: int | None = None, pad_to_limit: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Ids and mask, (B, N), padded to the longest text or to `length`; warns of text that is cut off."""
+    limit = length or token_limit(pipe, tokenizer)
+    for text in texts:
+        ids = tokenizer(text, verbose=False).input_ids
+        if len(ids) > limit:
+            kept = tokenizer(text, max_length=limit, truncation=True).input_ids
+            # The end token, if there is one, is kept, so the removed tokens lie before it.
+            start = next((i for i, (a, b) in enumerate(zip(ids, kept, strict=False)) if a != b), limit)
+            removed = tokenizer.decode(ids[start : len(ids) - (limit - start)])
+            most = f"the prompt's {limit} tokens" if length else f"the {limit} tokens that are read"
+            warnings.warn(f"{text!r} is longer than {most}; cut off: {removed!r}", stacklevel=2)
+    tokens = tokenizer(
+        texts,
+        padding="max_length" if length or pad_to_limit else True,
+        max_length=limit,
+        truncation=True,
+        return_tensors="pt",
+    )
+    return tokens.input_ids.to(pipe.device), tokens.attention_mask.to(pipe.device)
+
+
+def token_limit(pipe: Encoders, tokenizer: Any) -> int:
+    """The most tokens a text may have: the tokenizer's limit, or the number of positions if that is less."""
+    limit: int = tokenizer.model_max_length
+    if tokenizer is pipe.tokenizer:
+        text = pipe.text_encoder.config.text_config
+        limit = min(limit, text.max_position_embeddings - text.pad_token_id - 1)
+    elif not speaks(pipe):
+        # T5 has no last position, but GPT-2 has. CLAP's vector, the four learned ones and all generated ones
+        # but the last take positions too.
+        gpt2 = pipe.language_model.config
+        limit = min(limit, gpt2.n_positions - 5 - (gpt2.max_new_tokens - 1))
+    return limit

@@ -1,0 +1,53 @@
+"""Scoring sounds with CLAP and ordering the candidates of each prompt by it.
+
+CLAP maps text and sound into one space (Wu et al. 2023); the score of a sound is the cosine between its
+embedding and the prompt's. diffusers ranks over the whole batch, where a prompt can be handed another
+prompt's sound; here candidates stay with their prompt.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from audioldm2.audio.resample import resample
+from audioldm2.runtime.precision import stage_device, stage_dtype
+
+
+def score(
+    text_encoder: Any,
+    feature_extractor: Any,
+    text_embeddings: Tensor,
+    audio: Tensor,
+    sampling_rate: int,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """How well sounds fit their prompts.
+
+    Args:
+        text_encoder: CLAP.
+        feature_extractor: its log-mel front end.
+        text_embeddings: CLAP's embeddings of the prompts, (prompts, P), of length 1.
+        audio: n candidates a prompt, those of one prompt together, (prompts * n, samples).
+        sampling_rate: of `audio`, in Hz.
+        generator: decides which part is listened to of sounds longer than CLAP's window.
+
+    Returns:
+        Cosines, (prompts, n).
+    """
+    rate = feature_extractor.config.sampling_rate
+    resampled = resample(audio.to(stage_device(text_encoder)), sampling_rate, rate)
+    features = feature_extractor(resampled, rate, generator)
+    sound_embeddings = text_encoder.audio_features(features.to(stage_dtype(text_encoder)))
+    sound_embeddings = rearrange(sound_embeddings, "(b n) p -> b n p", b=len(text_embeddings))
+    return torch.einsum("bnp,bp->bn", sound_embeddings, text_embeddings.to(sound_embeddings))
+
+
+def best_first(audio: Tensor, scores: Tensor) -> Tensor:
+    """Order each prompt's candidates (prompts * n, samples) by their scores (prompts, n), best first."""
+    order = scores.argsort(dim=1, descending=True, stable=True).to(audio.device)
+    rows = rearrange(torch.arange(len(audio), device=audio.device), "(b n) -> b n", b=len(scores))
+    return audio[rows.gather(1, order).flatten()]

@@ -1,0 +1,220 @@
+"""Where and how a pipeline's stages run: device, dtype, offload, compiling, and one generation at a time.
+
+`StageRunner` is the base class of the pipeline, which itself only says what a generation computes. It asks
+for a stage by `with self.running("unet") as unet:` and gets it on its device, with the convolutions that are
+fast on this CPU, or behind the wrapper of a compiled stage.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from audioldm2.runtime.compile import check_stage_names, compile_stage, compiled, default_mode
+from audioldm2.runtime.cpu import FastConvolutions, fast_convolutions
+from audioldm2.runtime.device import available_device
+from audioldm2.runtime.offload import Offload
+from audioldm2.runtime.precision import cast, check_dtype, stage_device, stage_dtype
+
+RunnerT = TypeVar("RunnerT", bound="StageRunner")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def one_at_a_time(
+    method: Callable[Concatenate[RunnerT, P], R],
+) -> Callable[Concatenate[RunnerT, P], R]:
+    """Have a method wait while another thread is in such a method of the same pipeline."""
+
+    @wraps(method)
+    def locked(self: RunnerT, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return locked
+
+
+class StageRunner:
+    """The stages of a pipeline, kept as attributes under the names in `stage_names`."""
+
+    stage_names: ClassVar[tuple[str, ...]]  # in the order in which they work
+    main_stage: ClassVar[str]  # the one whose device and dtype are the pipeline's
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._offload: Offload | None = None
+        self._compiled: set[str] = set()
+        self._fast: FastConvolutions | None = None
+        self._working: nn.Module | None = None
+        self._depth = 0
+        self._progress: dict[str, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A lock and a CUDA stream belong to a process; only where the stages work is saved.
+        offload = None if self._offload is None else self._offload.device
+        return {**self.__dict__, "_lock": None, "_fast": None, "_working": None, "_offload": offload}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock(), _offload=None)
+        if state["_offload"] is not None:
+            self.enable_model_cpu_offload(device=state["_offload"])
+
+    @property
+    def stages(self) -> dict[str, nn.Module]:
+        """The parts that have weights, by name."""
+        return {name: getattr(self, name) for name in self.stage_names}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the stages work."""
+        return self._offload.device if self._offload else stage_device(getattr(self, self.main_stage))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the UNet works in."""
+        return stage_dtype(getattr(self, self.main_stage))
+
+    @one_at_a_time
+    def to(
+        self: RunnerT,
+        device: torch.device | str | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> RunnerT:
+        """Move all stages to a device, convert them to a dtype, or both: `to("cuda")`, `to(torch.float16)`.
+
+        Parameters that need float32's range stay float32 in float16 (see `runtime.precision`).
+
+        Args:
+            device: the device, or the dtype alone.
+            dtype: a floating-point dtype.
+
+        Returns:
+            The pipeline itself.
+
+        Raises:
+            ValueError: a device that is not available, a dtype that is not supported, or a device after
+                `enable_model_cpu_offload`.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        if device is not None and self._offload is not None:
+            raise ValueError(
+                "enable_model_cpu_offload() moves the stages by itself; do not call to() after it"
+            )
+        check_dtype(dtype)
+        if device is not None:
+            device = available_device(device)
+        for stage in self.stages.values():
+            if dtype is not None:
+                cast(stage, dtype)
+            if device is not None:
+                stage.to(device)
+        return self
+
+    @one_at_a_time
+    def enable_model_cpu_offload(self, gpu_id: int = 0, device: torch.device | str = "cuda") -> None:
+        """Keep the stages in main memory, and each on the device only while it works.
+
+        On a GPU the next stage is copied while the current one works.
+
+        Args:
+            gpu_id: which GPU, unless `device` says.
+            device: where stages work.
+
+        Raises:
+            ValueError: the device is not available.
+        """
+        device = available_device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", gpu_id)
+        if self._offload is not None:
+            self._offload.release()
+            self._offload = None
+        self.to("cpu")
+        self._offload = Offload(device, [*self.stages.values()])
+
+    @one_at_a_time
+    def compile(self, mode: str | None = None, stages: Sequence[str] | None = None) -> None:
+        """Compile stages, each as one graph, when they are first called: minutes on a small machine.
+
+        They are compiled once for each duration, batch size and number of candidates; a new prompt compiles
+        nothing. PyTorch keeps what it compiled on disk for the next process: see TORCHINDUCTOR_CACHE_DIR in
+        its documentation.
+
+        Args:
+            mode: torch.compile's "default", "reduce-overhead" or "max-autotune". By default "reduce-overhead"
+                (CUDA graphs) on a GPU, and "default" on a CPU and with offload, where weights move.
+            stages: the names of the parts to compile, such as ["unet"]; all by default.
+
+        Raises:
+            ValueError: a name that is not a stage's.
+        """
+        mode = mode or ("default" if self._offload else default_mode(self.device))
+        for name in check_stage_names(stages):
+            compile_stage(name, getattr(self, name), mode)
+            self._compiled.add(name)
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Options for the progress bars, as tqdm takes them: `disable=True` turns them off."""
+        self._progress = options
+
+    def progress(self, description: str, total: int) -> tqdm[Any]:
+        """A progress bar with the options of `set_progress_bar_config`."""
+        return tqdm(**{"desc": description, "total": total, **self._progress})
+
+    @contextmanager
+    def running(self, name: str) -> Iterator[Any]:
+        """The stage `name`, ready to be called: on its device, and as fast as this machine allows."""
+        stage = getattr(self, name)
+        outer = self._working, self._fast
+        self._working = stage
+        if self._offload is not None:
+            self._offload.take(stage)
+        try:
+            if name in self._compiled:
+                self._fast = None
+                yield compiled(name, stage)
+            else:
+                with fast_convolutions(stage) as self._fast:
+                    yield stage
+        finally:
+            self._working, self._fast = outer
+
+    def refreshing(self, callback: Callable[P, R] | None) -> Callable[P, R] | None:
+        """Wrap a caller's callback, which may change weights or run the pipeline again.
+
+        After it, what was computed from the running stage's weights is dropped, and the stage is back on its
+        device.
+        """
+        if callback is None:
+            return None
+
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            result = callback(*args, **kwargs)
+            if self._fast is not None:
+                self._fast.forget()
+            if self._offload is not None and self._working is not None:
+                self._offload.take(self._working)
+                self._offload.may_have_changed()
+            return result
+
+        return call
+
+    @contextmanager
+    def generation(self) -> Iterator[None]:
+        """One generation at a time; in the end, also after an error, nothing is left on an offload device."""
+        with self._lock:
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                if self._offload is not None and self._depth == 0:
+                    self._offload.release()
