@@ -1,4 +1,4 @@
-# Shared by scripts/demo and scripts/test: a virtual environment in which the package is installed when needed.
+# Shared by scripts/demo and scripts/test: a virtual environment in which the package is installed once.
 # Source it in bash after `set -euo pipefail`. Defines $root (the checkout), $venv, say, fail and
 # prepare_environment.
 #
@@ -24,13 +24,13 @@ _fingerprint() {
 _check_python() {
     command -v -- "$python" >/dev/null || fail "$python was not found; install Python 3.10 or newer"
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-        fail "Python 3.10 or newer is required, $python is $("$python" --version 2>&1); select another with PYTHON=..."
+        fail "Python 3.10 or newer is required; $python is $("$python" --version 2>&1) (set PYTHON=...)"
     "$python" -c 'import venv, ensurepip' 2>/dev/null ||
         fail "$python has no venv module; install it (on Debian and Ubuntu: apt install python3-venv)"
 }
 
-# prepare_environment EXTRA: installs this checkout in $venv, editable and with an extra of pyproject.toml, unless
-# that has been done before.
+# prepare_environment EXTRA: installs this checkout in $venv, editable and with an extra of pyproject.toml,
+# unless that has been done before.
 prepare_environment() {
     local extra=$1 python=${PYTHON:-python3} stamp fingerprint
     fingerprint=$(_fingerprint)
@@ -38,9 +38,10 @@ prepare_environment() {
         _check_python
         # A broken virtual environment is replaced; any other folder is left alone.
         [[ -f $venv/pyvenv.cfg || ! -e $venv || -z $(ls -A -- "$venv" 2>/dev/null) ]] ||
-            fail "$venv exists and is not a virtual environment; remove it or select another with AUDIOLDM2_VENV=..."
+            fail "$venv is not a virtual environment; remove it, or try another folder: AUDIOLDM2_VENV=..."
         say "creating a virtual environment in $venv"
-        "$python" -m venv --clear -- "$venv" || fail "cannot create $venv; select another folder with AUDIOLDM2_VENV=..."
+        "$python" -m venv --clear -- "$venv" ||
+            fail "cannot create $venv; try another folder: AUDIOLDM2_VENV=..."
     fi
     for stamp in "$venv/.audioldm2-$extra" "$venv/.audioldm2-test"; do # test includes every other extra
         if [[ -f $stamp && $(<"$stamp") == "$fingerprint" ]]; then

@@ -158,7 +158,7 @@ class WeightFiles:
         with _naming_file(path):
             if path not in self._window:
                 self._window[path] = _safe_open(path)
-            tensor = self._window[path].get_tensor(name)
+            tensor: Tensor = self._window[path].get_tensor(name)
         self._window_read += tensor.nbytes
         return tensor
 
@@ -168,7 +168,8 @@ class WeightFiles:
             return self._tensors[name]
         path = self._file_of[name]
         with _naming_file(path):
-            return self._mapped[path].get_tensor(name)
+            tensor: Tensor = self._mapped[path].get_tensor(name)
+        return tensor
 
 
 def _safe_open(path: Path) -> Any:
