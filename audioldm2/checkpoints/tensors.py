@@ -197,8 +197,8 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} was not read: it is damaged, or contains more than tensors and could run code. "
-            "Use safetensors"
+            f"{path} is damaged, or contains more than tensors and could run code; "
+            "it was not read. Use safetensors"
         ) from error
     except Exception as error:
         # torch.load raises many kinds of errors for damaged files: RuntimeError, IndexError, BadZipFile, ...
