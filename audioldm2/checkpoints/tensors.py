@@ -28,7 +28,7 @@ STEMS = {
 # The dtypes of parameters, by their names in safetensors files.
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 # Tensors that are converted (to another dtype, device or shape) are read through a memory mapping that is
-# closed and reopened after this many bytes. Otherwise the pages of the file would stay in memory beside the
+# closed and reopened after this many bytes. Otherwise the pages of the file would stay in memory next to the
 # converted tensors.
 _WINDOW_BYTES = 32 * 2**20
 

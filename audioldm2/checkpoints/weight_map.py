@@ -1,7 +1,7 @@
 """Weight maps: how a stage's parameters are built from a checkpoint's tensors, written down as data.
 
-There is one text file per stage and checkpoint format in `weights_map/`, to be read beside the stage. On the
-left of `=` stands one of our parameters, on the right the checkpoint tensors that it is made from:
+There is one text file per stage and checkpoint format in `weights_map/`, meant to be read next to the stage.
+The left side of `=` is a parameter of the stage, the right side the checkpoint tensors that it is made from:
 
     conv_in.*                         = conv_in.*
     blocks.{i}.down.weight            = transpose(h.{i}.mlp.c_proj.weight)
@@ -25,7 +25,7 @@ left of `=` stands one of our parameters, on the right the checkpoint tensors th
   `fold_weight_norm(g, v)` (w = g v / |v|, Salimans and Kingma 2016). Each has an inverse, used for saving.
 * `ignore NAME : REASON` names a checkpoint tensor that is left unread. `**` matches any rest of a name, dots
   included.
-* `optional_prefix P` says that a checkpoint may have P before every name. It stands before any section.
+* `optional_prefix P` says that a checkpoint may have P before every name. It is written outside of sections.
 * `#` begins a comment.
 
 Loading is exact: every tensor of the checkpoint is used or ignored, every parameter is filled, and every
@@ -219,7 +219,7 @@ class _Parser:
 
     def _optional_prefix(self, prefix: str) -> str:
         if self._sections != [Section()]:
-            raise ValueError("'optional_prefix' has to stand outside a section")
+            raise ValueError("'optional_prefix' must be outside of sections")
         if not prefix or " " in prefix:
             raise ValueError("'optional_prefix P' needs one prefix")
         self.prefix = prefix

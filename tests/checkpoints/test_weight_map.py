@@ -97,7 +97,7 @@ def test_an_error_names_the_line(line, message):
         ("a = b\n| c\n| d e", 3, "cannot read 'd e'"),
         ("[a = b]\n[]\nc = d", 2, "the section that ends here has no lines"),
         ("a = b\n\n[c = d]", 4, "the section that ends here has no lines"),
-        ("[a = b]\nc = d\noptional_prefix e.", 3, "has to stand outside a section"),
+        ("[a = b]\nc = d\noptional_prefix e.", 3, "must be outside of sections"),
         ("[a.{i} = b.{i}]\nc.{j} = d.{k}", 2, "{k} is not on the left side, 'a.{i}.c.{j}'"),
     ],
 )
