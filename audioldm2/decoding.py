@@ -70,7 +70,7 @@ def frames_and_samples(unet: Any, vae: Any, vocoder: Any, audio_length_in_s: flo
         ValueError: not a number of seconds, or out of range.
     """
     config, scale = vocoder.config, vae.downsampling
-    frame = math.prod(config.upsample_rates) / config.sampling_rate  # seconds
+    frame = vocoder.hop_length / config.sampling_rate  # seconds
     if audio_length_in_s is None:
         size = getattr(getattr(unet, "config", None), "sample_size", None)
         size = size[0] if isinstance(size, tuple) else size

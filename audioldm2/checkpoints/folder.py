@@ -114,7 +114,7 @@ def load_stage(
     named = content.get("_class_name") or content.get("architectures") or form.class_name
     named = named[0] if isinstance(named, list) else named
     if named not in form.classes:
-        raise CheckpointError(f"{path} is for a {named}; a {form.class_name} is needed here")
+        raise CheckpointError(f"{path} is for class {named}; class {form.class_name} is needed here")
     try:
         check_types(get_type_hints(form.config), content)
         config = form.config.from_dict(content)
@@ -125,7 +125,9 @@ def load_stage(
     except (TypeError, LookupError, ArithmeticError, RuntimeError, AssertionError) as error:
         # Sizes that a layer, rather than the config, rejects: a division by a size of 0, for example.
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise CheckpointError(f"{path}: a {form.class_name} cannot have these sizes ({reason})") from error
+        raise CheckpointError(
+            f"{path}: the sizes are not valid for class {form.class_name} ({reason})"
+        ) from error
     files = WeightFiles(folder, variant)
     try:
         return fill(stage, weight_map(form.weights), files, dtype, device)
@@ -256,12 +258,12 @@ def save_parts(parts: Mapping[str, Any], folder: str | Path) -> None:
     """
     folder = Path(folder)
     forms = {name: _format_of_part(name, parts[name]) for name in PARTS}
-    kinds: dict[str, Any] = {
+    kinds: dict[str, tuple[type, ...]] = {
         "scheduler": tuple(SCHEDULERS.values()),
-        "feature_extractor": ClapFeatureExtractor,
+        "feature_extractor": (ClapFeatureExtractor,),
     }
-    for name, kind in kinds.items():
-        if not isinstance(parts[name], kind):
+    for name, classes in kinds.items():
+        if not isinstance(parts[name], classes):
             raise TypeError(f"{name} is a {type(parts[name]).__name__}, which this package cannot save")
     for name in TOKENIZERS:
         if not callable(getattr(parts[name], "save_pretrained", None)):

@@ -192,7 +192,7 @@ def read_index(folder: Path) -> dict[str, str]:
         if not isinstance(entry, list) or len(entry) != 2 or entry[1] is None:
             wrong.append(f"{name} is missing")
         elif entry[1] not in supported:
-            wrong.append(f"{name} is a {entry[1]}, not a {' or '.join(supported)}")
+            wrong.append(f"{name} is of class {entry[1]}, not {' or '.join(supported)}")
     if wrong:
         raise CheckpointError(f"{path}: {'; '.join(wrong)}")
     return {name: index[name][1] for name in classes}

@@ -37,7 +37,7 @@ SUPPORTED = {"position_embedding_type": ("absolute",), "hidden_act": tuple(ACTIV
 
 @dataclass(frozen=True)
 class ClapTextConfig:
-    """RoBERTa's sizes; the fields are the keys of config.json's "text_config", the defaults transformers'."""
+    """Sizes of RoBERTa: the keys of "text_config" in CLAP's config.json, with transformers' defaults."""
 
     vocab_size: int = 50265
     hidden_size: int = 768
@@ -56,17 +56,22 @@ class ClapTextConfig:
                 f"num_attention_heads = {self.num_attention_heads} must divide {self.hidden_size}"
             )
         if not isinstance(self.pad_token_id, int):
-            raise ValueError(f"pad_token_id = {self.pad_token_id!r} must be a token's number")
+            raise ValueError(f"pad_token_id = {self.pad_token_id!r} must be a token id")
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ClapTextConfig:
-        refuse_unsupported(values, SUPPORTED)
-        return cls(**known_fields(cls, values))
+    def from_dict(cls, content: Mapping[str, Any]) -> ClapTextConfig:
+        """The config from "text_config"; keys that do not change the result are ignored.
+
+        Raises:
+            ValueError: a value that is not supported; the message names the key.
+        """
+        refuse_unsupported(content, SUPPORTED)
+        return cls(**known_fields(cls, content))
 
 
 @dataclass(frozen=True)
 class ClapConfig:
-    """Both towers and what joins them; the fields are the keys of the Hub's config.json."""
+    """Sizes of both towers and of the projections: the keys of CLAP's config.json."""
 
     text_config: ClapTextConfig = field(default_factory=ClapTextConfig)
     audio_config: HTSATConfig = field(default_factory=HTSATConfig)
@@ -75,23 +80,24 @@ class ClapConfig:
     logit_scale_init_value: float = 1 / 0.07
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ClapConfig:
-        """The config from a config.json's content.
+    def from_dict(cls, content: Mapping[str, Any]) -> ClapConfig:
+        """The config from a config.json.
 
-        Keys of generation and training are ignored, and so are the towers' own copies of the projection's
-        keys, which the outer ones overrule.
+        Args:
+            content: the JSON object. Keys of generation and training are ignored, and so are the copies of
+                the projection's keys in the towers' configs.
 
         Raises:
-            ValueError: a key has a value that is not supported; fused CLAP (enable_fusion) is one.
+            ValueError: a value that is not supported, such as enable_fusion; the message names the key.
         """
-        refuse_unsupported(values, {"projection_hidden_act": tuple(ACTIVATIONS)})
-        text = ClapTextConfig.from_dict(values.get("text_config") or {})
-        audio = HTSATConfig.from_dict(values.get("audio_config") or {})
-        return cls(**{**known_fields(cls, values), "text_config": text, "audio_config": audio})
+        refuse_unsupported(content, {"projection_hidden_act": tuple(ACTIVATIONS)})
+        text = ClapTextConfig.from_dict(content.get("text_config") or {})
+        audio = HTSATConfig.from_dict(content.get("audio_config") or {})
+        return cls(**{**known_fields(cls, content), "text_config": text, "audio_config": audio})
 
 
 class Projection(nn.Module):
-    """A tower's pooled state (B, C) -> a feature of length 1, (B, P): two linear maps, then x / |x|."""
+    """A tower's pooled state (B, C) -> features of unit length (B, P): two linear layers, then x / |x|."""
 
     def __init__(self, width: int, config: ClapConfig):
         super().__init__()
@@ -104,7 +110,10 @@ class Projection(nn.Module):
 
 
 class TextBlock(nn.Module):
-    """Self-attention and feed-forward, each added and then normalized: (B, N, C) -> (B, N, C)."""
+    """Self-attention and feed-forward, each with a residual connection and then a norm (post-norm).
+
+    (B, N, C) -> (B, N, C), with an attention bias broadcast to (B, heads, N, N).
+    """
 
     def __init__(self, config: ClapTextConfig):
         super().__init__()
@@ -121,18 +130,22 @@ class TextBlock(nn.Module):
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         x = self.attention_norm(x + self.out(attention(q, k, v, self.heads, bias=bias)))
-        return self.feed_forward_norm(x + self.down(self.activation(self.up(x))))
+        out: Tensor = self.feed_forward_norm(x + self.down(self.activation(self.up(x))))
+        return out
 
 
 class ClapTextTower(nn.Module):
-    """RoBERTa, its pooler and the projection: token ids and mask (B, N) -> features (B, P)."""
+    """RoBERTa, its pooler and the projection: token ids and mask (B, N) -> features (B, P).
+
+    The pooler is a layer on the state of the first token.
+    """
 
     def __init__(self, config: ClapConfig):
         super().__init__()
         text = config.text_config
         width = text.hidden_size
         self.pad_token_id = text.pad_token_id
-        self.longest = text.max_position_embeddings - text.pad_token_id - 1
+        self.max_tokens = text.max_position_embeddings - text.pad_token_id - 1
         self.words = nn.Embedding(text.vocab_size, width, padding_idx=text.pad_token_id)
         self.positions = nn.Embedding(text.max_position_embeddings, width, padding_idx=text.pad_token_id)
         self.token_types = nn.Embedding(text.type_vocab_size, width)
@@ -142,13 +155,16 @@ class ClapTextTower(nn.Module):
         self.projection = Projection(width, config)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """See `ClapModel.text_features`."""
         if input_ids.dim() != 2 or input_ids.shape != attention_mask.shape:
             raise ValueError(
                 f"input_ids and attention_mask must both be (batch, tokens); their shapes are "
                 f"{tuple(input_ids.shape)} and {tuple(attention_mask.shape)}"
             )
-        if input_ids.shape[1] > self.longest:
-            raise ValueError(f"{input_ids.shape[1]} tokens are too many for CLAP; cut them to {self.longest}")
+        if input_ids.shape[1] > self.max_tokens:
+            raise ValueError(
+                f"{input_ids.shape[1]} tokens are too many for CLAP; the limit is {self.max_tokens}"
+            )
         is_token = (input_ids != self.pad_token_id).long()
         positions = is_token.cumsum(dim=1) * is_token + self.pad_token_id
         x = self.words(input_ids) + self.token_types.weight[0] + self.positions(positions)  # (B, N, C)
@@ -156,7 +172,8 @@ class ClapTextTower(nn.Module):
         bias = mask_bias(attention_mask, x.dtype, torch.finfo(x.dtype).min)
         for block in self.blocks:
             x = block(x, bias)
-        return self.projection(torch.tanh(self.pooler(x[:, 0])))
+        features: Tensor = self.projection(torch.tanh(self.pooler(x[:, 0])))
+        return features
 
 
 class ClapAudioTower(HTSAT):
@@ -167,12 +184,37 @@ class ClapAudioTower(HTSAT):
         self.projection = Projection(config.audio_config.hidden_size, config)
 
     def forward(self, input_features: Tensor) -> Tensor:
+        """See `ClapModel.audio_features`."""
         features: Tensor = self.projection(super().forward(input_features))
         return features
 
 
 class ClapModel(Stage[ClapConfig]):
-    """CLAP: the two towers, and the two learned temperatures of its contrastive loss."""
+    """CLAP: features of texts and of sounds in one space, and their similarity.
+
+    The features have unit length: the dot product of a text's and a sound's features is their cosine
+        similarity.
+
+    Example:
+        >>> clap = ClapModel.from_pretrained("tiny", subfolder="text_encoder")  # or "cvssp/audioldm2"
+        >>> input_ids = torch.tensor([[0, 57, 31, 2], [0, 44, 2, 1]])  # from RoBERTa's tokenizer
+        >>> text = clap.text_features(input_ids, attention_mask=input_ids != 1)
+        >>> spectrograms = torch.randn(3, 1, 200, 64)  # from a ClapFeatureExtractor
+        >>> sound = clap.audio_features(spectrograms)
+        >>> text.shape, sound.shape
+        (torch.Size([2, 64]), torch.Size([3, 64]))
+        >>> similarity = text @ sound.T  # 2 texts, 3 sounds; from -1 to 1
+
+    Args:
+        config: sizes; `ClapConfig()` is the smaller CLAP that transformers defaults to.
+
+    Attributes:
+        text: the text tower.
+        audio: the audio tower.
+        logit_scale_t: logarithm of the learned scale (inverse temperature) of the contrastive loss over
+            texts.
+        logit_scale_a: the same for the loss over sounds.
+    """
 
     def __init__(self, config: ClapConfig):
         super().__init__()
@@ -183,41 +225,60 @@ class ClapModel(Stage[ClapConfig]):
         self.logit_scale_t = nn.Parameter(torch.tensor(math.log(config.logit_scale_init_value)))
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Features of texts.
+        """Encode texts.
 
         Args:
-            input_ids: (B, N), integers, padded on the right; N <= max_position_embeddings - pad_token_id - 1.
-            attention_mask: (B, N), 1 or True for tokens, 0 for padding.
+            input_ids: token ids of RoBERTa's tokenizer, (B, N) with N at most `clap.text.max_tokens`.
+            attention_mask: (B, N), 1 or True for tokens and 0 for padding.
 
         Returns:
-            (B, projection_dim), each of length 1.
+            (B, projection_dim), each of unit length.
 
         Raises:
-            ValueError: shapes that do not fit together, or too many tokens.
+            ValueError: the shapes differ or are not (B, N), or there are too many tokens.
         """
-        return self.text(input_ids, attention_mask)
+        features: Tensor = self.text(input_ids, attention_mask)
+        return features
 
     def audio_features(self, input_features: Tensor) -> Tensor:
-        """Features of sounds.
+        """Encode sounds.
 
         Args:
-            input_features: log-mel pictures, (B, 1, frames, mels); stretched to spec_size² / mels frames.
+            input_features: log-mel spectrograms as `ClapFeatureExtractor` makes them, (B, 1, frames, mels);
+                fewer than spec_size² / mels frames are stretched to that many.
 
         Returns:
-            (B, projection_dim), each of length 1.
+            (B, projection_dim), each of unit length.
 
         Raises:
             ValueError: another shape, or too many frames.
         """
-        return self.audio(input_features)
+        features: Tensor = self.audio(input_features)
+        return features
 
     def logits(self, text_features: Tensor, audio_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Scaled cosines of (T, P) and (A, P): (T, A) for the loss over sounds, (A, T) over texts."""
+        """The scaled cosine similarities that the contrastive loss is computed from.
+
+        Args:
+            text_features: (T, P), from `text_features`.
+            audio_features: (A, P), from `audio_features`.
+
+        Returns:
+            (T, A), each text's logits over the sounds, and (A, T), each sound's logits over the texts.
+        """
         cosine = text_features @ audio_features.t()
         return cosine * self.logit_scale_t.exp(), cosine.t() * self.logit_scale_a.exp()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, input_features: Tensor) -> Tensor:
-        """How well each of T texts goes with each of A sounds: (T, A), scaled cosines."""
-        return self.logits(
-            self.text_features(input_ids, attention_mask), self.audio_features(input_features)
-        )[0]
+        """How well each of T texts matches each of A sounds: scaled cosine similarities, (T, A).
+
+        Args:
+            input_ids: (T, N), see `text_features`.
+            attention_mask: (T, N).
+            input_features: (A, 1, frames, mels), see `audio_features`.
+
+        Raises:
+            ValueError: a shape that does not fit.
+        """
+        text, audio = self.text_features(input_ids, attention_mask), self.audio_features(input_features)
+        return self.logits(text, audio)[0]

@@ -1,15 +1,14 @@
-"""The vocoder, HiFi-GAN's generator (Kong et al. 2020, section 2.2 and figure 1): log-mel in, sound out.
+"""vocoder: the generator of HiFi-GAN (Kong et al. 2020, section 2.2 and figure 1).
 
-In: a log-mel spectrogram (B, T, F), T frames of F mel bands.
-Out: a waveform (B, samples) in [-1, 1] at the config's sampling rate, `hop_length` samples a frame.
+    log-mel spectrogram (B, T, F)  ->  waveform (B, samples) in [-1, 1], `hop_length` samples per frame
 
-A stack of transposed convolutions raises the rate step by step, halving the channels; after each, several
-residual blocks of different kernel sizes look at the result side by side and their mean goes on (the paper's
-multi-receptive field fusion, which sums).
+Transposed convolutions upsample step by step and halve the channels. After each, several residual blocks with
+different kernel sizes run in parallel, and their mean is the input of the next step (the paper's
+multi-receptive field fusion, which sums instead).
 
-Differences from the textbook: weight norm is folded into the weights when a checkpoint is loaded; the last
-leaky ReLU has PyTorch's default slope of 0.01 whatever the config's slope is, as in the paper's own code; and
-a spectrogram may be normalized first with a mean and a scale for each band that the checkpoint brings.
+Differences from the paper: weight normalization is folded into the weights when a checkpoint is loaded; the
+last leaky ReLU has PyTorch's default slope of 0.01, as in the paper's code, whatever the config's slope is;
+and the spectrogram may first be normalized with a mean and scale per mel band, which the checkpoint contains.
 """
 
 from __future__ import annotations
@@ -27,12 +26,16 @@ from torch import Tensor, nn
 from audioldm2.models.config import known_fields
 from audioldm2.models.stage import Stage
 
-LAST_SLOPE = 0.01  # of the leaky ReLU before the last convolution
+LAST_SLOPE = 0.01  # negative slope of the leaky ReLU before the last convolution
 
 
 @dataclass(frozen=True)
 class HifiGanConfig:
-    """The sizes, under the names of SpeechT5HifiGan's config.json."""
+    """Sizes: the keys of SpeechT5HifiGan's config.json, with transformers' defaults.
+
+    There is one upsampling step for each entry of `upsample_rates`, and in each step one residual block for
+    each entry of `resblock_kernel_sizes`.
+    """
 
     model_in_dim: int = 80
     sampling_rate: int = 16000
@@ -48,7 +51,7 @@ class HifiGanConfig:
         steps = len(self.upsample_rates)
         if not steps or len(self.upsample_kernel_sizes) != steps:
             raise ValueError(
-                f"upsample_kernel_sizes = {self.upsample_kernel_sizes} needs one kernel for each of "
+                f"upsample_kernel_sizes = {self.upsample_kernel_sizes} must have one entry for each of "
                 f"upsample_rates = {self.upsample_rates}, and at least one"
             )
         if any(k < r for k, r in zip(self.upsample_kernel_sizes, self.upsample_rates, strict=True)):
@@ -63,24 +66,34 @@ class HifiGanConfig:
         kernels = self.resblock_kernel_sizes
         if not kernels or len(self.resblock_dilation_sizes) != len(kernels):
             raise ValueError(
-                f"resblock_dilation_sizes = {self.resblock_dilation_sizes} needs one entry for each of "
+                f"resblock_dilation_sizes = {self.resblock_dilation_sizes} must have one entry for each of "
                 f"resblock_kernel_sizes = {kernels}, and at least one"
             )
         if any(kernel % 2 == 0 for kernel in kernels):
-            raise ValueError(f"resblock_kernel_sizes = {kernels} must be odd, to keep the length")
+            raise ValueError(f"resblock_kernel_sizes = {kernels} must be odd, so that the length stays")
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> HifiGanConfig:
-        """From a config.json's content; keys that change nothing are passed over.
+        """The config from a config.json.
+
+        Args:
+            content: the JSON object; keys that do not change the result are ignored.
 
         Raises:
-            ValueError: sizes that do not go together.
+            ValueError: sizes that do not fit together; the message names the key.
         """
         return cls(**known_fields(cls, content))
 
 
 class ResidualBlock(nn.Module):
-    """Pairs of convolutions, dilated and plain, each pair added to its input: (B, C, L) -> (B, C, L)."""
+    """Pairs of a dilated and a plain convolution with residual connections: (B, C, L) -> (B, C, L).
+
+    Args:
+        channels: C.
+        kernel: kernel size, odd.
+        dilations: one for each pair.
+        slope: negative slope of the leaky ReLU before each convolution.
+    """
 
     def __init__(self, channels: int, kernel: int, dilations: tuple[int, ...], slope: float):
         super().__init__()
@@ -99,7 +112,19 @@ class ResidualBlock(nn.Module):
 
 
 class HifiGan(Stage[HifiGanConfig]):
-    """The vocoder."""
+    """The vocoder: log-mel spectrograms to waveforms.
+
+    Example:
+        >>> vocoder = HifiGan.from_pretrained("tiny", subfolder="vocoder")  # or "cvssp/audioldm2"
+        >>> mel = torch.randn(2, 10, vocoder.config.model_in_dim)  # from a VAE, without its channel axis
+        >>> vocoder.hop_length, vocoder.config.sampling_rate
+        (512, 16000)
+        >>> vocoder(mel).shape  # (batch, samples)
+        torch.Size([2, 5120])
+
+    Args:
+        config: sizes, kept as `vocoder.config`.
+    """
 
     mean: Tensor
     scale: Tensor
@@ -117,7 +142,7 @@ class HifiGan(Stage[HifiGanConfig]):
                 )
             ]
         )
-        # All blocks after the first up-sampling, then all after the second, and so on.
+        # All blocks of the first step, then all of the second, and so on.
         self.blocks = nn.ModuleList(
             [
                 ResidualBlock(width, kernel, dilations, config.leaky_relu_slope)
@@ -128,22 +153,22 @@ class HifiGan(Stage[HifiGanConfig]):
             ]
         )
         self.conv_out = nn.Conv1d(channels[-1], 1, 7, padding=3)
-        # Checkpoints hold both, also where they are not used.
+        # Checkpoints contain both even if they are not used.
         self.register_buffer("mean", torch.zeros(config.model_in_dim))
         self.register_buffer("scale", torch.ones(config.model_in_dim))
 
     @property
     def hop_length(self) -> int:
-        """Samples for each frame of the spectrogram: the product of the up-sampling rates."""
+        """Samples per frame of the spectrogram: the product of the upsampling rates."""
         return math.prod(self.config.upsample_rates)
 
     @property
     def reach(self) -> int:
-        """How many frames to either side may decide over a frame's sound, the receptive field.
+        """The receptive field, in frames to either side of a frame (an upper bound).
 
-        Counted from the sound back to the spectrogram: a convolution of k taps, d apart, sees d (k - 1) / 2
-        samples to either side; of the blocks side by side the widest counts; where the rate rises by u in a
-        step of kernel k, an output is made of inputs less than k / u away.
+        Counted from the waveform back to the spectrogram: a convolution with kernel k and dilation d reaches
+        d (k - 1) / 2 samples to either side; of parallel blocks the widest counts; and an output of an
+        upsampling step with rate u and kernel k depends on inputs less than k / u away.
         """
         config = self.config
         blocks = zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes, strict=True)
@@ -154,17 +179,17 @@ class HifiGan(Stage[HifiGanConfig]):
         return reach + 3  # conv_in
 
     def in_chunks(self, mel: Tensor, frames: int = 1024) -> Tensor:
-        """The sound of a long spectrogram, in memory that grows with its length by no more than the result.
+        """Compute `forward` for a long spectrogram in chunks; beyond the result, memory does not grow with T.
 
-        Each chunk is made with `reach` frames more at either side, whose sound is thrown away, so the result
-        is that of `forward` up to rounding. All chunks are of one shape.
+        Each chunk includes `reach` extra frames on either side, whose samples are discarded, so the result
+        equals that of `forward` up to rounding. All chunks have the same shape.
 
         Args:
-            mel: log-mel, (B, T, F).
-            frames: of a chunk, without what is thrown away.
+            mel: log-mel spectrogram, (B, T, F) with F = model_in_dim.
+            frames: length of a chunk without the extra frames.
 
         Returns:
-            (B, samples), as `forward`.
+            Waveforms, (B, samples), as `forward` returns them.
 
         Raises:
             ValueError: `mel` has another shape.
@@ -172,25 +197,26 @@ class HifiGan(Stage[HifiGanConfig]):
         length, reach, hop = mel.shape[1], self.reach, self.hop_length
         window = frames + 2 * reach
         if length <= window:
-            return self(mel)
+            waveforms: Tensor = self(mel)
+            return waveforms
         pieces = []
         for start in range(0, length, frames):
-            first = min(max(start - reach, 0), length - window)  # the last window ends where the mel does
+            first = min(max(start - reach, 0), length - window)  # the last window ends with the spectrogram
             sound = self(mel[:, first : first + window])
             end = (start + frames - first) * hop if start + frames < length else None
-            # A copy: a compiled vocoder may write its next result where this one lies.
+            # Copied: a compiled vocoder may reuse the output buffer for the next chunk.
             pieces.append(sound[:, (start - first) * hop : end].clone())
         return torch.cat(pieces, dim=1)
 
     def forward(self, mel: Tensor) -> Tensor:
-        """The sound of a spectrogram.
+        """Turn spectrograms into waveforms.
 
         Args:
-            mel: log-mel, (B, T, F) with F = model_in_dim.
+            mel: log-mel spectrogram, (B, T, F) with F = model_in_dim.
 
         Returns:
-            (B, samples) in [-1, 1]. There are T · hop_length samples; a step whose kernel is larger than its
-            rate by an odd number adds one of its own.
+            Waveforms, (B, T · hop_length), in [-1, 1]; an upsampling step whose kernel size minus rate is odd
+            adds one sample to its output.
 
         Raises:
             ValueError: `mel` has another shape.
@@ -198,7 +224,7 @@ class HifiGan(Stage[HifiGanConfig]):
         config = self.config
         if mel.dim() != 3 or mel.shape[1] < 1 or mel.shape[2] != config.model_in_dim:
             raise ValueError(
-                f"mel has shape {tuple(mel.shape)}; (batch, frames, {config.model_in_dim}) is needed"
+                f"mel has shape {tuple(mel.shape)}; it must be (batch, frames, {config.model_in_dim})"
             )
         if config.normalize_before:
             mel = (mel - self.mean) / self.scale

@@ -41,7 +41,10 @@ def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class HTSATConfig:
-    """HTS-AT's sizes; the fields are the keys of config.json's "audio_config", the defaults transformers'."""
+    """Sizes of HTS-AT: the keys of "audio_config" in CLAP's config.json, with transformers' defaults.
+
+    The square image has spec_size² pixels; `patch_embeds_hidden_size` is the width of the first level.
+    """
 
     spec_size: int = 256
     num_mel_bins: int = 64
@@ -70,40 +73,55 @@ class HTSATConfig:
         for size, stride in zip(_pair(self.patch_size), _pair(self.patch_stride), strict=True):
             patches = (self.spec_size + 2 * ((size - stride) // 2) - size) // stride + 1
             if patches != self.spec_size // stride:
-                raise ValueError(f"patch_size = {size} does not go with a stride of {stride}")
+                raise ValueError(f"patch_size = {size} does not fit patch_stride = {stride}")
             halved = patches // 2 ** (len(widths) - 1)
             if patches % 2 ** (len(widths) - 1) or halved < self.window_size:
                 raise ValueError(
-                    f"window_size = {self.window_size} is not supported with {patches} patches, halved "
-                    f"{len(widths) - 1} times; they must halve evenly, to no less than a window"
+                    f"window_size = {self.window_size} is not supported with {patches} patches, which must "
+                    f"halve evenly {len(widths) - 1} times and stay at least a window"
                 )
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> HTSATConfig:
-        refuse_unsupported(values, SUPPORTED)
-        return cls(**known_fields(cls, values))
+    def from_dict(cls, content: Mapping[str, Any]) -> HTSATConfig:
+        """The config from "audio_config"; keys that do not change the result are ignored.
+
+        Raises:
+            ValueError: a value that is not supported; the message names the key.
+        """
+        refuse_unsupported(content, SUPPORTED)
+        return cls(**known_fields(cls, content))
 
     def width(self, level: int) -> int:
-        return self.patch_embeds_hidden_size * 2**level
+        """The width of a level, counted from 0."""
+        width: int = self.patch_embeds_hidden_size * 2**level
+        return width
 
 
 def _relative_index(window: int, device: torch.device) -> Tensor:
-    """For each pair of patches in a window, the row of the bias table that holds their offset: (w², w²)."""
-    at = torch.arange(window, device=device)
-    offset = at[:, None] - at[None, :] + window - 1  # along one axis, 0 ... 2w-2
+    """The row of the bias table for each pair of patches in a window, by their offset: (w², w²)."""
+    position = torch.arange(window, device=device)
+    offset = position[:, None] - position[None, :] + window - 1  # along one axis, 0 ... 2w-2
     index = offset[:, None, :, None] * (2 * window - 1) + offset[None, :, None, :]
     return rearrange(index, "i j k l -> (i j) (k l)")
 
 
 def _shift_mask(height: int, width: int, window: int, shift: int, like: Tensor) -> Tensor:
-    """A bias of -100 between patches that only the shift made neighbors (Swin, figure 4): (windows, w², w²).
+    """A bias of -100 between patches that only the shift made neighbors (Swin, figure 4).
 
-    Without a shift it is all zeros.
+    Args:
+        height: of the feature map, in patches.
+        width: of the feature map, in patches.
+        window: side of a window, in patches.
+        shift: in patches; without one the bias is all zeros.
+        like: a tensor of the wanted dtype and device.
+
+    Returns:
+        (windows, w², w²).
     """
 
     def region(length: int) -> Tensor:
-        at = torch.arange(length, device=like.device)
-        return (at >= length - window).long() + (at >= length - shift).long()
+        position = torch.arange(length, device=like.device)
+        return (position >= length - window).long() + (position >= length - shift).long()
 
     regions = 3 * region(height)[:, None] + region(width)[None, :]
     regions = rearrange(regions, "(H p) (W q) -> (H W) (p q)", p=window, q=window)
@@ -112,14 +130,22 @@ def _shift_mask(height: int, width: int, window: int, shift: int, like: Tensor) 
 
 
 class SwinBlock(nn.Module):
-    """Attention within windows, then feed-forward, each added to what it read: (B, H, W, C) -> the same."""
+    """Attention within windows and feed-forward, pre-norm with residual connections.
+
+    (B, H, W, C) -> (B, H, W, C).
+
+    Args:
+        config: HTS-AT's.
+        level: which level the block is in.
+        shifted: whether the windows are shifted by half a window.
+    """
 
     def __init__(self, config: HTSATConfig, level: int, shifted: bool):
         super().__init__()
         width = config.width(level)
         self.heads = config.num_attention_heads[level]
         self.window = config.window_size
-        # A picture that is one window high or wide is not shifted, in either direction.
+        # A feature map that is only one window high or wide is not shifted in either direction.
         smallest = config.spec_size // max(_pair(config.patch_stride)) // 2**level
         self.shift = self.window // 2 if shifted and smallest > self.window else 0
         self.activation = activation(config.hidden_act)
@@ -132,9 +158,9 @@ class SwinBlock(nn.Module):
         self.down = nn.Linear(int(config.mlp_ratio * width), width)
 
     def window_attention(self, x: Tensor) -> Tensor:
-        """Self-attention within each window: (B, H, W, C) -> the same; H and W are multiples of the window.
+        """Self-attention within each window: (B, H, W, C) -> (B, H, W, C), H and W multiples of the window.
 
-        The windows are treated as further heads, so that one bias serves the whole batch.
+        The windows are treated as additional heads, so that one bias serves the whole batch.
         """
         w = self.window
         height, width = x.shape[1:3]
@@ -144,20 +170,22 @@ class SwinBlock(nn.Module):
         bias = rearrange(bias + mask, "n h q k -> (n h) q k")
         x = attention(q, k, v, heads=bias.shape[0], bias=bias)
         x = rearrange(x, "b (p q) (H W c) -> b (H p) (W q) c", p=w, q=w, H=height // w, W=width // w)
-        return self.out(x)
+        out: Tensor = self.out(x)
+        return out
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
-        # Zeros fill the last windows; they are attended to, as in the reference.
+        # The last windows are padded with zeros, which are attended to, as in the reference.
         y = F.pad(self.attention_norm(x), (0, 0, 0, -width % self.window, 0, -height % self.window))
         y = torch.roll(y, (-self.shift, -self.shift), dims=(1, 2))
         y = torch.roll(self.window_attention(y), (self.shift, self.shift), dims=(1, 2))
         x = x + y[:, :height, :width]
-        return x + self.down(self.activation(self.up(self.feed_forward_norm(x))))
+        out: Tensor = x + self.down(self.activation(self.up(self.feed_forward_norm(x))))
+        return out
 
 
 class PatchMerging(nn.Module):
-    """Each 2 x 2 patches become one: (B, H, W, C) -> (B, H/2, W/2, 2C) (Swin, section 3.1)."""
+    """2 x 2 patches become one of twice the width: (B, H, W, C) -> (B, H/2, W/2, 2C) (Swin, section 3.1)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -165,11 +193,13 @@ class PatchMerging(nn.Module):
         self.reduce = nn.Linear(4 * width, 2 * width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.reduce(self.norm(rearrange(x, "b (H p) (W q) c -> b H W (q p c)", p=2, q=2)))
+        out: Tensor = self.reduce(self.norm(rearrange(x, "b (H p) (W q) c -> b H W (q p c)", p=2, q=2)))
+        return out
 
 
 class SwinLevel(nn.Module):
-    """The blocks of one resolution, every second one shifted; then, but after the last, patch merging."""
+    """The blocks of one level, every second one shifted; patch merging follows, except after the last
+    level."""
 
     def __init__(self, config: HTSATConfig, level: int):
         super().__init__()
@@ -178,7 +208,8 @@ class SwinLevel(nn.Module):
         self.merge = nn.Identity() if last else PatchMerging(config.width(level))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.merge(self.blocks(x))
+        out: Tensor = self.merge(self.blocks(x))
+        return out
 
 
 class HTSAT(nn.Module):
@@ -229,4 +260,5 @@ class HTSAT(nn.Module):
         x = self.patch_norm(rearrange(self.patches(x), "b c H W -> b H W c"))
         for level in self.levels:
             x = level(x)
-        return reduce(self.norm(x), "b H W c -> b c", "mean")
+        pooled: Tensor = reduce(self.norm(x), "b H W c -> b c", "mean")
+        return pooled

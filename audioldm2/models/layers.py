@@ -1,7 +1,7 @@
-"""What several stages share: attention, and the blocks that the UNet and the VAE have in common.
+"""Building blocks that stages share: attention, and the blocks of the UNet and the VAE.
 
-B is the batch, N and M are numbers of tokens, C is a width, H and W the height and width of a feature map.
-For AudioLDM 2 a feature map is a picture of sound: H is time and W is frequency.
+In shapes, B is the batch size, N and M are numbers of tokens, C is the number of channels or the width, and H
+and W are the height and width of a feature map. In AudioLDM 2, H is time and W is frequency.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-# By the names that the Hub's configs give them ("swish" is an older name of SiLU).
+# By their names in the Hub's configs ("swish" is an older name of SiLU).
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "swish": F.silu,
@@ -34,10 +34,10 @@ def attention(
         q: queries, (B, N, heads · d).
         k: keys, (B, M, heads · d).
         v: values, (B, M, heads · d).
-        heads: number of heads; d is the width of one.
-        bias: added to the scores before the softmax, broadcast to (B, heads, N, M); a mask is a bias of large
-            negative numbers.
-        scale: 1/sqrt(d) unless told; T5 uses 1.
+        heads: number of heads, each of width d.
+        bias: added to the scores before the softmax, broadcast to (B, heads, N, M); large negative numbers
+            mask.
+        scale: 1/sqrt(d) by default.
 
     Returns:
         (B, N, heads · d).
@@ -48,18 +48,26 @@ def attention(
 
 
 def mask_bias(mask: Tensor, dtype: torch.dtype, low: float) -> Tensor:
-    """From a mask (B, M), 1 for tokens to attend to and 0 for padding, to an attention bias (B, 1, 1, M).
+    """Turn a mask (B, M), 1 for tokens and 0 for padding, into an attention bias (B, 1, 1, M).
 
-    Padding gets `low`: finite, so that a row with nothing to attend to gives a mean and not NaN.
+    Args:
+        mask: (B, M), any dtype.
+        dtype: of the bias.
+        low: the bias of padding, a large negative number; finite, so that a row of padding alone gives a mean
+            rather than NaN.
     """
     return rearrange((1 - mask.to(dtype)) * low, "b m -> b 1 1 m")
 
 
 def activation(name: str, key: str = "act_fn") -> Callable[[Tensor], Tensor]:
-    """The activation function that a config calls `name`, under its key `key`.
+    """Look up an activation function.
+
+    Args:
+        name: its name in a config.
+        key: the config's key, for the error message.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: no supported activation has this name.
     """
     if not isinstance(name, str) or name.lower() not in ACTIVATIONS:
         raise ValueError(f"{key} = {name!r} is not supported; use one of {', '.join(ACTIVATIONS)}")
@@ -67,12 +75,12 @@ def activation(name: str, key: str = "act_fn") -> Callable[[Tensor], Tensor]:
 
 
 class SelfAttention(nn.Module):
-    """Attention of tokens to one another: (B, N, C) -> (B, N, C), queries, keys and values from one product.
+    """Self-attention: (B, N, C) -> (B, N, C), with one matrix for queries, keys and values.
 
     Args:
         width: C.
-        heads: number of heads; has to divide C.
-        bias: whether the queries, keys and values have biases (the output always has one).
+        heads: number of heads; must divide C.
+        bias: whether queries, keys and values have a bias; the output always has one.
     """
 
     def __init__(self, width: int, heads: int, bias: bool = False):
@@ -83,14 +91,20 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        return self.out(attention(q, k, v, self.heads))
+        out: Tensor = self.out(attention(q, k, v, self.heads))
+        return out
 
 
 class CrossAttention(nn.Module):
-    """Attention of the feature map to a condition: (B, N, C) -> (B, N, C).
+    """Cross-attention to a condition: (B, N, C) -> (B, N, C).
 
-    The keys and values do not depend on the feature map: `kv` makes them from the condition's states,
-    (B, M, context_width) -> (B, M, 2C), and they can be kept for all the steps of a generation.
+    Keys and values are computed by the caller with `kv`, from the condition's states, (B, M, context_width)
+    -> (B, M, 2C): they are the same at every sampling step.
+
+    Args:
+        width: C.
+        context_width: width of the condition's states.
+        heads: number of heads; must divide C.
     """
 
     def __init__(self, width: int, context_width: int, heads: int):
@@ -101,12 +115,20 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, kv: Tensor, bias: Tensor | None) -> Tensor:
+        """Attend to keys and values.
+
+        Args:
+            x: (B, N, C).
+            kv: keys and values, (B, M, 2C).
+            bias: from the condition's mask, (B, 1, 1, M); None attends to all.
+        """
         k, v = kv.chunk(2, dim=-1)
-        return self.out(attention(self.q(x), k, v, self.heads, bias))
+        out: Tensor = self.out(attention(self.q(x), k, v, self.heads, bias))
+        return out
 
 
 class GatedFeedForward(nn.Module):
-    """(x W_up) · GELU(x W_gate), then W_down (GEGLU, Shazeer 2020), 4C wide inside: (B, N, C) kept."""
+    """((x W_up) * GELU(x W_gate)) W_down (GEGLU, Shazeer 2020), 4C wide inside: (B, N, C) -> (B, N, C)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -115,19 +137,20 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         up, gate = self.up_and_gate(x).chunk(2, dim=-1)
-        return self.down(up * F.gelu(gate))
+        out: Tensor = self.down(up * F.gelu(gate))
+        return out
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention to a condition (or to itself again), a feed-forward: (B, N, C) -> (B, N, C).
+    """Self-attention, cross-attention and feed-forward, pre-norm with residual connections.
 
-    Each works on a normalized copy of x and is added to x (pre-norm).
+    (B, N, C) -> (B, N, C).
 
     Args:
         width: C.
-        heads: number of heads; has to divide C.
-        context_width: width of the condition's states; None for a second self-attention in place of the
-            attention to a condition.
+        heads: number of heads; must divide C.
+        context_width: width of the condition's states; None replaces the cross-attention by a second
+            self-attention.
     """
 
     def __init__(self, width: int, heads: int, context_width: int | None):
@@ -143,28 +166,36 @@ class TransformerBlock(nn.Module):
         self.feed_forward = GatedFeedForward(width)
 
     def forward(self, x: Tensor, kv: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """`kv` is what `cross_attention.kv` made of a condition, `bias` comes from its mask, (B, 1, 1, M)."""
+        """Run the block.
+
+        Args:
+            x: (B, N, C).
+            kv: keys and values of the condition, from `cross_attention.kv`; None without a condition.
+            bias: from the condition's mask, (B, 1, 1, M); None attends to all.
+        """
         x = x + self.self_attention(self.norm_1(x))
         if kv is None:
             x = x + self.second_self_attention(self.norm_2(x))
         else:
             x = x + self.cross_attention(self.norm_2(x), kv, bias)
-        return x + self.feed_forward(self.norm_3(x))
+        out: Tensor = x + self.feed_forward(self.norm_3(x))
+        return out
 
 
 class ResNetBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut: (B, C_in, H, W) -> (B, C_out, H, W).
+    """Two 3x3 convolutions and a shortcut: (B, C_in, H, W) -> (B, C_out, H, W).
 
-    GroupNorm and the activation come before each convolution (He et al. 2016, full pre-activation). Where
-    there is a time embedding, it is projected and added between the two (Ho et al. 2020, appendix B).
+    GroupNorm and the activation precede each convolution (He et al. 2016, full pre-activation). The time
+    embedding, if there is one, is projected and added after the first convolution (Ho et al. 2020, appendix
+    B).
 
     Args:
         channels_in: C_in.
-        channels_out: C_out; where it differs from C_in, the shortcut is a 1x1 convolution.
-        groups: of both GroupNorms.
+        channels_out: C_out; if it differs from C_in, the shortcut is a 1x1 convolution.
+        groups: number of groups of both GroupNorms.
         eps: of both GroupNorms.
         act_fn: name of the activation.
-        time_width: width of the time embedding; None for a block that is told no time.
+        time_width: width of the time embedding; None for a block without one.
     """
 
     def __init__(
@@ -188,21 +219,28 @@ class ResNetBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        """`time` is the time embedding after its activation: (B, time_width), or (1, time_width) for all."""
+        """Run the block.
+
+        Args:
+            x: (B, C_in, H, W).
+            time: the time embedding after its activation, (B, time_width), or (1, time_width) for all rows.
+        """
         h = self.conv_1(self.act(self.norm_1(x)))
         if self.time is not None:
             h = h + rearrange(self.time(time), "b c -> b c 1 1")
         h = self.conv_2(self.act(self.norm_2(h)))
-        return self.shortcut(x) + h
+        out: Tensor = self.shortcut(x) + h
+        return out
 
 
 class Upsample(nn.Module):
-    """Repeat the nearest pixel, then a 3x3 convolution: (B, C, H, W) -> (B, C, *size)."""
+    """Nearest-neighbor upsampling and a 3x3 convolution: (B, C, H, W) -> (B, C, *size)."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """`size` is the height and width to reach: twice those of x, or one less."""
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+        """Upsample `x` to `size`, the height and width of the result: twice those of `x`, or one less."""
+        out: Tensor = self.conv(F.interpolate(x, size=size, mode="nearest"))
+        return out

@@ -1,15 +1,14 @@
-"""The projection model: two encoders' states become one sequence for the language model.
+"""projection_model: joins the outputs of the two text encoders into one sequence, the input of GPT-2.
 
-In: CLAP's text embedding (B, N, D), N being 1, and the states of the second text encoder (Flan-T5, or the
-text encoder of VITS for speech), (B, M, D1), each with its mask or without.
-Out: one sequence of the language model's width C, (B, N + M + 4, C), and its mask:
+    CLAP's embedding (B, N, D), N = 1, and the second text encoder's states (B, M, D1)  ->  (B, N + M + 4, C)
+
+The second text encoder is Flan-T5, or VITS's text encoder for speech. Both inputs are projected to GPT-2's
+width C, and a learned vector before and after each tells GPT-2 where one ends and the other begins:
 
     start, W x + b (N), end, start_1, W_1 x_1 + b_1 (M), end_1
 
-This is the front of GPT-2's input in AudioLDM 2 (Liu et al. 2023, on translating conditions to the
-language of audio with GPT-2): encoders of different widths brought to one, with a learned vector at either
-end of each so that GPT-2 can tell where one stops and the other begins. The speech checkpoints also add a
-learned position embedding to the states of the second encoder, before its projection.
+See Liu et al. 2023, section III, on translating conditions to the language of audio with GPT-2. The speech
+checkpoints also add a learned position embedding to the second encoder's states, before the projection.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from audioldm2.models.stage import Stage
 
 @dataclass(frozen=True)
 class ProjectionConfig:
-    """The sizes. `langauge_model_dim` is spelled as the Hub's configs spell it.
+    """Sizes: the keys of the projection model's config.json (`langauge_model_dim` is the Hub's spelling).
 
-    `use_learned_position_embedding` is on for any value but None, as in the checkpoints' own code;
-    `max_seq_length` is then the number of positions, which every input must have exactly.
+    As in diffusers, any `use_learned_position_embedding` other than None switches the position embedding on.
+    The second input then must have exactly `max_seq_length` positions.
     """
 
     text_encoder_dim: int
@@ -48,7 +47,10 @@ class ProjectionConfig:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> ProjectionConfig:
-        """From a config.json's content; other keys change nothing.
+        """The config from a config.json.
+
+        Args:
+            content: the JSON object; other keys are ignored.
 
         Raises:
             ValueError: a size is missing, or a position embedding has no length.
@@ -56,7 +58,7 @@ class ProjectionConfig:
         required = ("text_encoder_dim", "text_encoder_1_dim", "langauge_model_dim")
         missing = [key for key in required if content.get(key) is None]
         if missing:
-            raise ValueError(f"the projection model's config lacks {', '.join(missing)}")
+            raise ValueError(f"the config of the projection model lacks {', '.join(missing)}")
         return cls(
             **{key: content[key] for key in required},
             use_learned_position_embedding=content.get("use_learned_position_embedding"),
@@ -66,15 +68,27 @@ class ProjectionConfig:
 
 def _check(name: str, states: Tensor, width: int, mask_name: str, mask: Tensor | None) -> None:
     if states.dim() != 3 or states.shape[-1] != width:
-        raise ValueError(f"{name} has shape {tuple(states.shape)}; (batch, tokens, {width}) is needed")
+        raise ValueError(f"{name} has shape {tuple(states.shape)}; it must be (batch, tokens, {width})")
     if mask is not None and mask.shape != states.shape[:2]:
         raise ValueError(
-            f"{mask_name} has shape {tuple(mask.shape)}; {name} needs one of shape {tuple(states.shape[:2])}"
+            f"{mask_name} has shape {tuple(mask.shape)}; for {name} it must be {tuple(states.shape[:2])}"
         )
 
 
 class ProjectionModel(Stage[ProjectionConfig]):
-    """Two sequences of states to one, with a learned vector at either end of each."""
+    """Joins two sequences of states into one, with a learned vector before and after each.
+
+    Example:
+        >>> projection = ProjectionModel.from_pretrained("tiny", subfolder="projection_model")
+        >>> clap = torch.randn(2, 1, projection.config.text_encoder_dim)  # text_features[:, None]
+        >>> t5 = torch.randn(2, 6, projection.config.text_encoder_1_dim)  # hidden states
+        >>> states, mask = projection(clap, t5, torch.ones(2, 1), torch.ones(2, 6))
+        >>> states.shape, mask.shape  # 1 + 6 tokens and 4 learned vectors
+        (torch.Size([2, 11, 128]), torch.Size([2, 11]))
+
+    Args:
+        config: sizes, kept as `projection.config`.
+    """
 
     def __init__(self, config: ProjectionConfig):
         super().__init__()
@@ -87,7 +101,7 @@ class ProjectionModel(Stage[ProjectionConfig]):
         self.start_1 = nn.Parameter(torch.ones(width))
         self.end_1 = nn.Parameter(torch.ones(width))
         if config.use_learned_position_embedding is not None and config.max_seq_length is not None:
-            # (1, D1, positions), channels first as the checkpoints have it
+            # (1, D1, positions): channels first, as in the checkpoints
             self.positions = nn.Parameter(torch.zeros(1, config.text_encoder_1_dim, config.max_seq_length))
 
     def forward(
@@ -102,16 +116,16 @@ class ProjectionModel(Stage[ProjectionConfig]):
         Args:
             hidden_states: (B, N, text_encoder_dim), from the first text encoder.
             hidden_states_1: (B, M, text_encoder_1_dim), from the second.
-            attention_mask: (B, N), 1 for tokens and 0 for padding; None next to a given `attention_mask_1`
-                means that all are tokens.
-            attention_mask_1: (B, M), likewise.
+            attention_mask: (B, N), 1 for tokens and 0 for padding; None stands for no padding.
+            attention_mask_1: (B, M), the same for the second.
 
         Returns:
-            The states (B, N + M + 4, langauge_model_dim), and their mask (B, N + M + 4), in which the four
-            learned vectors count as tokens, or None if neither mask was given.
+            states: (B, N + M + 4, langauge_model_dim).
+            mask: (B, N + M + 4), in which the four learned vectors count as tokens; None if neither mask was
+                given.
 
         Raises:
-            ValueError: an input's shape does not fit the config or the other inputs.
+            ValueError: a shape does not fit the config or the other inputs.
         """
         config = self.config
         _check("hidden_states", hidden_states, config.text_encoder_dim, "attention_mask", attention_mask)
@@ -125,21 +139,21 @@ class ProjectionModel(Stage[ProjectionConfig]):
         batch, tokens, _ = hidden_states.shape
         batch_1, tokens_1, _ = hidden_states_1.shape
         if batch != batch_1:
-            raise ValueError(f"hidden_states is a batch of {batch} and hidden_states_1 one of {batch_1}")
+            raise ValueError(f"hidden_states has a batch of {batch} and hidden_states_1 one of {batch_1}")
         if config.use_learned_position_embedding is not None:
             if tokens_1 != config.max_seq_length:
                 raise ValueError(
-                    f"hidden_states_1 has {tokens_1} tokens; the learned position embedding has "
-                    f"{config.max_seq_length}, so pad to max_seq_length={config.max_seq_length}"
+                    f"hidden_states_1 has {tokens_1} tokens and the learned position embedding "
+                    f"{config.max_seq_length}; pad to max_seq_length={config.max_seq_length}"
                 )
             hidden_states_1 = hidden_states_1 + rearrange(self.positions, "1 d m -> 1 m d")
 
-        def learned(vector: Tensor) -> Tensor:
-            return repeat(vector, "c -> b 1 c", b=batch)
-
         x, x_1 = self.projection(hidden_states), self.projection_1(hidden_states_1)
-        ends = [learned(v).to(x.dtype) for v in (self.start, self.end, self.start_1, self.end_1)]
-        states = torch.cat([ends[0], x, ends[1], ends[2], x_1, ends[3]], dim=1)  # (B, N + M + 4, C)
+        start, end, start_1, end_1 = (
+            repeat(vector, "c -> b 1 c", b=batch).to(x.dtype)
+            for vector in (self.start, self.end, self.start_1, self.end_1)
+        )
+        states = torch.cat([start, x, end, start_1, x_1, end_1], dim=1)  # (B, N + M + 4, C)
 
         given = attention_mask if attention_mask is not None else attention_mask_1
         if given is None:

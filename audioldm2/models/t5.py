@@ -1,21 +1,21 @@
-"""text_encoder_2: the Flan-T5 encoder, from token ids to one vector a token.
+"""text_encoder_2: the encoder of Flan-T5, from token ids to one hidden state per token.
 
     input_ids (B, N), attention_mask (B, N)  ->  hidden states (B, N, d_model)
 
 T5 (Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer",
-section 2.1) in its version 1.1 form, fine-tuned as Flan-T5 (Chung et al. 2022). AudioLDM 2 (Liu et al. 2023,
-section III) reads the prompt with it twice: as an input of GPT-2, and in the UNet's cross-attention.
+section 2.1) in version 1.1, fine-tuned as Flan-T5 (Chung et al. 2022). AudioLDM 2 (Liu et al. 2023, section
+III) uses the hidden states of the prompt twice: as an input of GPT-2, and in the UNet's cross-attention.
 
-Where it differs from the textbook transformer:
+Differences from the original transformer (Vaswani et al. 2017):
 
-* Positions enter only as a bias on the attention scores, one number a head and a bucket of distances. The
-  first block's table serves every block, so the bias is computed once.
-* Scores are not divided by sqrt(d); the training's initialization accounts for that.
-* Normalization is by the root mean square alone, before each sublayer, and no linear map has a bias.
+* Positions enter only as a bias on the attention scores: one number per head and bucket of distances. All
+  blocks share the first block's table, so the bias is computed once.
+* Scores are not divided by sqrt(d); the initialization before training accounts for that.
+* Norms divide by the root mean square (RMSNorm) and precede each sublayer; no linear layer has a bias.
 * The feed-forward is GELU(x W_0) * (x W_1), then W_o (Shazeer 2020, GEGLU), with GELU's tanh approximation.
 
-In half precision the sum that runs through the blocks is kept in float32, because it may outgrow float16's
-65504. Dropout, which acts in training only, is left out.
+In half precision the residual stream stays in float32, because it can exceed float16's largest number, 65504.
+Dropout, which acts in training only, is left out.
 """
 
 from __future__ import annotations
@@ -40,7 +40,11 @@ FEED_FORWARDS = {"gated-gelu": ("gelu_new", True), "relu": ("relu", False)}
 
 @dataclass(frozen=True)
 class T5Config:
-    """Sizes of the encoder; the fields are the keys of the Hub's config.json, the defaults transformers'."""
+    """Sizes of the encoder: the keys of T5's config.json, with transformers' defaults.
+
+    d_model is the width of the hidden states, d_kv the width of one attention head, d_ff that of the
+    feed-forward.
+    """
 
     vocab_size: int = 32128
     d_model: int = 512
@@ -57,40 +61,45 @@ class T5Config:
     def __post_init__(self) -> None:
         if self.feed_forward_proj not in FEED_FORWARDS:
             raise ValueError(
-                f"feed_forward_proj {self.feed_forward_proj!r} is not supported; "
+                f"feed_forward_proj = {self.feed_forward_proj!r} is not supported; "
                 f"it must be {' or '.join(FEED_FORWARDS)}"
             )
         buckets, reach = self.relative_attention_num_buckets, self.relative_attention_max_distance
         if buckets < 4:
-            raise ValueError(f"relative_attention_num_buckets {buckets} is too few; at least 4 are supported")
+            raise ValueError(
+                f"relative_attention_num_buckets = {buckets} is not supported; it must be at least 4"
+            )
         if reach <= buckets // 4:
             raise ValueError(
-                f"relative_attention_max_distance {reach} is not supported with {buckets} buckets; "
+                f"relative_attention_max_distance = {reach} is not supported with {buckets} buckets; "
                 f"it must be more than {buckets // 4}"
             )
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> T5Config:
-        """The config from a config.json; keys about the decoder, generation and training are ignored.
+    def from_dict(cls, content: Mapping[str, Any]) -> T5Config:
+        """The config from a config.json.
+
+        Args:
+            content: the JSON object; keys of the decoder, of generation and of training are ignored.
 
         Raises:
-            ValueError: a key has a value that is not supported.
+            ValueError: a value that is not supported; the message names the key.
         """
-        config = cls(**known_fields(cls, values))
+        config = cls(**known_fields(cls, content))
         act, gated = FEED_FORWARDS[config.feed_forward_proj]
         for key, supported in {"is_decoder": False, "dense_act_fn": act, "is_gated_act": gated}.items():
-            if values.get(key, supported) != supported:
+            if content.get(key, supported) != supported:
                 raise ValueError(
-                    f"{key} {values[key]!r} is not supported with feed_forward_proj "
-                    f"{config.feed_forward_proj!r}; {supported!r} is"
+                    f"{key} = {content[key]!r} is not supported with feed_forward_proj = "
+                    f"{config.feed_forward_proj!r}; it must be {supported!r}"
                 )
         return config
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019), in float32.
+    """x / sqrt(mean(x²) + eps) * weight over the last axis (Zhang and Sennrich 2019).
 
-    (..., C) in float32 -> (..., C) in the weight's dtype.
+    (..., C) in float32 -> (..., C) in the weight's dtype; the norm itself is computed in float32.
     """
 
     def __init__(self, width: int, eps: float):
@@ -104,32 +113,39 @@ class RMSNorm(nn.Module):
 
 
 class RelativePositionBias(nn.Module):
-    """A bias on the attention scores for each head and distance: N -> (1, heads, N, N) (T5, section 2.1).
+    """A learned bias on the attention scores: sequence length N -> (1, heads, N, N) (T5, section 2.1).
 
-    Half of the buckets are for keys after the query, half for the others. In each half the first half of the
-    buckets hold one distance each; the others grow logarithmically up to `reach`; the last holds the rest.
+    Distances share a bias by buckets. Half of the buckets are for keys after the query, half for the others.
+    In either half, the first half of the buckets hold one distance each; the others grow logarithmically up
+    to `max_distance`; the last one holds all greater distances.
+
+    Args:
+        buckets: number of buckets.
+        max_distance: from this distance on, all distances share the last bucket.
+        heads: number of attention heads.
     """
 
-    def __init__(self, buckets: int, reach: int, heads: int):
+    def __init__(self, buckets: int, max_distance: int, heads: int):
         super().__init__()
         self.buckets = buckets
-        self.reach = reach
+        self.max_distance = max_distance
         self.table = nn.Embedding(buckets, heads)
 
     def bucket(self, distance: Tensor) -> Tensor:
-        """From key position minus query position (integers of any shape) to bucket numbers."""
+        """The bucket of each distance, key position minus query position (integers of any shape)."""
         half = self.buckets // 2
         exact = half // 2
         size = distance.abs()
         # The clamp keeps the logarithm finite where its value is not used.
-        log = torch.log(size.clamp(min=exact).float() / exact) / math.log(self.reach / exact)
-        far = (exact + (log * (half - exact)).long()).clamp(max=half - 1)
-        return torch.where(distance > 0, half, 0) + torch.where(size < exact, size, far)
+        log = torch.log(size.clamp(min=exact).float() / exact) / math.log(self.max_distance / exact)
+        logarithmic = (exact + (log * (half - exact)).long()).clamp(max=half - 1)
+        return torch.where(distance > 0, half, 0) + torch.where(size < exact, size, logarithmic)
 
     def forward(self, length: int) -> Tensor:
         position = torch.arange(length, device=self.table.weight.device)
         distance = position[None, :] - position[:, None]  # (query, key)
-        return rearrange(self.table(self.bucket(distance)), "q k h -> 1 h q k")
+        bias: Tensor = rearrange(self.table(self.bucket(distance)), "q k h -> 1 h q k")
+        return bias
 
 
 class SelfAttention(nn.Module):
@@ -143,11 +159,12 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        return self.out(attention(q, k, v, self.heads, bias=bias, scale=1.0))
+        out: Tensor = self.out(attention(q, k, v, self.heads, bias=bias, scale=1.0))
+        return out
 
 
 class GatedFeedForward(nn.Module):
-    """GELU(x W_gate) * (x W_gated), then W_down: (B, N, C) -> (B, N, C) in the dtype of W_down."""
+    """(GELU(x W_gate) * (x W_gated)) W_down: (B, N, C) -> (B, N, C) in the dtype of W_down."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -163,7 +180,7 @@ class GatedFeedForward(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """ReLU(x W_up), then W_down, T5's first form: (B, N, C) -> (B, N, C) in the dtype of W_down."""
+    """ReLU(x W_up) W_down, as in T5 version 1.0: (B, N, C) -> (B, N, C) in the dtype of W_down."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -182,7 +199,10 @@ def _dtype_of(linear: nn.Module) -> torch.dtype:
 
 
 class Block(nn.Module):
-    """Self-attention and feed-forward, each added to what it read: (B, N, C) in float32 -> the same."""
+    """Self-attention and feed-forward, pre-norm with residual connections: (B, N, C) -> (B, N, C).
+
+    Input and output, the residual stream, are float32.
+    """
 
     def __init__(self, config: T5Config):
         super().__init__()
@@ -198,7 +218,7 @@ class Block(nn.Module):
 
 
 def _finite(x: Tensor) -> Tensor:
-    """What overflowed float16 comes back as its largest number; other dtypes pass."""
+    """Replace infinities in float16, which come from overflow, by its largest number."""
     if x.dtype != torch.float16:
         return x
     largest = torch.finfo(x.dtype).max
@@ -206,12 +226,21 @@ def _finite(x: Tensor) -> Tensor:
 
 
 class T5Encoder(Stage[T5Config]):
-    """The Flan-T5 encoder: token ids (B, N) and their mask (B, N) -> hidden states (B, N, d_model).
+    """The Flan-T5 encoder: token ids and their mask to one hidden state per token.
 
-    Runs in float32, bfloat16 or float16; the hidden states come in the dtype of the weights.
+    Works in float32, bfloat16 or float16; the hidden states have the dtype of the weights.
+
+    Example:
+        >>> t5 = T5Encoder.from_pretrained("tiny", subfolder="text_encoder_2")  # or "cvssp/audioldm2"
+        >>> input_ids = torch.tensor([[37, 12, 5, 1], [8, 1, 0, 0]])  # from T5's tokenizer
+        >>> t5(input_ids, attention_mask=input_ids != 0).shape  # (batch, tokens, d_model)
+        torch.Size([2, 4, 96])
+
+    Args:
+        config: sizes, kept as `t5.config`.
     """
 
-    # The last matrix of each feed-forward makes numbers too large for float16; transformers keeps it so too.
+    # The last matrix of each feed-forward produces numbers beyond float16's range; transformers keeps it too.
     float32_parameters: ClassVar[tuple[str, ...]] = ("*.down.weight",)
 
     def __init__(self, config: T5Config):
@@ -228,14 +257,14 @@ class T5Encoder(Stage[T5Config]):
         """Encode token ids.
 
         Args:
-            input_ids: (B, N), integers.
-            attention_mask: (B, N), 1 or True for tokens, 0 for padding; padding may be anywhere.
+            input_ids: token ids of T5's tokenizer, (B, N).
+            attention_mask: (B, N), 1 or True for tokens and 0 for padding; padding may be anywhere.
 
         Returns:
-            (B, N, d_model). Padded positions get a state too; a mask must go with it.
+            Hidden states, (B, N, d_model). Those at padded positions have no meaning and must be masked.
 
         Raises:
-            ValueError: the two differ in shape, or are not (B, N).
+            ValueError: the shapes differ or are not (B, N).
         """
         if input_ids.dim() != 2 or input_ids.shape != attention_mask.shape:
             raise ValueError(
@@ -244,10 +273,11 @@ class T5Encoder(Stage[T5Config]):
             )
         x = self.embed(input_ids)
         bias = self.position_bias(input_ids.shape[1])  # (1, heads, N, N)
-        # Set, not added: the sum could be -inf in float16, and a row with nothing but padding NaN.
+        # Set rather than added: in float16 the sum could be -inf, and a row of padding alone NaN.
         padding = rearrange(attention_mask == 0, "b k -> b 1 1 k")
         bias = bias.masked_fill(padding, torch.finfo(bias.dtype).min)  # (B, heads, N, N)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         for block in self.blocks:
             x = block(x, bias)
-        return self.norm(x)
+        out: Tensor = self.norm(x)
+        return out

@@ -1,16 +1,17 @@
-"""VAE: between log-mel spectrograms and the latents in which the diffusion happens.
+"""vae: the autoencoder between log-mel spectrograms and the latents that the diffusion model generates.
 
-In: a log-mel spectrogram (B, 1, T, F), T frames by F mel bands. Out, from the encoder: a diagonal Gaussian
-over latents (B, 8, T/4, F/4). Out, from the decoder: a log-mel spectrogram again. Sizes are those of
-AudioLDM 2: three levels of channels, so two halvings.
+    encode:  log-mel spectrogram (B, 1, T, F)  ->  a Gaussian over latents (B, 8, T/4, F/4)
+    decode:  latents (B, 8, T/4, F/4)          ->  log-mel spectrogram (B, 1, T, F)
 
-A variational autoencoder (Kingma and Welling 2014): q(z|x) = N(mean(x), variance(x)), a Gaussian whose axes
-are independent. The networks are those of latent diffusion (Rombach et al. 2022, section 3.1): ResNet blocks
-level by level, and one attention over the whole feature map at the lowest level.
+T is frames and F is mel bands. The sizes are AudioLDM 2's, whose three levels halve time and frequency twice.
 
-Where it differs from the textbook: a halving pads only at the far ends of time and frequency; the KL term was
-weighted so lightly in training that the latents are not of unit variance. `VAEConfig.scaling_factor` makes
-them so: whoever calls multiplies by it (into the diffusion) or divides (out of it). Nothing is scaled here.
+A variational autoencoder (Kingma and Welling 2014) with q(z|x) = N(mean(x), variance(x)), a Gaussian with
+diagonal covariance. The networks are those of latent diffusion (Rombach et al. 2022, section 3.1): ResNet
+blocks on several levels of resolution, and self-attention over the whole feature map on the lowest.
+
+Differences from the papers: downsampling pads on one side only, at the end of time and of frequency. The KL
+term had so little weight in training that the latents do not have unit variance; the caller multiplies
+latents by `VAEConfig.scaling_factor` before diffusion and divides by it after. Nothing is scaled here.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ from audioldm2.models.config import known_fields, refuse_unsupported
 from audioldm2.models.layers import ResNetBlock, SelfAttention, Upsample, activation
 from audioldm2.models.stage import Stage
 
-EPS = 1e-6  # of every GroupNorm; no config says otherwise
+EPS = 1e-6  # of all GroupNorms; the configs have no key for it
 
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The keys of the Hub's vae/config.json that matter; defaults are those of diffusers' AutoencoderKL.
+    """Sizes: keys of AutoencoderKL's config.json, with diffusers' defaults.
 
     Raises:
-        ValueError: counts of levels that differ, a block type or an activation that is not supported.
+        ValueError: the number of levels differs between keys, or a block type or activation is not supported.
     """
 
     in_channels: int = 3
@@ -62,16 +63,20 @@ class VAEConfig:
         for key, kind in kinds.items():
             types = getattr(self, key)
             if len(types) != levels:
-                raise ValueError(f"{key} names {len(types)} levels, block_out_channels {levels}")
-            refuse_unsupported(dict.fromkeys([key], set(types) or {kind}), {key: ({kind},)})
+                raise ValueError(f"{key} has {len(types)} entries for {levels} levels of block_out_channels")
+            if any(name != kind for name in types):
+                raise ValueError(f"{key} = {types!r} is not supported; every entry must be {kind!r}")
         activation(self.act_fn)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> VAEConfig:
-        """From a Hub config; keys that change nothing here are ignored.
+        """The config from a config.json.
+
+        Args:
+            content: the JSON object; keys that do not change the result are ignored.
 
         Raises:
-            ValueError: a value that is not supported, by name.
+            ValueError: a value that is not supported; the message names the key.
         """
         unscaled = ("latents_mean", "latents_std", "shift_factor")
         refuse_unsupported(content, dict.fromkeys(unscaled, (None,)))
@@ -79,14 +84,14 @@ class VAEConfig:
 
 
 class DiagonalGaussian:
-    """A Gaussian with independent axes, one an example: what the encoder says of the latents.
+    """A Gaussian with diagonal covariance for each example: the distribution of the latents.
 
     Args:
         parameters: (B, 2C, H, W): the means, then the logarithms of the variances.
 
     Attributes:
         mean: (B, C, H, W).
-        log_variance: (B, C, H, W), held between -30 and 20: the variance neither vanishes nor overflows.
+        log_variance: (B, C, H, W), clamped to [-30, 20] so that the variance neither vanishes nor overflows.
     """
 
     def __init__(self, parameters: Tensor):
@@ -94,18 +99,21 @@ class DiagonalGaussian:
         self.log_variance = log_variance.clamp(-30.0, 20.0)
 
     def mode(self) -> Tensor:
-        """The most likely latents, (B, C, H, W)."""
+        """The most likely latents, the mean, (B, C, H, W)."""
         return self.mean
 
     def sample(self, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
-        """Latents drawn at random, mean + std · noise (Kingma and Welling 2014, eq. 10), (B, C, H, W).
+        """Draw latents, mean + std · noise (Kingma and Welling 2014, eq. 10).
 
         Args:
-            generator: one for the whole batch, or a list with one an example. Noise is drawn where the
-                generator lives, so a CPU generator gives the same latents on every device.
+            generator: one for the whole batch, or a list of one per example. Noise is drawn on the
+                generator's device, so a CPU generator gives the same latents on every device.
+
+        Returns:
+            (B, C, H, W).
 
         Raises:
-            ValueError: a list of another length than the batch.
+            ValueError: the list's length is neither 1 nor the batch size.
         """
         return self.mean + torch.exp(0.5 * self.log_variance) * self._noise(generator)
 
@@ -115,33 +123,36 @@ class DiagonalGaussian:
             if len(generator) == 1:
                 return self._noise(generator[0])
             if len(generator) != shape[0]:
-                raise ValueError(f"{len(generator)} generators for a batch of {shape[0]}; pass one for each")
+                raise ValueError(
+                    f"{len(generator)} generators for a batch of {shape[0]}; pass one per example"
+                )
             one = (1, *shape[1:])
             return torch.cat(
                 [torch.randn(one, generator=g, dtype=dtype, device=g.device).to(device) for g in generator]
             )
-        place = device if generator is None else generator.device
-        return torch.randn(shape, generator=generator, dtype=dtype, device=place).to(device)
+        source = device if generator is None else generator.device
+        return torch.randn(shape, generator=generator, dtype=dtype, device=source).to(device)
 
     def kl(self) -> Tensor:
-        """Divergence from the unit Gaussian, in nats, (B,) (Kingma and Welling 2014, appendix B)."""
+        """The KL divergence from the unit Gaussian, in nats, (B,) (Kingma and Welling 2014, appendix B)."""
         terms = self.mean.square() + self.log_variance.exp() - 1.0 - self.log_variance
         return 0.5 * reduce(terms, "b c h w -> b", "sum")
 
 
 class Downsample(nn.Module):
-    """A 3x3 convolution of stride 2: (B, C, H, W) -> (B, C, H//2, W//2); the far ends alone are padded."""
+    """A 3x3 convolution of stride 2, padded at the end only: (B, C, H, W) -> (B, C, H//2, W//2)."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
+        return out
 
 
 class Level(nn.Module):
-    """The ResNet blocks of one resolution: (B, C_in, H, W) -> (B, C_out, H, W)."""
+    """The ResNet blocks of one level of resolution: (B, C_in, H, W) -> (B, C_out, H, W)."""
 
     resnets: Sequence[ResNetBlock]
 
@@ -161,7 +172,10 @@ class Level(nn.Module):
 
 
 class MapAttention(nn.Module):
-    """One-headed attention over all places of a feature map, added to it: (B, C, H, W) -> (B, C, H, W)."""
+    """Single-head self-attention over all positions of a feature map, pre-norm with a residual connection.
+
+    (B, C, H, W) -> (B, C, H, W).
+    """
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -170,11 +184,12 @@ class MapAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")
-        return x + rearrange(self.attention(tokens), "b (h w) c -> b c h w", h=x.shape[2])
+        out: Tensor = x + rearrange(self.attention(tokens), "b (h w) c -> b c h w", h=x.shape[2])
+        return out
 
 
 class Middle(nn.Module):
-    """A ResNet block, attention, a second ResNet block, at the lowest level: (B, C, H, W) -> (B, C, H, W)."""
+    """ResNet block, attention, ResNet block, on the lowest level: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -185,11 +200,12 @@ class Middle(nn.Module):
         self.attention = MapAttention(channels, groups) if config.mid_block_add_attention else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.resnets[1](self.attention(self.resnets[0](x)))
+        out: Tensor = self.resnets[1](self.attention(self.resnets[0](x)))
+        return out
 
 
 class Encoder(nn.Module):
-    """From a spectrogram to the parameters of the Gaussian: (B, 1, T, F) -> (B, 2C, T/4, F/4)."""
+    """Spectrograms to the parameters of the Gaussian: (B, 1, T, F) -> (B, 2C, T/4, F/4)."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -200,7 +216,7 @@ class Encoder(nn.Module):
             Level(config, c_in, c_out, config.layers_per_block)
             for c_in, c_out in zip(before, channels, strict=True)
         )
-        # Between two levels: the last one is followed by none.
+        # One between each two levels.
         self.downsamples = nn.ModuleList(Downsample(c) for c in channels[:-1])
         self.middle = Middle(config)
         self.norm_out = nn.GroupNorm(config.norm_num_groups, channels[-1], EPS)
@@ -211,11 +227,12 @@ class Encoder(nn.Module):
         for downsample, level in zip(self.downsamples, self.levels[1:], strict=True):
             x = level(downsample(x))
         x = self.middle(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
+        return out
 
 
 class Decoder(nn.Module):
-    """From latents to a spectrogram: (B, C, T/4, F/4) -> (B, 1, T, F); one more ResNet block a level."""
+    """Latents to spectrograms: (B, C, T/4, F/4) -> (B, 1, T, F), with one ResNet block more per level."""
 
     levels: Sequence[Level]
 
@@ -230,7 +247,7 @@ class Decoder(nn.Module):
             for c_in, c_out in zip(before, channels, strict=True)
         )
         self.levels = nn.ModuleList(levels)  # type: ignore[assignment]
-        # Between two levels, each at the width of the level before it.
+        # One between each two levels, with the channels of the level before it.
         self.upsamples = nn.ModuleList(Upsample(c) for c in channels[:-1])
         self.norm_out = nn.GroupNorm(config.norm_num_groups, channels[-1], EPS)
         self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
@@ -240,7 +257,8 @@ class Decoder(nn.Module):
         x = self.levels[0](x)
         for upsample, level in zip(self.upsamples, self.levels[1:], strict=True):
             x = level(_double(upsample, x))
-        return self.conv_out(F.silu(self.norm_out(x)))
+        out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
+        return out
 
 
 def _double(upsample: nn.Module, x: Tensor) -> Tensor:
@@ -250,9 +268,17 @@ def _double(upsample: nn.Module, x: Tensor) -> Tensor:
 
 
 def _in_chunks(f: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
-    """f(x) for an f that looks one row to either side at most, on `rows` rows of x at a time: (B, C, H, W).
+    """Compute f(x) in chunks of rows, for a function whose outputs depend on one row to either side at most.
 
-    A chunk has one row more at either side, whose result is thrown away. f may give several rows for each.
+    Each chunk includes one extra row on either side, whose result is discarded.
+
+    Args:
+        f: maps (B, C, h, W) to (B, C', k h, W') for any h.
+        x: (B, C, H, W).
+        rows: rows of x per chunk.
+
+    Returns:
+        f(x), (B, C', k H, W').
     """
     height = x.shape[2]
     y = torch.empty(0)
@@ -268,10 +294,10 @@ def _in_chunks(f: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
 
 
 def _normalized(norm: nn.GroupNorm, x: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
-    """GroupNorm with the statistics of the whole feature map x, to be applied to chunks of it."""
+    """GroupNorm as a function of chunks of x, with the statistics of the whole of x."""
     total = square = torch.zeros(())
-    for part in x.split(rows, dim=2):
-        groups = part.unflatten(1, (norm.num_groups, -1)).float()  # (B, g, C/g, rows, W)
+    for part in torch.split(x, rows, dim=2):
+        groups = rearrange(part, "b (g c) h w -> b g c h w", g=norm.num_groups).float()
         total = total + groups.sum((2, 3, 4)).double()
         square = square + groups.square().sum((2, 3, 4)).double()
     channels = x.shape[1] // norm.num_groups
@@ -284,21 +310,30 @@ def _normalized(norm: nn.GroupNorm, x: Tensor, rows: int) -> Callable[[Tensor], 
 
 
 def _resnet_in_chunks(resnet: ResNetBlock, x: Tensor, rows: int) -> Tensor:
-    """A ResNet block without a time, as `_in_chunks`: (B, C_in, H, W) -> (B, C_out, H, W)."""
+    """A ResNet block without a time embedding, computed in chunks: (B, C_in, H, W) -> (B, C_out, H, W)."""
     norm_1 = _normalized(resnet.norm_1, x, rows)
     h = _in_chunks(lambda part: resnet.conv_1(resnet.act(norm_1(part))), x, rows)
     norm_2 = _normalized(resnet.norm_2, h, rows)
     y = _in_chunks(lambda part: resnet.conv_2(resnet.act(norm_2(part))), h, rows)
-    for part, out in zip(x.split(rows, dim=2), y.split(rows, dim=2), strict=True):
+    for part, out in zip(torch.split(x, rows, dim=2), torch.split(y, rows, dim=2), strict=True):
         out += resnet.shortcut(part)
     return y
 
 
 class VAE(Stage[VAEConfig]):
-    """The autoencoder: `encode` to latents, `decode` to a log-mel spectrogram. See the module's docstring.
+    """The autoencoder: `encode` spectrograms into latents, `decode` latents into spectrograms.
+
+    Example:
+        >>> vae = VAE.from_pretrained("tiny", subfolder="vae")  # or "cvssp/audioldm2"
+        >>> mel = torch.randn(2, 1, 64, 64)  # log-mel spectrograms, from a LogMel
+        >>> latents = vae.encode(mel).sample() * vae.config.scaling_factor  # as the UNet expects them
+        >>> latents.shape
+        torch.Size([2, 8, 16, 16])
+        >>> vae.decode(latents / vae.config.scaling_factor).shape
+        torch.Size([2, 1, 64, 64])
 
     Args:
-        config: sizes; kept as `vae.config`.
+        config: sizes, kept as `vae.config`.
     """
 
     def __init__(self, config: VAEConfig):
@@ -313,44 +348,59 @@ class VAE(Stage[VAEConfig]):
 
     @property
     def downsampling(self) -> int:
-        """How many frames, and how many mel bands, one latent stands for: 4 for AudioLDM 2."""
+        """Frames per latent, and mel bands per latent: 4 for AudioLDM 2."""
         downsampling: int = 2 ** (len(self.config.block_out_channels) - 1)
         return downsampling
 
     def encode(self, mel: Tensor) -> DiagonalGaussian:
-        """The distribution of log-mel spectrograms' latents, (B, 1, T, F) -> (B, 8, T/4, F/4), unscaled.
+        """Encode log-mel spectrograms.
 
-        T and F that the down-sampling does not divide are rounded down.
+        Args:
+            mel: (B, 1, T, F); T and F are rounded down to multiples of `downsampling`.
+
+        Returns:
+            The distribution of the latents, (B, latent_channels, T/4, F/4); they are not scaled.
 
         Raises:
-            ValueError: `mel` is not (B, in_channels, T, F), or is smaller than one latent.
+            ValueError: `mel` has another shape, or is smaller than one latent.
         """
         _check("mel", mel, self.config.in_channels, smallest=self.downsampling)
         return DiagonalGaussian(self.to_moments(self.encoder(mel)))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Log-mel spectrograms from unscaled latents, (B, 8, T/4, F/4) -> (B, 1, T, F).
-
-        Raises:
-            ValueError: `latents` is not (B, latent_channels, height, width).
-        """
-        _check("latents", latents, self.config.latent_channels, smallest=1)
-        return self.decoder(self.from_latents(latents))
-
-    def decode_in_chunks(self, latents: Tensor, rows: int = 256) -> Tensor:
-        """`decode` for long latents, in less memory: (B, 8, T/4, F/4) -> (B, 1, T, F), equal up to rounding.
-
-        Every norm takes its statistics over the whole length, and so does the attention at the lowest level:
-        no chunk can be decoded alone. So the decoder goes layer by layer, each in chunks with one row more at
-        either side, which is how far a 3x3 convolution looks. Only three feature maps of the whole length are
-        there at once: a layer's input, what lies between its convolutions, and its output.
+        """Decode latents.
 
         Args:
-            latents: (B, latent_channels, T/4, F/4), unscaled.
-            rows: latents in time that are worked on at once.
+            latents: (B, latent_channels, T/4, F/4), divided by scaling_factor.
+
+        Returns:
+            Log-mel spectrograms, (B, 1, T, F).
 
         Raises:
-            ValueError: as `decode`.
+            ValueError: `latents` has another shape.
+        """
+        _check("latents", latents, self.config.latent_channels, smallest=1)
+        mel: Tensor = self.decoder(self.from_latents(latents))
+        return mel
+
+    def decode_in_chunks(self, latents: Tensor, rows: int = 256) -> Tensor:
+        """Compute `decode` for long latents with less memory; the result is equal up to rounding.
+
+        A chunk cannot be decoded on its own, because the norms' statistics and the attention on the lowest
+        level extend over the whole length. Instead, each layer is computed in chunks, with one extra row on
+        either side
+        for the 3x3 convolutions. At most three feature maps of the whole length are in memory at once: a
+        layer's input, the result of its first convolution, and its output.
+
+        Args:
+            latents: (B, latent_channels, T/4, F/4), divided by scaling_factor.
+            rows: latents in time per chunk.
+
+        Returns:
+            Log-mel spectrograms, (B, 1, T, F).
+
+        Raises:
+            ValueError: `latents` has another shape.
         """
         _check("latents", latents, self.config.latent_channels, smallest=1)
         decoder = self.decoder
@@ -366,13 +416,13 @@ class VAE(Stage[VAEConfig]):
         return _in_chunks(lambda part: decoder.conv_out(F.silu(norm(part))), x, rows)
 
     def forward(self, mel: Tensor) -> Tensor:
-        """There and back by the most likely latents: (B, 1, T, F) -> (B, 1, T, F)."""
+        """Encode and decode, through the most likely latents: (B, 1, T, F) -> (B, 1, T, F)."""
         return self.decode(self.encode(mel).mode())
 
 
 def _check(name: str, x: Tensor, channels: int, smallest: int) -> None:
     if x.dim() != 4 or x.shape[1] != channels or min(x.shape[2:]) < smallest:
         raise ValueError(
-            f"{name} has shape {tuple(x.shape)}; it should be (batch, {channels}, time, frequency), "
-            f"time and frequency at least {smallest}"
+            f"{name} has shape {tuple(x.shape)}; it must be (batch, {channels}, time, frequency) "
+            f"with time and frequency at least {smallest}"
         )

@@ -1,21 +1,21 @@
-"""The text encoder of VITS (Kim et al. 2021, section 2.5.2), for the transcriptions of speech checkpoints.
+"""text_encoder_2 of the speech checkpoints: the text encoder of VITS (Kim et al. 2021, section 2.5.2).
 
-In: phoneme ids (B, N) with their mask (B, N).
-Out: one state for each phoneme, (B, N, C), zero at padding.
+    input_ids (B, N), attention_mask (B, N)  ->  one hidden state per phoneme (B, N, C), zero at padding
 
-A transformer encoder of the older, post-norm form,
+It encodes the transcription, the words to be spoken. It is a transformer encoder in the post-norm form
 
     x = norm(x + attention(x)),   x = norm(x + feed_forward(x))
 
-whose feed-forward layers are convolutions over the sequence, and whose attention knows places only relative
-to each other (Shaw et al. 2018, equations 3 and 4): key and value of a pair of places no further apart than
-`window_size` get a learned vector of their distance added,
+with convolutions over the sequence as feed-forward. Attention uses relative positions (Shaw et al. 2018,
+equations 3 and 4): for positions i and j at most `window_size` apart, a learned vector of their distance is
+added to the key and another one to the value,
 
     score_ij = q_i · (k_j + a_{j-i}) / sqrt(d),   out_i = sum_j p_ij (v_j + b_{j-i}).
 
-In VITS there are no such vectors beyond the window, where Shaw et al. repeat the outermost one.
+Beyond the window VITS adds nothing, whereas Shaw et al. use the vectors of the largest distance.
 
-A checkpoint holds a whole VITS; only its text encoder, up to the states, is used. There is no dropout.
+A checkpoint contains a whole VITS, of which only the text encoder is used, up to its hidden states. Dropout,
+which acts in training only, is left out.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from audioldm2.models.stage import Stage
 
 @dataclass(frozen=True)
 class VitsTextConfig:
-    """The sizes, under the names of VitsModel's config.json."""
+    """Sizes of the text encoder: keys of VITS's config.json, with transformers' defaults."""
 
     vocab_size: int = 38
     hidden_size: int = 192
@@ -54,27 +54,30 @@ class VitsTextConfig:
         activation(self.hidden_act, "hidden_act")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size = {self.hidden_size} does not divide into "
-                f"num_attention_heads = {self.num_attention_heads} heads"
+                f"num_attention_heads = {self.num_attention_heads} must divide "
+                f"hidden_size = {self.hidden_size}"
             )
         if not self.window_size or self.window_size < 1:
-            raise ValueError(f"window_size = {self.window_size} is not supported; 1 or more is")
+            raise ValueError(f"window_size = {self.window_size} is not supported; it must be at least 1")
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> VitsTextConfig:
-        """From a config.json's content; the keys of the other parts of VITS are passed over.
+        """The config from a config.json.
+
+        Args:
+            content: the JSON object; keys of the other parts of VITS are ignored.
 
         Raises:
-            ValueError: another activation, no window, or sizes that do not go together.
+            ValueError: a value that is not supported; the message names the key.
         """
         return cls(**known_fields(cls, content))
 
 
 class RelativeAttention(nn.Module):
-    """Self-attention with relative positions, (B, N, C) -> (B, N, C).
+    """Self-attention with relative positions: (B, N, C) -> (B, N, C).
 
-    The probabilities themselves are needed for the values' part, so this cannot go through
-    scaled_dot_product_attention, which keeps them to itself.
+    The values' relative positions need the attention probabilities, which scaled_dot_product_attention does
+    not return, so they are computed here.
     """
 
     def __init__(self, config: VitsTextConfig):
@@ -85,7 +88,7 @@ class RelativeAttention(nn.Module):
         distances = 2 * config.window_size + 1
         self.qkv = nn.Linear(width, 3 * width, bias=config.use_bias)
         self.out = nn.Linear(width, width, bias=config.use_bias)
-        # One vector for each distance j - i = -window ... window, shared by the heads.
+        # One vector for each distance j - i from -window to window, shared by the heads.
         self.key_distances = nn.Parameter(torch.zeros(1, distances, width // self.heads))
         self.value_distances = nn.Parameter(torch.zeros(1, distances, width // self.heads))
 
@@ -93,11 +96,11 @@ class RelativeAttention(nn.Module):
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         q = q / math.sqrt(q.shape[-1])
         batch, heads, length, _ = q.shape
-        place = torch.arange(length, device=x.device)
+        position = torch.arange(length, device=x.device)
 
-        # Scores by distance (B, h, N, 2w+1), spread out to scores by place (B, h, N, N), none beyond the
+        # Scores by distance, (B, h, N, 2w+1), gathered into scores by position, (B, h, N, N), 0 beyond the
         # window.
-        distance = rearrange(place, "m -> 1 m") - rearrange(place, "n -> n 1")  # (N, N)
+        distance = rearrange(position, "m -> 1 m") - rearrange(position, "n -> n 1")  # (N, N)
         within = distance.abs() <= self.window
         column = (distance + self.window).clamp(0, 2 * self.window).expand(batch, heads, length, length)
         by_distance = q @ self.key_distances.mT
@@ -105,22 +108,27 @@ class RelativeAttention(nn.Module):
 
         probabilities = torch.softmax(scores + bias, dim=-1)  # (B, h, N, N)
 
-        # The probabilities of the places i - w ... i + w (B, h, N, 2w+1), none outside the sequence.
-        neighbor = rearrange(place, "n -> n 1") + torch.arange(-self.window, self.window + 1, device=x.device)
+        # The probabilities of positions i - w to i + w, (B, h, N, 2w+1), 0 outside of the sequence.
+        offset = torch.arange(-self.window, self.window + 1, device=x.device)
+        neighbor = rearrange(position, "n -> n 1") + offset
         inside = (neighbor >= 0) & (neighbor < length)
         column = neighbor.clamp(0, length - 1).expand(batch, heads, length, 2 * self.window + 1)
         near = probabilities.gather(-1, column).masked_fill(~inside, 0)
         out = probabilities @ v + near @ self.value_distances
-        return self.out(rearrange(out, "b h n d -> b n (h d)"))
+        states: Tensor = self.out(rearrange(out, "b h n d -> b n (h d)"))
+        return states
 
 
 class ConvFeedForward(nn.Module):
-    """Two convolutions over the sequence that never see padding: (B, N, C) -> (B, N, C)."""
+    """Two convolutions over the sequence, with zeros in place of padding: (B, N, C) -> (B, N, C).
+
+    `tokens` is the mask as (B, N, 1), in the states' dtype.
+    """
 
     def __init__(self, config: VitsTextConfig):
         super().__init__()
         kernel = config.ffn_kernel_size
-        self.padding = ((kernel - 1) // 2, kernel // 2)  # left and right, to keep the length
+        self.padding = ((kernel - 1) // 2, kernel // 2)  # left and right, so that the length stays
         self.up = nn.Conv1d(config.hidden_size, config.ffn_dim, kernel)
         self.down = nn.Conv1d(config.ffn_dim, config.hidden_size, kernel)
         self.activation = activation(config.hidden_act)
@@ -133,7 +141,7 @@ class ConvFeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """One layer of the encoder, (B, N, C) -> (B, N, C)."""
+    """Attention and feed-forward, each with a residual connection and then a norm: (B, N, C) -> (B, N, C)."""
 
     def __init__(self, config: VitsTextConfig):
         super().__init__()
@@ -144,11 +152,22 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor, bias: Tensor) -> Tensor:
         x = self.attention_norm(x + self.attention(x, bias))
-        return self.feed_forward_norm(x + self.feed_forward(x, tokens))
+        out: Tensor = self.feed_forward_norm(x + self.feed_forward(x, tokens))
+        return out
 
 
 class VitsTextEncoder(Stage[VitsTextConfig]):
-    """The text encoder of VITS: phoneme ids to states."""
+    """The text encoder of VITS: phoneme ids to one hidden state per phoneme.
+
+    Example:
+        >>> vits = VitsTextEncoder(VitsTextConfig()).eval()  # with random weights
+        >>> input_ids = torch.tensor([[19, 4, 7, 7, 11]])  # from VITS's tokenizer
+        >>> vits(input_ids, attention_mask=torch.ones(1, 5)).shape  # (batch, phonemes, hidden_size)
+        torch.Size([1, 5, 192])
+
+    Args:
+        config: sizes, kept as `vits.config`.
+    """
 
     def __init__(self, config: VitsTextConfig):
         super().__init__()
@@ -157,26 +176,25 @@ class VitsTextEncoder(Stage[VitsTextConfig]):
         self.layers = nn.ModuleList([Layer(config) for _ in range(config.num_hidden_layers)])
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The states of a batch of phoneme sequences.
+        """Encode phoneme sequences.
 
         Args:
-            input_ids: (B, N), ids below vocab_size.
+            input_ids: phoneme ids, (B, N).
             attention_mask: (B, N), 1 for phonemes and 0 for padding.
 
         Returns:
-            (B, N, hidden_size); zero at padding.
+            Hidden states, (B, N, hidden_size), zero at padding.
 
         Raises:
-            ValueError: a shape is not (B, N), or the two differ.
+            ValueError: the shapes differ or are not (B, N).
         """
         if input_ids.dim() != 2 or attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"input_ids has shape {tuple(input_ids.shape)} and attention_mask "
-                f"{tuple(attention_mask.shape)}; "
-                "both must be (batch, tokens)"
+                f"{tuple(attention_mask.shape)}; both must be (batch, tokens)"
             )
-        x = self.embedding(input_ids) * math.sqrt(self.config.hidden_size)  # (B, N, C)
-        # Half of the lowest number: with a score added it is still finite.
+        x: Tensor = self.embedding(input_ids) * math.sqrt(self.config.hidden_size)  # (B, N, C)
+        # Half of the lowest number, so that the sum with a score is still finite.
         bias = mask_bias(attention_mask, x.dtype, torch.finfo(x.dtype).min / 2)
         tokens = rearrange(attention_mask, "b n -> b n 1").to(x.dtype)
         for layer in self.layers:

@@ -55,7 +55,7 @@ UNEVEN = {  # 12 x 24 patches in windows of 5, which do not divide them, then 6 
     "qkv_bias": False,
     "hidden_act": "relu",
 }
-DEEP = {  # 16 x 8, 8 x 4 and 4 x 2 patches in windows of 2; as many mel bins as the picture is high
+DEEP = {  # 16 x 8, 8 x 4 and 4 x 2 patches in windows of 2; as many mel bins as the image is high
     **AUDIO,
     "num_mel_bins": 32,
     "window_size": 2,
@@ -84,7 +84,7 @@ Pair = tuple[nn.Module, ClapModel]
 
 
 def reference(config: dict, seed: int = 0) -> nn.Module:
-    # "eager" adds the mask to the scores, which defines what a row of padding alone gives.
+    # "eager" adds the mask to the scores, which defines the result for a row of padding alone.
     settings = transformers.ClapConfig(**copy.deepcopy(config))
     return randomize(transformers.ClapModel._from_config(settings, attn_implementation="eager"), seed)
 
@@ -157,7 +157,7 @@ def test_text_features_do_not_depend_on_the_padding(pair: Pair) -> None:
     pad = clap.config.text_config.pad_token_id
     ids, mask = prompts(3, 8, pad)
     expected = clap.text_features(ids, mask)
-    for more in (1, 10, clap.text.longest - 8):
+    for more in (1, 10, clap.text.max_tokens - 8):
         longer = torch.cat([ids, torch.full((3, more), pad)], dim=1)
         assert_close(
             clap.text_features(longer, torch.cat([mask, mask.new_zeros(3, more)], dim=1)), expected, 1e-5
@@ -174,7 +174,7 @@ def test_audio_features_equal_transformers(pair: Pair, batch: int, frames: int |
 
 
 def test_patches_equal_transformers(pair: Pair) -> None:
-    # Before the mean over the picture, which hides what is in the wrong place.
+    # Before the mean over all patches, which would hide patches in the wrong order.
     model, clap = pair
     features = sounds(dataclasses.asdict(clap.config), 2)
     expected = model.audio_model(input_features=features, output_hidden_states=True).hidden_states
@@ -235,7 +235,7 @@ def test_half_precision(pair: Pair, dtype: torch.dtype, bound: float) -> None:
         actual = half.text_features(ids, mask)
         assert actual.dtype == dtype
         assert torch.isfinite(actual).all()
-        # A row of padding alone has no meaning; its scores are not lost beside float16's lowest number.
+        # The result for a row of padding alone has no meaning; only that it is finite matters.
         rows = mask.any(dim=1)
         assert_close(actual[rows], text_of(model, ids, mask)[rows], bound)
     for frames in (None, 30):
@@ -245,7 +245,7 @@ def test_half_precision(pair: Pair, dtype: torch.dtype, bound: float) -> None:
         assert_close(actual, audio_of(model, features), bound)
 
 
-def test_buffers_that_older_and_newer_releases_save() -> None:
+def test_buffers_of_older_and_newer_releases_may_be_absent() -> None:
     config = CONFIGS["hub-like"]
     tensors = tensors_of(reference(config))
     derived = [
@@ -279,7 +279,7 @@ def test_round_trip() -> None:
     assert_close(clap(ids, mask, features), expected.logits_per_text)
 
 
-def test_misfits_are_all_listed() -> None:
+def test_all_tensors_that_do_not_fit_are_listed() -> None:
     config = CONFIGS["hub-like"]
     tensors = tensors_of(reference(config))
     del tensors["text_model.encoder.layer.1.attention.self.key.bias"]
@@ -314,7 +314,7 @@ def test_misfits_are_all_listed() -> None:
         ("audio_config", "window_size", 5),  # more than the 4 x 4 patches of the last level
     ],
 )
-def test_unsupported_config_is_named(part: str | None, key: str, value: object) -> None:
+def test_unsupported_config_values_are_named(part: str | None, key: str, value: object) -> None:
     config = copy.deepcopy(CONFIGS["hub-like"])
     (config[part] if part else config)[key] = value
     shown = str(tuple(value) if isinstance(value, list) else value)
@@ -322,7 +322,7 @@ def test_unsupported_config_is_named(part: str | None, key: str, value: object) 
         ClapConfig.from_dict(config)
 
 
-def test_keys_that_change_nothing_are_ignored() -> None:
+def test_irrelevant_config_keys_are_ignored() -> None:
     config = copy.deepcopy(CONFIGS["hub-like"])
     expected = ClapConfig.from_dict(config)
     config |= {
@@ -343,19 +343,19 @@ def test_keys_that_change_nothing_are_ignored() -> None:
     assert ClapConfig.from_dict({"text_config": None}) == ClapConfig()
 
 
-def test_inputs_that_do_not_fit() -> None:
+def test_bad_shapes_are_refused() -> None:
     config = CONFIGS["hub-like"]
     clap = stage(tensors_of(reference(config)), config)
     with pytest.raises(ValueError, match="input_ids and attention_mask"):
         clap.text_features(torch.zeros(2, 5, dtype=torch.long), torch.ones(2, 6))
-    with pytest.raises(ValueError, match="39 tokens are too many for CLAP; cut them to 38"):
+    with pytest.raises(ValueError, match="39 tokens are too many for CLAP; the limit is 38"):
         clap.text_features(torch.zeros(2, 39, dtype=torch.long), torch.ones(2, 39))
     for shape in ((2, 128, 8), (2, 4, 128, 8), (2, 1, 128, 9), (2, 1, 129, 8)):
         with pytest.raises(ValueError, match=re.escape(f"the shape is {shape}")):
             clap.audio_features(torch.zeros(shape))
 
 
-def test_hub_size_has_as_many_parameters() -> None:
+def test_the_base_model_has_as_many_parameters_as_the_reference() -> None:
     audio = {"patch_embeds_hidden_size": 128, "depths": [2, 2, 12, 2], "hidden_size": 1024}
     config = {"audio_config": audio, "text_config": {}}
     with torch.device("meta"):

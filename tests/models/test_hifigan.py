@@ -44,7 +44,7 @@ CONFIGS = {
 
 
 def pair(config: dict) -> tuple[SpeechT5HifiGan, HifiGan]:
-    # At this gain samples reach about 0.9: the last tanh matters and does not flatten differences.
+    # At this gain samples reach about 0.9, so that the last tanh matters without flattening differences.
     reference = randomize(SpeechT5HifiGan(SpeechT5HifiGanConfig(**config)), gain=1.0)
     return reference, ours(HifiGan, HifiGanConfig, MAP, reference, config)
 
@@ -69,7 +69,7 @@ def test_equals_transformers(name, batch, frames):
     assert stage.hop_length == (5 if name == "odd" else 6)
 
 
-def test_the_layout_of_the_hub():
+def test_the_hub_configuration_equals_transformers():
     # Rates, kernels and dilations of cvssp/audioldm2's vocoder, with fewer channels.
     config = {
         "model_in_dim": 6,
@@ -86,7 +86,7 @@ def test_the_layout_of_the_hub():
     assert stage.config.leaky_relu_slope == 0.1
 
 
-def test_the_input_is_left_alone():
+def test_the_input_is_not_modified():
     _, stage = pair(CONFIGS["normalized"])
     x = mel()
     stage(x)
@@ -137,8 +137,7 @@ def test_weight_norm_is_folded(spelling, ending):
     assert_close(stage(mel()), reference(mel()), 1e-5)
 
 
-def test_both_spellings_in_one_checkpoint():
-    # A checkpoint that was half folded still says the same.
+def test_folded_and_unfolded_weights_in_one_checkpoint():
     reference = with_weight_norm("old")
     state = reference.state_dict()
     gain, direction = state.pop("conv_pre.weight_g"), state.pop("conv_pre.weight_v")
@@ -178,7 +177,7 @@ def test_loading_is_exact():
         assert part in str(caught.value)
 
 
-def test_a_lone_gain_is_missing_its_direction():
+def test_a_gain_without_its_direction_is_an_error():
     state = with_weight_norm("old").state_dict()
     del state["conv_pre.weight_v"]
     with pytest.raises(CheckpointError, match=r"missing: conv_pre\.weight_v "):
@@ -186,14 +185,14 @@ def test_a_lone_gain_is_missing_its_direction():
 
 
 @pytest.mark.parametrize("name", ["mean", "scale"])
-def test_the_normalization_is_not_made_up(name):
+def test_a_missing_normalization_is_an_error(name):
     state = pair(CONFIGS["normalized"])[0].state_dict()
     del state[name]
     with pytest.raises(CheckpointError, match=f"missing: {name} "):
         fill(empty(SMALL), weight_map(MAP), TensorDict(state))
 
 
-def test_refuses_bad_input():
+def test_bad_shapes_are_refused():
     _, stage = pair(SMALL)
     for x in (mel()[0], mel()[:, :0], mel()[..., :5], mel()[:, None]):
         with pytest.raises(ValueError, match=r"mel has shape .* \(batch, frames, 6\)"):
@@ -211,12 +210,12 @@ def test_refuses_bad_input():
         ("resblock_dilation_sizes", [[1, 3]]),
     ],
 )
-def test_refuses_configs(key, value):
+def test_unsupported_config_values_are_named(key, value):
     with pytest.raises(ValueError, match=key):
         HifiGanConfig.from_dict({**SMALL, key: value})
 
 
-def test_config_reads_what_matters():
+def test_irrelevant_config_keys_are_ignored():
     config = HifiGanConfig.from_dict({**SMALL, "initializer_range": 0.3, "sampling_rate": 8000})
     assert config.sampling_rate == 8000
     assert config.resblock_dilation_sizes == ((1, 3), (2,))

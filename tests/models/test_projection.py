@@ -45,7 +45,7 @@ def test_equals_diffusers(config, batch, n):
     assert mask is None
 
 
-def test_any_length_without_positions():
+def test_any_length_without_position_embedding():
     reference, stage = pair(PLAIN)
     states = inputs(2, 1, 9)
     assert_close(stage(*states)[0], reference(*states).hidden_states)
@@ -90,7 +90,7 @@ def test_round_trip():
     assert torch.equal(again(*states).hidden_states, reference(*states).hidden_states)
 
 
-def test_refuses_what_does_not_fit():
+def test_bad_shapes_and_configs_are_refused():
     _, stage = pair(SPEECH)
     with pytest.raises(ValueError, match=r"9 tokens.*max_seq_length=4"):
         stage(*inputs(2, 1, 9))
@@ -123,7 +123,7 @@ def test_loading_is_exact():
         fill(stage, weight_map(MAP), TensorDict(state))
     assert "unexpected: extra" in str(caught.value)
     assert "wrong shape: sos_embed" in str(caught.value)
-    # positions that the config does not ask for are not passed over
+    # A position embedding that the config does not ask for is not ignored.
     with torch.device("meta"):
         stage = ProjectionModel(ProjectionConfig.from_dict(PLAIN))
     with pytest.raises(CheckpointError, match="unexpected: learnable_positional_embedding"):

@@ -36,11 +36,11 @@ CONFIGS = {"gated": GATED, "plain": PLAIN, "flan": FLAN}
 
 
 def reference(config: dict, seed: int = 0, kind: str = "T5EncoderModel") -> nn.Module:
-    # "eager" adds the mask to the scores, which defines what a row of padding alone gives.
+    # "eager" adds the mask to the scores, which defines the result for a row of padding alone.
     settings = transformers.T5Config(**config, dropout_rate=0.1, decoder_start_token_id=0)
     settings._attn_implementation = "eager"
     model = randomize(getattr(transformers, kind)(settings), seed)
-    # T5 does not scale its scores: at this size they pick between tokens without being a hard choice.
+    # T5 does not scale its scores; at this size the softmax is neither uniform nor one-hot.
     for name, parameter in model.named_parameters():
         if name.endswith("SelfAttention.relative_attention_bias.weight"):
             parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
@@ -109,7 +109,7 @@ def test_buckets_equal_transformers(buckets: int, reach: int) -> None:
     assert torch.equal(RelativePositionBias(buckets, reach, 1).bucket(distance), expected)
 
 
-def test_padding_does_not_reach_tokens() -> None:
+def test_padding_does_not_change_the_tokens() -> None:
     encoder = stage(reference(GATED), GATED)
     ids = tokens(2, 7)
     alone = encoder(ids, torch.ones_like(ids))
@@ -127,14 +127,14 @@ def test_half_precision(config: dict, dtype: torch.dtype, bound: float, kind: st
     exact = model(input_ids=ids, attention_mask=mask).last_hidden_state
     encoder = stage(model, config, dtype)
     model.to(dtype)
-    if dtype == torch.float16:  # as from_pretrained leaves them
+    if dtype == torch.float16:  # as transformers' from_pretrained keeps them
         for name, parameter in model.named_parameters():
             if name.endswith("wo.weight"):
                 parameter.data = parameter.data.float()
     actual = encoder(ids, mask)
     assert actual.dtype == dtype
     assert torch.isfinite(actual).all()
-    # A row of padding alone has no meaning; its scores are not lost beside float16's lowest number.
+    # The result for a row of padding alone has no meaning; only that it is finite matters.
     rows = mask.any(dim=1)
     assert_close(actual[rows], exact[rows], bound)
     assert_close(actual[rows], model(input_ids=ids, attention_mask=mask)[0][rows], bound)
@@ -151,7 +151,7 @@ def test_float16_survives_feed_forwards_that_overflow_it() -> None:
     encoder = stage(model, GATED, torch.float16)
     assert_close(encoder(ids, mask), exact, 1e-2)
 
-    # With all weights in float16 transformers gives NaN, or wrong states where it clamps: these do overflow.
+    # With all weights in float16, transformers gives NaN, or wrong states because it clamps.
     naive = model.half()(input_ids=ids, attention_mask=mask)[0].float()
     assert not torch.allclose(naive, exact, atol=1e-2 * exact.abs().max().item())
 
@@ -166,7 +166,7 @@ def test_float16_survives_gates_and_attention_that_overflow_it() -> None:
     exact = model(input_ids=ids, attention_mask=mask)[0]
     assert_close(stage(model, GATED, torch.float16)(ids, mask), exact, 1e-2)
 
-    for name in ("v", "o"):  # what leaves the attention is about 1e5 too: clamped, so only roughly right
+    for name in ("v", "o"):  # the attention's output is about 1e5, too, and clamped
         tensors[f"encoder.block.0.layer.0.SelfAttention.{name}.weight"].data *= 4e2
     assert torch.isfinite(stage(model, GATED, torch.float16)(ids, mask)).all()
 
@@ -175,14 +175,14 @@ def test_float16_survives_embeddings_whose_squares_overflow_it() -> None:
     model = reference(GATED)
     model.shared.weight.data *= 1e3
     tensors = dict(model.named_parameters())
-    for name in ("v", "o"):  # what the attention adds is as large as what it is added to
+    for name in ("v", "o"):  # so that the attention's output is as large as the residual
         tensors[f"encoder.block.0.layer.0.SelfAttention.{name}.weight"].data *= 30
     ids, mask = tokens(2, 128), masks(2, 128, "right")
     exact = model(input_ids=ids, attention_mask=mask)[0]
     assert_close(stage(model, GATED, torch.float16)(ids, mask), exact, 1e-2)
 
 
-def test_float16_works_whichever_dtype_the_float32_parameters_have() -> None:
+def test_float16_works_with_the_float32_parameters_in_either_dtype() -> None:
     model = reference(GATED)
     ids, mask = tokens(2, 9), masks(2, 9, "right")
     encoder = stage(model, GATED, torch.float16)
@@ -193,7 +193,7 @@ def test_float16_works_whichever_dtype_the_float32_parameters_have() -> None:
 
 
 @pytest.mark.parametrize("spelling", ["shared", "embed_tokens", "both"])
-def test_spellings_of_the_embedding(spelling: str) -> None:
+def test_all_names_of_the_embedding_are_read(spelling: str) -> None:
     model = reference(GATED)
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"].clone()
@@ -208,7 +208,7 @@ def test_spellings_of_the_embedding(spelling: str) -> None:
     assert_close(encoder(ids, mask), model(input_ids=ids, attention_mask=mask)[0])
 
 
-def test_whole_t5_checkpoint() -> None:
+def test_the_encoder_is_read_from_a_whole_t5() -> None:
     model = reference(GATED, kind="T5ForConditionalGeneration")
     encoder = stage(model, GATED)
     ids, mask = tokens(2, 5), masks(2, 5, "right")
@@ -239,7 +239,7 @@ def test_gradient_reaches_every_parameter(config: dict) -> None:
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_misfits_are_all_listed() -> None:
+def test_all_tensors_that_do_not_fit_are_listed() -> None:
     tensors = {name: tensor.clone() for name, tensor in reference(GATED).state_dict().items()}
     del tensors["encoder.block.1.layer.0.SelfAttention.k.weight"]
     tensors["encoder.block.0.layer.0.SelfAttention.bias"] = torch.zeros(3)
@@ -267,12 +267,12 @@ def test_misfits_are_all_listed() -> None:
         ("relative_attention_max_distance", 3),
     ],
 )
-def test_unsupported_config_is_named(key: str, value: object) -> None:
+def test_unsupported_config_values_are_named(key: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{key}.*{value}"):
         T5Config.from_dict({**GATED, key: value})
 
 
-def test_shapes_that_do_not_go_together() -> None:
+def test_bad_shapes_are_refused() -> None:
     encoder = stage(reference(PLAIN), PLAIN)
     with pytest.raises(ValueError, match="input_ids and attention_mask"):
         encoder(tokens(2, 5), torch.ones(2, 6))
@@ -280,7 +280,7 @@ def test_shapes_that_do_not_go_together() -> None:
         encoder(tokens(2, 5)[0], torch.ones(5))
 
 
-def test_flan_t5_large_has_as_many_parameters() -> None:
+def test_flan_t5_large_has_as_many_parameters_as_the_reference() -> None:
     config = {
         "d_model": 1024,
         "d_kv": 64,

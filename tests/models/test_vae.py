@@ -51,7 +51,7 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(("batch", "frames", "bands"), [(2, 32, 16), (1, 21, 8), (3, 10, 7)])
 def test_equals_diffusers(name: str, batch: int, frames: int, bands: int) -> None:
-    """Both ways, also where the down-sampling does not divide frames or bands."""
+    """Encoding and decoding, also with frames and bands that are not multiples of the downsampling."""
     theirs, mine = pair(name)
     mel = noise(batch, CONFIGS[name]["in_channels"], frames, bands)
     expected, actual = theirs.encode(mel).latent_dist, mine.encode(mel)
@@ -93,7 +93,7 @@ def test_samples_are_drawn_as_diffusers_draws_them() -> None:
         actual.sample([seeded(), seeded()])
 
 
-def test_variance_is_held_within_bounds() -> None:
+def test_the_variance_is_clamped() -> None:
     log_variance = torch.tensor([-100.0, -30.0, 1.0, 20.0, 100.0]).view(1, 1, 1, 5)
     gaussian = DiagonalGaussian(torch.cat([torch.ones_like(log_variance), log_variance], dim=1))
     assert gaussian.log_variance.flatten().tolist() == [-30.0, -30.0, 1.0, 20.0, 20.0]
@@ -121,8 +121,8 @@ def _empty(name: str) -> VAE:
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "one level"])
-def test_every_parameter_learns(name: str) -> None:
-    """In train mode, reconstruction and KL, with diffusers' own gradients; in float64 as the UNet's."""
+def test_gradients_equal_diffusers(name: str) -> None:
+    """Of reconstruction and KL losses, in train mode; every parameter has a gradient. In float64."""
     theirs = randomize(AutoencoderKL(**CONFIGS[name]), seed=4).train()
     mine = ours(VAE, VAEConfig, "vae.diffusers", theirs, CONFIGS[name]).train().requires_grad_()
     theirs.double(), mine.double()
@@ -154,7 +154,7 @@ def test_saves_what_diffusers_loads(name: str) -> None:
 
 
 @pytest.mark.parametrize("parts", [("encoder",), ("decoder",), ("encoder", "decoder")])
-def test_old_spelling_of_attention_gives_the_same_numbers(parts: tuple[str, ...]) -> None:
+def test_old_names_of_the_attention_load_to_the_same_numbers(parts: tuple[str, ...]) -> None:
     theirs, mine = pair("as AudioLDM 2")
     spelling = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     tensors = {}
@@ -170,7 +170,7 @@ def test_old_spelling_of_attention_gives_the_same_numbers(parts: tuple[str, ...]
         assert torch.equal(old(mel), mine(mel))
 
 
-def test_a_checkpoint_that_does_not_fit_lists_all_misfits() -> None:
+def test_all_tensors_that_do_not_fit_are_listed() -> None:
     theirs, _ = pair("as AudioLDM 2")
     tensors = dict(theirs.state_dict())
     dropped, misshaped = "decoder.mid_block.attentions.0.to_k.bias", "quant_conv.weight"
@@ -199,12 +199,12 @@ def test_a_checkpoint_that_does_not_fit_lists_all_misfits() -> None:
         ("block_out_channels", []),
     ],
 )
-def test_refuses_by_name(key: str, value: object) -> None:
+def test_unsupported_config_values_are_named(key: str, value: object) -> None:
     with pytest.raises(ValueError, match=key):
         VAEConfig.from_dict({**CONFIGS["as AudioLDM 2"], key: value})
 
 
-def test_ignores_what_changes_nothing_and_shares_the_defaults() -> None:
+def test_irrelevant_config_keys_are_ignored_and_defaults_are_diffusers() -> None:
     given = {"_class_name": "AutoencoderKL", "force_upcast": True, "latents_mean": None, "shift_factor": None}
     plain = VAEConfig.from_dict(CONFIGS["as AudioLDM 2"])
     assert VAEConfig.from_dict({**CONFIGS["as AudioLDM 2"], **given}) == plain
@@ -224,14 +224,13 @@ def test_ignores_what_changes_nothing_and_shares_the_defaults() -> None:
         ("decode", (1, 3, 0, 4)),
     ],
 )
-def test_bad_input_is_one_clear_line(way: str, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"has shape .* it should be \(batch, [13], time") as error:
+def test_bad_shapes_are_refused_in_one_line(way: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"has shape .* it must be \(batch, [13], time") as error:
         getattr(pair("as AudioLDM 2")[1], way)(torch.zeros(shape))
     assert "\n" not in str(error.value)
 
 
-def test_full_size_has_as_many_parameters() -> None:
-    """On the meta device: shapes only."""
+def test_the_base_model_has_as_many_parameters_as_diffusers() -> None:
     config = {**layout(128, 256, 512), "norm_num_groups": 32, "layers_per_block": 2, "latent_channels": 8}
     with torch.device("meta"):
         theirs, mine = AutoencoderKL(**config), VAE(VAEConfig.from_dict(config))

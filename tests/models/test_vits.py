@@ -15,7 +15,7 @@ from audioldm2.models.vits import VitsTextConfig, VitsTextEncoder
 from tests.reference import assert_close, ours, randomize
 
 MAP = "text_encoder_2.vits"
-# What the text encoder does not read is kept as small as VITS allows.
+# The other parts of VITS, as small as it allows.
 REST = {
     "flow_size": 16,
     "upsample_initial_channel": 8,
@@ -90,7 +90,7 @@ def test_equals_transformers(name, length):
     assert_close(stage(ids[:1], mask[:1]), expected[:1])
 
 
-def test_padding_is_zero_and_does_not_matter():
+def test_padding_is_zero_and_changes_nothing():
     _, stage = pair(SMALL)
     ids, mask = inputs(9)
     out = stage(ids, mask)
@@ -147,7 +147,7 @@ def test_loading_is_exact():
     assert str(caught.value).startswith("3 of")
 
 
-def test_refuses_bad_input():
+def test_bad_shapes_are_refused():
     _, stage = pair(SMALL)
     ids, mask = inputs(9)
     with pytest.raises(ValueError, match=r"attention_mask \(3, 8\)"):
@@ -159,6 +159,6 @@ def test_refuses_bad_input():
 @pytest.mark.parametrize(
     ("key", "value"), [("hidden_act", "tanh"), ("window_size", 0), ("num_attention_heads", 3)]
 )
-def test_refuses_configs(key, value):
+def test_unsupported_config_values_are_named(key, value):
     with pytest.raises(ValueError, match=f"{key} = {value!r}"):
         VitsTextConfig.from_dict({**SMALL, key: value})

@@ -1,0 +1,66 @@
+"""docs/adding-a-stage.md: following it to the letter, in a copy of the package, adds a stage that works."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+from tests.helpers import ROOT
+
+PAGE = (ROOT / "docs" / "adding-a-stage.md").read_text(encoding="utf-8")
+BLOCK = re.compile(r"(?:^`(?P<file>[\w./]+)`:\n\n)?^```(?P<kind>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
+
+
+def apply(diff: str, path: Path) -> None:
+    """Add each line that starts with a plus to a file, after the line above it in the diff."""
+    lines = diff.splitlines()
+    assert any(line.startswith("+") for line in lines)
+    for above, line in pairwise(lines):
+        if line.startswith("+"):
+            text = path.read_text(encoding="utf-8")
+            assert text.count(f"\n{above[1:]}\n") == 1, f"{above!r} is not in {path}"
+            path.write_text(
+                text.replace(f"\n{above[1:]}\n", f"\n{above[1:]}\n{line[1:]}\n"), encoding="utf-8"
+            )
+
+
+def follow(page: str, checkout: Path) -> str:
+    """Write the page's files and lines into a copy of the package; the rest of its code, one script."""
+    script = []
+    for block in BLOCK.finditer(page):
+        file, kind, code = block.group("file", "kind", "code")
+        if file:
+            path = checkout / file
+            assert not path.exists(), f"{file} is there already"
+            path.write_text(code, encoding="utf-8")
+        elif kind == "diff":
+            apply(code, checkout / "audioldm2" / "checkpoints" / "formats.py")
+        else:
+            assert kind == "python"
+            script.append(code)
+    return "\n".join(script)
+
+
+def test_the_page_adds_a_stage_that_works(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    for name in ("audioldm2", "weights_map"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+    script = follow(PAGE, checkout)
+    assert script.count("assert ") >= 5
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "tiny-with-vocos" / "vocoder" / "diffusion_pytorch_model.safetensors").is_file()
+    assert '"Vocos"' in (tmp_path / "tiny-with-vocos" / "model_index.json").read_text()
