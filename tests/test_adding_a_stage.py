@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 from tests.helpers import ROOT
@@ -17,16 +16,14 @@ BLOCK = re.compile(r"(?:^`(?P<file>[\w./]+)`:\n\n)?^```(?P<kind>\w+)\n(?P<code>.
 
 
 def apply(diff: str, path: Path) -> None:
-    """Add each line that starts with a plus to a file, after the line above it in the diff."""
-    lines = diff.splitlines()
-    assert any(line.startswith("+") for line in lines)
-    for above, line in pairwise(lines):
-        if line.startswith("+"):
-            text = path.read_text(encoding="utf-8")
-            assert text.count(f"\n{above[1:]}\n") == 1, f"{above!r} is not in {path}"
-            path.write_text(
-                text.replace(f"\n{above[1:]}\n", f"\n{above[1:]}\n{line[1:]}\n"), encoding="utf-8"
-            )
+    """Apply a diff without line numbers, whose hunks are separated by blank lines."""
+    for hunk in diff.strip("\n").split("\n\n"):
+        lines = hunk.split("\n")
+        assert any(line.startswith("+") for line in lines)
+        before = "\n".join(line[1:] for line in lines if not line.startswith("+"))
+        text = path.read_text(encoding="utf-8")
+        assert text.count(before) == 1, f"not once in {path}:\n{before}"
+        path.write_text(text.replace(before, "\n".join(line[1:] for line in lines)), encoding="utf-8")
 
 
 def follow(page: str, checkout: Path) -> str:
