@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -86,7 +87,14 @@ def write_t5_tokenizer(
     return tokenizer.get_vocab_size()
 
 
-def _write(folder: Path, tokenizer: Tokenizer, config: dict) -> None:
+def _write(folder: Path, tokenizer: Tokenizer, config: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    content = json.loads(tokenizer.to_str())
+    if "merges" in content["model"]:
+        # As "a b", not ["a", "b"]: every release of tokenizers reads the former, those before 0.20 not the latter.
+        # The byte-level alphabet has no space, so the two forms say the same.
+        content["model"]["merges"] = [
+            merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]
+        ]
+    (folder / "tokenizer.json").write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
