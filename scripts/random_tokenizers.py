@@ -91,10 +91,12 @@ def _write(folder: Path, tokenizer: Tokenizer, config: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     content = json.loads(tokenizer.to_str())
     if "merges" in content["model"]:
-        # As "a b", not ["a", "b"]: every release of tokenizers reads the former, those before 0.20 not the latter.
-        # The byte-level alphabet has no space, so the two forms say the same.
+        # As "a b" instead of ["a", "b"], which tokenizers before 0.20 cannot read. The two are equivalent,
+        # because the byte-level alphabet has no space.
+        merges = content["model"]["merges"]
         content["model"]["merges"] = [
-            merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]
+            merge if isinstance(merge, str) else " ".join(merge) for merge in merges
         ]
-    (folder / "tokenizer.json").write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
