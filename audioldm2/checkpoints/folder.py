@@ -308,9 +308,13 @@ def load_tokenizer(folder: Path, class_name: str) -> Any:
     # Slow to import, and needed for the tokenizers only.
     import transformers
 
-    # The fast class is read from tokenizer.json and needs no sentencepiece; VITS has no fast class.
-    fast = class_name if class_name.endswith("Fast") else f"{class_name}Fast"
-    tokenizer = getattr(transformers, fast, None) or getattr(transformers, class_name)
+    # A fast tokenizer reads tokenizer.json and needs no sentencepiece. transformers 4 calls it ...Fast, 5 by the
+    # plain name; the RobertaTokenizerFast of 5.0 to 5.15 splits words into letters (transformers issue 47706).
+    # VITS has a slow tokenizer only.
+    plain = class_name.removesuffix("Fast")
+    tokenizer = getattr(transformers, plain)
+    if not issubclass(tokenizer, transformers.PreTrainedTokenizerFast):
+        tokenizer = getattr(transformers, f"{plain}Fast", tokenizer)
     try:
         return tokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
