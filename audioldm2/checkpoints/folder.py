@@ -308,8 +308,8 @@ def load_tokenizer(folder: Path, class_name: str) -> Any:
     # Slow to import, and needed for the tokenizers only.
     import transformers
 
-    # A fast tokenizer reads tokenizer.json and needs no sentencepiece. transformers 4 calls it ...Fast, 5 by the
-    # plain name; the RobertaTokenizerFast of 5.0 to 5.15 splits words into letters (transformers issue 47706).
+    # A fast tokenizer reads tokenizer.json and needs no sentencepiece. transformers 4 calls it ...Fast, 5 by
+    # the plain name; RobertaTokenizerFast of 5.0 to 5.15 splits words into letters (transformers issue 47706).
     # VITS has a slow tokenizer only.
     plain = class_name.removesuffix("Fast")
     tokenizer = getattr(transformers, plain)
