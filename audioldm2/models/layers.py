@@ -6,8 +6,9 @@ and W are the height and width of a feature map. In AudioLDM 2, H is time and W 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -180,6 +181,52 @@ class TransformerBlock(nn.Module):
             x = x + self.cross_attention(self.norm_2(x), kv, bias)
         out: Tensor = x + self.feed_forward(self.norm_3(x))
         return out
+
+
+class Condition(NamedTuple):
+    """States to attend to, (B, M, C), and the bias of their mask, (B, 1, 1, M); None without a mask."""
+
+    states: Tensor
+    bias: Tensor | None
+
+
+class Context(NamedTuple):
+    """What one cross-attention attends to: keys and values (B, M, 2C), and the bias as in `Condition`."""
+
+    kv: Tensor
+    bias: Tensor | None
+
+
+class Transformer(nn.Module):
+    """Transformer blocks over the H x W positions of a feature map, and a shortcut: (B, C, H, W) kept."""
+
+    blocks: Sequence[TransformerBlock]
+
+    def __init__(self, channels: int, heads: int, depth: int, groups: int, context_width: int | None):
+        super().__init__()
+        width = heads * (channels // heads)
+        self.context_width = context_width
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, width)
+        blocks = (TransformerBlock(width, heads, context_width) for _ in range(depth))
+        self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
+        self.proj_out = nn.Linear(width, channels)
+
+    def contexts(self, condition: Condition) -> list[Context | None]:
+        """What each block attends to. Raises ValueError if the states have the wrong width."""
+        if self.context_width is None:
+            return [None] * len(self.blocks)
+        if (width := condition.states.shape[-1]) != self.context_width:
+            raise ValueError(
+                f"encoder states are {width} wide; cross_attention_dim asks for {self.context_width}"
+            )
+        return [Context(block.cross_attention.kv(condition.states), condition.bias) for block in self.blocks]
+
+    def forward(self, x: Tensor, contexts: Sequence[Context | None]) -> Tensor:
+        tokens = self.proj_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))
+        for block, context in zip(self.blocks, contexts, strict=True):
+            tokens = block(tokens) if context is None else block(tokens, context.kv, context.bias)
+        return x + rearrange(self.proj_out(tokens), "b (h w) c -> b c h w", h=x.shape[2])
 
 
 class ResNetBlock(nn.Module):

@@ -1,16 +1,16 @@
 """UNet: the denoiser, with two cross-attentions.
 
-In: noisy latents x_t (B, 8, T/4, F/4) with T frames and F mel bands, the step t, and two conditions: the
-vectors that GPT-2 wrote (B, N, 768) and the states of T5's encoder (B, M, 1024) with their mask. Out: what
-the scheduler wants predicted, for AudioLDM 2 the noise epsilon(x_t, t, conditions), of the shape of x_t.
+In: noisy latents x_t (B, 8, T/4, F/4) with T frames and F mel bands, the timestep t, and two conditions:
+GPT-2's vectors (B, N, 768) and T5's states (B, M, 1024) with their mask. Out: what the scheduler wants
+predicted, for AudioLDM 2 the noise epsilon(x_t, t, conditions), with the shape of x_t.
 
 This is the "transformer UNet" of AudioLDM 2 (Liu et al. 2023, arXiv:2308.05734): a U-Net (Ronneberger et al.
-2015) of ResNet blocks that are told the time (Ho et al. 2020, appendix B), most of them followed by
+2015) of ResNet blocks conditioned on the timestep (Ho et al. 2020, appendix B), most of them followed by
 transformers that attend to the conditions (Rombach et al. 2022, section 3.3).
 
-Where it differs from the textbook: after a ResNet block comes not one transformer but a run of them, one for
-each entry of `cross_attention_dim`. An entry that is null attends only to the feature map itself, twice; any
-other attends to GPT-2's vectors if it is the first or second of the run, to T5's states if it comes later.
+It differs from the textbook in one way: a ResNet block is followed not by one transformer but by a run of
+them, one for each entry of `cross_attention_dim`. A null entry attends only to the feature map itself, twice;
+any other attends to GPT-2's vectors if it is the first or second of the run, and to T5's states otherwise.
 """
 
 from __future__ import annotations
@@ -22,17 +22,24 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from audioldm2.models.config import known_fields, refuse_unsupported
-from audioldm2.models.layers import ResNetBlock, TransformerBlock, Upsample, activation, mask_bias
+from audioldm2.models.layers import (
+    Condition,
+    Context,
+    ResNetBlock,
+    Transformer,
+    Upsample,
+    activation,
+    mask_bias,
+)
 from audioldm2.models.stage import Stage
 
-MASKED = -10_000.0  # added to the scores of padding; finite, so that a row of padding alone is no NaN
+MASKED = -10_000.0  # added to the scores of padding; finite, so that a row of padding alone gives no NaN
 DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
 UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
-# Keys of diffusers' config that would change the result, and the values that they may have here.
+# Keys of diffusers' config that would change the result, and the values supported here.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "downsample_padding": (1,),
@@ -53,10 +60,10 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The keys of the Hub's unet/config.json that matter; defaults are those of diffusers.
+    """The keys of the Hub's unet/config.json that matter, with diffusers' defaults.
 
-    `attention_head_dim` is the *number* of heads: the key was misnamed when it was introduced. A key that may
-    hold one value or one a level is kept as it stood, and read through `per_level` or `attends_to`.
+    `attention_head_dim` is the *number* of heads: the key was misnamed when it was introduced. Keys that hold
+    one value or one per level are kept as they are, and read through `per_level` and `attends_to`.
 
     Raises:
         ValueError: counts of levels that differ, or a block type, activation or entry that is not supported.
@@ -89,7 +96,9 @@ class UNetConfig:
             if isinstance(value, tuple) and len(value) != levels:
                 raise ValueError(f"{key} has {len(value)} entries, block_out_channels {levels} levels")
             if key in by_level and not all(isinstance(n, int) and n > 0 for n in self.per_level(key)):
-                raise ValueError(f"{key} = {value!r} is not supported; it has to be a count, or one a level")
+                raise ValueError(
+                    f"{key} = {value!r} is not supported; it has to be a count, or one per level"
+                )
         kinds = zip(self.down_block_types, self.up_block_types[::-1], strict=True)
         for level, (down, up) in enumerate(kinds):
             blocks = {"down_block_types": down, "up_block_types": up}
@@ -101,22 +110,22 @@ class UNetConfig:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> UNetConfig:
-        """From a Hub config; keys that change nothing here are ignored.
+        """From a Hub config; keys that make no difference here are ignored.
 
         Raises:
-            ValueError: a value that is not supported, by name.
+            ValueError: a value that is not supported; the message names the key.
         """
         by_level = [False] * len(content.get("down_block_types", ()))
         refuse_unsupported(content, {**SUPPORTED, "only_cross_attention": (False, by_level)})
         return cls(**known_fields(cls, content))
 
     def per_level(self, key: str) -> tuple[int, ...]:
-        """One entry a level, of a key whose value is for all levels or has an entry for each."""
+        """The values of a key for each level; the config has one for all levels or one for each."""
         value = getattr(self, key)
         return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
     def attends_to(self, level: int) -> tuple[int | None, ...] | None:
-        """The run of transformers after each ResNet block of a level: the width of what each attends to."""
+        """The width of what each transformer of a run attends to, at a level; None without attention."""
         widths = self.cross_attention_dim
         entry = widths[level] if isinstance(widths, tuple) else widths
         return (entry,) if isinstance(entry, int) else entry
@@ -127,21 +136,7 @@ class UNetConfig:
         return self.time_embedding_dim or 4 * self.block_out_channels[0]
 
 
-class Condition(NamedTuple):
-    """States to attend to, (B, M, C), and the bias of their mask, (B, 1, 1, M); None without a mask."""
-
-    states: Tensor
-    bias: Tensor | None
-
-
-class Context(NamedTuple):
-    """What one cross-attention attends to: keys and values (B, M, 2C), and the bias as in `Condition`."""
-
-    kv: Tensor
-    bias: Tensor | None
-
-
-# By transformer of a level, by block of a transformer; None where a block attends to no condition.
+# For each transformer of a level, for each of its blocks; None if a block attends to no condition.
 LevelContexts = list[list[Context | None]]
 
 
@@ -150,38 +145,6 @@ class Contexts(NamedTuple):
 
     levels: list[LevelContexts]  # down, middle, up
     rows: int  # B
-
-
-class Transformer(nn.Module):
-    """Transformer blocks over the H x W positions of a feature map, and a shortcut: (B, C, H, W) kept."""
-
-    blocks: Sequence[TransformerBlock]
-
-    def __init__(self, channels: int, heads: int, depth: int, groups: int, context_width: int | None):
-        super().__init__()
-        width = heads * (channels // heads)
-        self.context_width = context_width
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, width)
-        blocks = (TransformerBlock(width, heads, context_width) for _ in range(depth))
-        self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
-        self.proj_out = nn.Linear(width, channels)
-
-    def contexts(self, condition: Condition) -> list[Context | None]:
-        """What each block attends to. Raises ValueError if the states have the wrong width."""
-        if self.context_width is None:
-            return [None] * len(self.blocks)
-        if (width := condition.states.shape[-1]) != self.context_width:
-            raise ValueError(
-                f"encoder states are {width} wide; cross_attention_dim asks for {self.context_width}"
-            )
-        return [Context(block.cross_attention.kv(condition.states), condition.bias) for block in self.blocks]
-
-    def forward(self, x: Tensor, contexts: Sequence[Context | None]) -> Tensor:
-        tokens = self.proj_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))
-        for block, context in zip(self.blocks, contexts, strict=True):
-            tokens = block(tokens) if context is None else block(tokens, context.kv, context.bias)
-        return x + rearrange(self.proj_out(tokens), "b (h w) c -> b c h w", h=x.shape[2])
 
 
 class Level(nn.Module):
