@@ -309,7 +309,7 @@ def load_tokenizer(folder: Path, class_name: str) -> Any:
     import transformers
 
     # A fast tokenizer reads tokenizer.json and needs no sentencepiece. transformers 4 calls it ...Fast, 5 by
-    # the plain name; RobertaTokenizerFast of 5.0 to 5.15 splits words into letters (transformers issue 47706).
+    # the plain name; RobertaTokenizerFast of 5.0 to 5.15 splits words into letters (its issue 47706).
     # VITS has a slow tokenizer only.
     plain = class_name.removesuffix("Fast")
     tokenizer = getattr(transformers, plain)

@@ -96,9 +96,7 @@ class UNetConfig:
             if isinstance(value, tuple) and len(value) != levels:
                 raise ValueError(f"{key} has {len(value)} entries, block_out_channels {levels} levels")
             if key in by_level and not all(isinstance(n, int) and n > 0 for n in self.per_level(key)):
-                raise ValueError(
-                    f"{key} = {value!r} is not supported; it has to be a count, or one per level"
-                )
+                raise ValueError(f"{key} = {value!r} is not supported; it must be a count, or one per level")
         kinds = zip(self.down_block_types, self.up_block_types[::-1], strict=True)
         for level, (down, up) in enumerate(kinds):
             blocks = {"down_block_types": down, "up_block_types": up}
@@ -318,7 +316,7 @@ class UNet(Stage[UNetConfig]):
         exponent = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=timestep.device)
         angle = timestep.float()[:, None] * torch.exp(exponent / (half - self.config.freq_shift))  # (S, half)
         waves = [angle.cos(), angle.sin()] if self.config.flip_sin_to_cos else [angle.sin(), angle.cos()]
-        wave = F.pad(torch.cat(waves, dim=-1), (0, width % 2)).to(self.time_1.weight.dtype)
+        wave = F.pad(torch.cat(waves, dim=-1), (0, width % 2)).to(self.conv_in.weight.dtype)
         return self.act(self.time_2(self.act(self.time_1(wave))))
 
     def contexts(
