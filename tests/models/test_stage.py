@@ -137,7 +137,7 @@ def test_parameters_become_a_vector_and_back(name: str, stage: Stage[Any]) -> No
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 @pytest.mark.parametrize(
-    "name", ["text_encoder", "text_encoder_2", SPEECH, "projection_model", "language_model"]
+    "name", ["text_encoder", "text_encoder_2", SPEECH, "projection_model", "language_model", "unet"]
 )
 def test_dynamic_quantization_quantizes_every_linear_layer(name: str, stage: Stage[Any]) -> None:
     linear = [key for key, module in stage.named_modules() if isinstance(module, nn.Linear)]
