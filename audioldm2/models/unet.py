@@ -384,7 +384,9 @@ class UNet(Stage[UNetConfig]):
             contexts = self.contexts(encoder_hidden_states, *given[1:])
         elif contexts is None or any(x is not None for x in given):
             raise ValueError("pass either encoder_hidden_states (with its masks) or contexts")
-        timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1)
+        if not isinstance(timestep, Tensor):
+            timestep = torch.tensor(timestep)
+        timestep = timestep.to(sample.device).reshape(-1)
         self._check(sample, timestep, contexts.rows)
         if len(timestep) > 1:
             sample, timestep = (_repeated(x, contexts.rows) for x in (sample, timestep))
