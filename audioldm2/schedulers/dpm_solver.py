@@ -312,7 +312,8 @@ class DPMSolverMultistepScheduler(NoiseSchedule):
     # ------------------------------------------------------------ the noise levels of a walk
 
     def _training_sigmas(self) -> np.ndarray:
-        return np.array(((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5)  # (T,) float32, rising
+        sigmas = ((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5
+        return sigmas.numpy()  # (T,) float32, rising
 
     def _spaced(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The timesteps (N,) and noise levels (N,) of a walk, in numpy to round as diffusers does."""

@@ -685,3 +685,10 @@ def test_dynamic_threshold_by_hand():
     x0 = torch.tensor([[[0.5, -4.0, 2.0, 1.0]], [[0.1, 0.2, -0.3, 0.4]]])  # (2, 1, 4)
     out = dynamic_threshold(x0, ratio=1.0, largest=3.0)
     torch.testing.assert_close(out, torch.tensor([[[0.5 / 3, -1.0, 2 / 3, 1 / 3]], [[0.1, 0.2, -0.3, 0.4]]]))
+
+
+@pytest.mark.parametrize("cls", THEIRS)
+def test_a_run_is_silent(cls):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        walk(cls(**AUDIOLDM2), 20)
