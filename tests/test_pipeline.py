@@ -27,7 +27,7 @@ from tests.reference import (
     randomize,
     reference_pipeline,
 )
-from tests.schedulers.test_schedulers import NoReading
+from tests.schedulers.helpers import NoReading
 
 TOLERANCE = 1e-3  # of a waveform in [-1, 1]
 HAMMER = "A hammer hitting a wooden surface."

@@ -3,27 +3,22 @@
 In: the network's output for (x_t, t), and x_t; both (B, C, ...). Out: x_{t'} at an earlier timestep t', same
 shape.
 
-The network's output gives an estimate of the clean sample x_0 and of the noise eps that is in x_t. A step
-goes back to x_0 and adds the noise again, but less of it (eq. 12 of the paper; abar is `alphas_cumprod`, the
-paper's alpha):
+The network's output gives an estimate of the clean sample x_0 and of the noise eps in x_t (prediction.py). A
+step goes back to x_0 and adds the noise again, but less of it (eq. 12 of the paper; abar is `alphas_cumprod`,
+the paper's alpha):
 
     x_{t'} = sqrt(abar_t') x_0  +  sqrt(1 - abar_t' - sigma^2) eps  +  sigma z,       z ~ N(0, 1)
     sigma  = eta sqrt((1 - abar_t') / (1 - abar_t)) sqrt(1 - abar_t / abar_t')        (eq. 16)
 
-With eta = 0 nothing is random (DDIM); with eta = 1 it is the ancestral sampling of DDPM.
+With eta = 0 a step is deterministic (DDIM); with eta = 1 it is the ancestral sampling of DDPM.
 
-x_0 and eps follow from what the network was trained to predict:
+The earlier timestep is t' = t - T // N for every spacing, even where the gaps in `timesteps` differ from
+that, as in diffusers. If t' is below 0, abar_t' is 1 (`set_alpha_to_one`) or abar_0.
 
-    epsilon       x_0 = (x_t - sqrt(1 - abar) out) / sqrt(abar)  eps = out
-    sample        x_0 = out                                      eps = (x_t - sqrt(abar) out) / sqrt(1 - abar)
-    v_prediction  x_0 = sqrt(abar) x_t - sqrt(1 - abar) out      eps = sqrt(abar) out + sqrt(1 - abar) x_t
-                  (Salimans & Ho 2022, appendix D)
+A step depends on nothing but t, so steps can be taken at any t in any order.
 
-With `trailing` and some N (61, 103, ...) diffusers takes one step too many, at timestep -1; here that step is
-dropped. The earlier timestep is t' = t - T // N for every spacing, also where `timesteps` has other gaps (as
-in diffusers). Below zero there is no training step; abar_t' is then 1 (`set_alpha_to_one`) or abar_0.
-
-A step depends on nothing but t, so it may be called with any t in any order.
+Difference from diffusers: with `trailing` spacing and some N (61, 103, ...) diffusers takes one step too
+many, at timestep -1. That step is omitted here.
 """
 
 from __future__ import annotations
@@ -33,18 +28,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from audioldm2.schedulers.noise_schedule import (
-    Generators,
-    NoiseSchedule,
-    dynamic_threshold,
-    mix_noise,
-    randn,
-    remembers_config,
-)
+from audioldm2.schedulers.base import Scheduler
+from audioldm2.schedulers.config import records_settings
+from audioldm2.schedulers.noise_schedule import Generators, randn
+from audioldm2.schedulers.prediction import dynamic_threshold, x0_and_eps
 
 
 class DDIMOutput(NamedTuple):
@@ -56,35 +46,49 @@ class DDIMOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class Coefficients:
-    """The numbers of one step, in float64: abar at t and at t', and their square roots."""
+    """The scalars of one step from t to t', computed in float64."""
 
-    root_alpha: float  # sqrt(abar_t)
-    root_noise: float  # sqrt(1 - abar_t)
-    alpha_prev: float  # abar_t'
-    sigma: float  # eq. 16 with eta = 1
+    alpha: float  # sqrt(abar_t)
+    sigma: float  # sqrt(1 - abar_t)
+    abar_prev: float  # abar_t'
+    noise: float  # eq. 16 with eta = 1
 
 
-class DDIMScheduler(NoiseSchedule):
-    """The DDIM sampler. Settings (diffusers' names and defaults):
+class DDIMScheduler(Scheduler):
+    """The DDIM sampler: deterministic by default, and good from about 50 steps on.
 
-    num_train_timesteps: T. beta_start, beta_end, beta_schedule, trained_betas: the schedule, see
-    `make_betas`. clip_sample, clip_sample_range: clip the estimate of x_0 to [-range, range].
-    set_alpha_to_one: whether the last step ends at abar = 1 (no noise left) or at the first training step's
-    abar. steps_offset: added to the timesteps of the `leading` spacing. prediction_type: epsilon, sample or
-    v_prediction. thresholding, dynamic_thresholding_ratio, sample_max_value: see `dynamic_threshold`; comes
-    before clip_sample. timestep_spacing: leading (0, k, 2k, ...), linspace (both ends included) or trailing
-    (the last step included);
-        table 2 of Lin et al. 2023.
-    rescale_betas_zero_snr: see `zero_terminal_snr`. A network that predicts epsilon says nothing about x_0
-    where
-        abar is 0, so with `epsilon` a walk that visits the last training step is refused.
+    Args:
+        num_train_timesteps: T, the number of training steps.
+        beta_start: the first beta; see `make_betas`.
+        beta_end: the last beta.
+        beta_schedule: "linear", "scaled_linear" or "squaredcos_cap_v2".
+        trained_betas: the betas themselves, (T,), instead of the three settings above.
+        clip_sample: whether to clip the estimate of x_0 to [-clip_sample_range, clip_sample_range].
+        set_alpha_to_one: whether the last step ends at abar = 1 (no noise) instead of at abar_0.
+        steps_offset: added to the timesteps of "leading" spacing.
+        prediction_type: "epsilon", "sample" or "v_prediction": what the network was trained to predict.
+        thresholding: whether to use `dynamic_threshold` on the estimate of x_0, instead of clipping.
+        dynamic_thresholding_ratio: its quantile.
+        clip_sample_range: see `clip_sample`.
+        sample_max_value: the upper limit of the threshold in `dynamic_threshold`.
+        timestep_spacing: "leading", "linspace" or "trailing"; see `spaced_timesteps`.
+        rescale_betas_zero_snr: whether to rescale the schedule with `zero_terminal_snr`. With "epsilon" a run
+            must then not visit the last training step, since pure noise implies nothing about x_0.
 
-    Raises ValueError, naming the setting, for a value that is not supported.
+    Raises:
+        ValueError: if a setting has a value that is not supported.
+
+    Example:
+        >>> scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195)
+        >>> scheduler.set_timesteps(200)
+        >>> x = torch.randn(1, 8, 256, 16)
+        >>> for t in scheduler.timesteps:
+        ...     x = scheduler.step(network(x, t), t, x).prev_sample
     """
 
     default_num_inference_steps = 200
 
-    @remembers_config
+    @records_settings
     def __init__(
         self,
         num_train_timesteps: int = 1000,
@@ -103,33 +107,26 @@ class DDIMScheduler(NoiseSchedule):
         timestep_spacing: str = "leading",
         rescale_betas_zero_snr: bool = False,
     ):
-        self._build_table()
-        self._alphas: list[float] = self.alphas_cumprod.double().tolist()
-        self._final_alpha = 1.0 if set_alpha_to_one else self._alphas[0]
-        self._plan: list[Coefficients] = []
+        super().__init__()
+        self._abars: list[float] = self.alphas_cumprod.double().tolist()
+        self._final_abar = 1.0 if set_alpha_to_one else self._abars[0]
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
-        """Choose the N timesteps of a walk, put them on `device` and compute every step's coefficients.
+        """Choose the N timesteps of a sampling run and compute the coefficients of its steps.
 
-        Raises ValueError if N is not a whole number from 1 to T, or if the walk leaves the training steps.
+        Args:
+            num_inference_steps: N, from 1 to T.
+            device: where `timesteps` is placed; the CPU by default.
+
+        Raises:
+            ValueError: if N is not an integer from 1 to T, or if the run would visit a timestep that was not
+                trained or that `prediction_type` cannot start from. The scheduler is then unchanged.
         """
-        self._check_num_inference_steps(num_inference_steps)
-        total, spacing = self.config.num_train_timesteps, self.config.timestep_spacing
-        # numpy, as in diffusers: where a timestep falls between two, the rounding decides.
-        if spacing == "linspace":
-            steps = np.linspace(0, total - 1, num_inference_steps).round()[::-1]
-        elif spacing == "leading":
-            ratio = total // num_inference_steps
-            steps = (np.arange(num_inference_steps) * ratio)[::-1] + self.config.steps_offset
-        else:
-            steps = np.arange(total, 0, -total / num_inference_steps).round() - 1
-            steps = steps[steps >= 0]  # arange may go one too far where the stride is no exact float
-        values = steps.astype(np.int64).tolist()
-        stride = total // num_inference_steps
-        plan = [self._coefficients(t, stride) for t in values if 0 <= t < total]
-        self._place_timesteps(values, device)
-        self.num_inference_steps = num_inference_steps
-        self._plan, self._stride = plan, stride
+        timesteps = self._spaced_timesteps(num_inference_steps)
+        stride = self.config.num_train_timesteps // num_inference_steps
+        coefficients = [self._coefficients(t, stride) for t in timesteps]
+        self._set_timesteps(timesteps, device)
+        self._stride, self._run = stride, coefficients
 
     def step(
         self,
@@ -141,71 +138,59 @@ class DDIMScheduler(NoiseSchedule):
         generator: Generators = None,
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
-    ) -> DDIMOutput | tuple[Tensor, Tensor]:
-        """One step of eq. 12: x_t and the network's output, both (B, C, ...), to x_{t'}.
+    ) -> DDIMOutput:
+        """One step of eq. 12, from x_t to x_{t'}.
 
         Args:
-            timestep: t; an element of `timesteps`, or any training step (an int, or a tensor, whose value is
-            read). eta: 0 (nothing random) to 1 (as DDPM). use_clipped_model_output: derive eps again from x_0
-            after clipping, so that both still agree with x_t. generator: draws z, see `randn`.
-            variance_noise: z itself, instead of `generator`.
-            return_dict: False for a plain tuple.
+            model_output: the network's output for (x_t, t), (B, C, ...).
+            timestep: t, an element of `timesteps` or any training step. A tensor from elsewhere is read,
+                which waits for the accelerator.
+            sample: x_t, (B, C, ...).
+            eta: from 0 (deterministic) to 1 (as in DDPM).
+            use_clipped_model_output: whether to derive eps again from the clipped x_0, so that both agree
+                with x_t.
+            generator: draws z; see `randn`.
+            variance_noise: z itself, (B, C, ...), instead of `generator`.
+            return_dict: for compatibility with diffusers; the output is a named tuple in either case.
 
-        Raises ValueError before `set_timesteps`, for a timestep outside training and for an eta outside [0,
-        1].
+        Returns:
+            `prev_sample`, x_{t'}, and `pred_original_sample`, the estimate of x_0; both (B, C, ...).
+
+        Raises:
+            ValueError: before `set_timesteps`, if `timestep` is not a training step, if `eta` is outside [0,
+                1], or if both `generator` and `variance_noise` are given.
         """
         index, t = self._locate(timestep)
-        now = self._coefficients(t, self._stride) if index is None else self._plan[index]
+        now = self._coefficients(t, self._stride) if index is None else self._run[index]
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], got {eta}")
 
-        prediction = self.config.prediction_type
-        if prediction == "epsilon":
-            x0 = (sample - now.root_noise * model_output) / now.root_alpha
-            eps = model_output
-        elif prediction == "sample":
-            x0 = model_output
-            eps = (sample - now.root_alpha * model_output) / now.root_noise
-        else:
-            x0 = now.root_alpha * sample - now.root_noise * model_output
-            eps = now.root_alpha * model_output + now.root_noise * sample
-
+        x0, eps = x0_and_eps(model_output, sample, now.alpha, now.sigma, self.config.prediction_type)
         if self.config.thresholding:
             x0 = dynamic_threshold(x0, self.config.dynamic_thresholding_ratio, self.config.sample_max_value)
         elif self.config.clip_sample:
             x0 = x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
         if use_clipped_model_output:
-            eps = (sample - now.root_alpha * x0) / now.root_noise
+            eps = (sample - now.alpha * x0) / now.sigma
 
-        sigma = eta * now.sigma
-        direction = math.sqrt(max(1 - now.alpha_prev - sigma**2, 0.0))
-        prev_sample = math.sqrt(now.alpha_prev) * x0 + direction * eps
+        noise = eta * now.noise
+        direction = math.sqrt(max(1 - now.abar_prev - noise**2, 0.0))
+        prev_sample = math.sqrt(now.abar_prev) * x0 + direction * eps
         if eta > 0:
             if variance_noise is not None and generator is not None:
-                raise ValueError("give either generator or variance_noise, not both")
+                raise ValueError("pass either generator or variance_noise, not both")
             if variance_noise is None:
                 variance_noise = randn(model_output.shape, generator, model_output.device, model_output.dtype)
-            prev_sample = prev_sample + sigma * variance_noise
-
-        return DDIMOutput(prev_sample, x0) if return_dict else (prev_sample, x0)
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
-        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, (B, ...) -> same; `timesteps` (B,) or one."""
-        device = original_samples.device
-        steps = self._training_timesteps(timesteps, device)
-        return mix_noise(original_samples, noise, self._table_on(device)[steps])
-
-    def _table_on(self, device: torch.device) -> Tensor:
-        self.alphas_cumprod = self.alphas_cumprod.to(device)  # stays there: moved once, not at every call
-        return self.alphas_cumprod
+            prev_sample = prev_sample + noise * variance_noise
+        return DDIMOutput(prev_sample, x0)
 
     def _coefficients(self, t: int, stride: int) -> Coefficients:
-        alpha = self._alphas[t]
-        alpha_prev = self._alphas[t - stride] if t >= stride else self._final_alpha
-        if alpha == 0 and self.config.prediction_type == "epsilon":
+        abar = self._abars[t]
+        abar_prev = self._abars[t - stride] if t >= stride else self._final_abar
+        if abar == 0 and self.config.prediction_type == "epsilon":
             raise ValueError(
-                f"timestep {t} is pure noise (rescale_betas_zero_snr): prediction_type 'epsilon' fails; "
-                "use 'v_prediction' or 'sample', or timestep_spacing 'leading'"
+                f"timestep {t} is pure noise (rescale_betas_zero_snr), which prediction_type 'epsilon' "
+                "cannot start from; use 'v_prediction' or 'sample', or timestep_spacing 'leading'"
             )
-        variance = (1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)
-        return Coefficients(math.sqrt(alpha), math.sqrt(1 - alpha), alpha_prev, math.sqrt(max(variance, 0.0)))
+        variance = (1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)
+        return Coefficients(math.sqrt(abar), math.sqrt(1 - abar), abar_prev, math.sqrt(max(variance, 0.0)))

@@ -1,0 +1,216 @@
+"""DPM-Solver++ against diffusers: sampling runs over a grid of settings, and the inputs that are refused."""
+
+from __future__ import annotations
+
+import itertools
+
+import diffusers
+import pytest
+import torch
+
+from audioldm2.schedulers import DPMSolverMultistepScheduler
+from tests.schedulers.helpers import AUDIOLDM2, NOISE, THEIRS, assert_close, compare, network, sampling_run
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++"])
+@pytest.mark.parametrize("solver", ["midpoint", "heun"])
+@pytest.mark.parametrize("spaced", ["", "use_karras_sigmas", "use_exponential_sigmas", "use_lu_lambdas"])
+def test_dpm_runs(order, algorithm, solver, spaced):
+    final = itertools.product([True, False], [True, False], ["zero", "sigma_min"])
+    for lower, euler, last in final:
+        if last == "sigma_min" and spaced and not (order == 1 or lower or euler):
+            continue  # diffusers divides 0 by 0 in the last step; see test_step_between_equal_noise_levels
+        settings = {
+            **AUDIOLDM2,
+            "solver_order": order,
+            "algorithm_type": algorithm,
+            "solver_type": solver,
+            "lower_order_final": lower,
+            "euler_at_final": euler,
+            "final_sigmas_type": last,
+        }
+        if spaced:
+            settings[spaced] = True
+        for steps in (1, 2, 5, 12, 20) if not (spaced and last == "sigma_min") else (2, 5, 12):
+            compare(DPMSolverMultistepScheduler, settings, steps)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("betas", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_dpm_predictions_and_spacings(prediction, spacing, betas, zero_snr):
+    for order, offset, steps in ((1, 0, 6), (2, 1, 9), (3, 0, 25)):
+        settings = {
+            "beta_schedule": betas,
+            "prediction_type": prediction,
+            "timestep_spacing": spacing,
+            "rescale_betas_zero_snr": zero_snr,
+            "solver_order": order,
+            "steps_offset": offset,
+        }
+        if betas == "squaredcos_cap_v2":
+            settings["lambda_min_clipped"] = -5.1
+        compare(DPMSolverMultistepScheduler, settings, steps)
+
+
+@pytest.mark.parametrize("steps", [14, 15, 16, 50, 100])
+@pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++"])
+def test_dpm_lengths(steps, algorithm):
+    for order in (2, 3):
+        settings = {**AUDIOLDM2, "solver_order": order, "algorithm_type": algorithm}
+        compare(DPMSolverMultistepScheduler, settings, steps)
+        compare(
+            DPMSolverMultistepScheduler, {**settings, "thresholding": True, "sample_max_value": 2.0}, steps
+        )
+
+
+@pytest.mark.parametrize("spaced", ["", "use_karras_sigmas", "use_exponential_sigmas", "use_lu_lambdas"])
+@pytest.mark.parametrize("betas", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+def test_dpm_levels_of_every_length(spaced, betas, spacing):
+    if spaced and spacing != "linspace":
+        return  # the noise levels are spaced, so timestep_spacing has no effect
+    settings = {
+        "beta_schedule": betas,
+        "timestep_spacing": spacing,
+        "solver_order": 1,
+        "lambda_min_clipped": -6.0,
+    }
+    if spaced:
+        settings[spaced] = True
+    ours, theirs = DPMSolverMultistepScheduler(**settings), diffusers.DPMSolverMultistepScheduler(**settings)
+    for steps in (*range(1, 40, 3), 64, 100, 243, 500):
+        theirs.set_timesteps(steps)
+        ours.set_timesteps(steps)
+        kept = theirs.timesteps >= 0  # with trailing spacing, diffusers can end at timestep -1
+        assert torch.equal(ours.timesteps, theirs.timesteps[kept]), steps
+        assert torch.equal(ours.sigmas, theirs.sigmas[torch.cat([kept, torch.tensor([True])])]), steps
+
+
+def test_carried_sigma_limits():
+    config = diffusers.EulerDiscreteScheduler(
+        sigma_min=0.1, sigma_max=9.0, use_karras_sigmas=True, **AUDIOLDM2
+    ).config
+    ours, theirs = (
+        cls.from_config(config) for cls in (DPMSolverMultistepScheduler, THEIRS[DPMSolverMultistepScheduler])
+    )
+    assert_close(sampling_run(ours, 10), sampling_run(theirs, 10))
+    assert torch.equal(ours.sigmas, theirs.sigmas)
+    assert ours.sigmas[0] == 9.0
+
+
+def test_leading_spacing_needs_one_more_training_step():
+    scheduler = DPMSolverMultistepScheduler(**AUDIOLDM2, timestep_spacing="leading")
+    scheduler.set_timesteps(999)
+    assert scheduler.timesteps.tolist() == list(range(999, 0, -1))
+    with pytest.raises(ValueError, match="1000 is too large for timestep_spacing 'leading'"):
+        scheduler.set_timesteps(1000)
+
+
+@pytest.mark.parametrize("karras", [False, True])
+def test_dpm_start_in_the_middle(karras):
+    settings = {**AUDIOLDM2, "use_karras_sigmas": karras}
+    for start in (0, 3, 11, 24):
+        compare(DPMSolverMultistepScheduler, settings, 25, start=start)
+
+
+def test_dpm_duplicate_timesteps():
+    """Karras' noise levels are dense where noise is low: timesteps repeat, each with its own level."""
+    ours = DPMSolverMultistepScheduler(**AUDIOLDM2, use_karras_sigmas=True)
+    theirs = diffusers.DPMSolverMultistepScheduler(**AUDIOLDM2, use_karras_sigmas=True)
+    ours.set_timesteps(65)
+    values = ours.timesteps.tolist()
+    second = next(i for i in range(1, 65) if values[i] == values[i - 1])
+    assert values[second + 1] != values[second]
+    reference = sampling_run(theirs, 65, start=second)
+    assert_close(sampling_run(ours, 65, start=second), reference)
+    # A value stands for the second of the two as well.
+    ours.set_timesteps(65)
+    sample = NOISE
+    for value in values[second:]:
+        sample = ours.step(network(sample, value), value, sample).prev_sample
+    assert_close(sample, reference[-1])
+    # A run from the index of the first takes one step more.
+    assert len(sampling_run(ours, 65, start=second - 1)) == len(reference) + 1
+    assert ours.step_index == 65
+
+    x0 = torch.randn(3, 4, 5)
+    steps = torch.tensor([values[0], values[second], values[-1]])
+    assert_close(ours.add_noise(x0, x0 * 2 + 1, steps), theirs.add_noise(x0, x0 * 2 + 1, steps))
+
+
+def test_dpm_begin_index():
+    ours = DPMSolverMultistepScheduler(**AUDIOLDM2)
+    theirs = diffusers.DPMSolverMultistepScheduler(**AUDIOLDM2)
+    samples = []
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(20)
+        scheduler.set_begin_index(8)
+        noisy = scheduler.add_noise(NOISE, NOISE.flip(0), scheduler.timesteps[8:9].repeat(2))
+        for t in scheduler.timesteps[8:]:
+            noisy = scheduler.step(network(noisy, t), t, noisy, return_dict=False)[0]
+        samples.append(noisy)
+    assert_close(*samples)
+    with pytest.raises(ValueError, match="no step 20 in a run of 20"):
+        ours.step(NOISE, 1, NOISE)
+
+
+def test_dpm_second_run_starts_over():
+    ours = DPMSolverMultistepScheduler(**AUDIOLDM2)
+    first = sampling_run(ours, 10)
+    sample = NOISE
+    for t in ours.timesteps:  # without another set_timesteps
+        sample = ours.step(network(sample, t), t, sample).prev_sample
+    assert torch.equal(sample, first[-1])
+
+
+def test_step_between_equal_noise_levels():
+    """Karras' last noise level is sigma_min itself: the step to it changes nothing, without a NaN."""
+    for solver, order, algorithm in itertools.product(
+        ("heun", "midpoint"), (2, 3), ("dpmsolver++", "sde-dpmsolver++")
+    ):
+        ours = DPMSolverMultistepScheduler(
+            **AUDIOLDM2,
+            use_karras_sigmas=True,
+            final_sigmas_type="sigma_min",
+            solver_type=solver,
+            solver_order=order,
+            algorithm_type=algorithm,
+        )
+        trajectory = sampling_run(ours, 20)
+        assert torch.isfinite(trajectory).all()
+        assert torch.equal(trajectory[-1], trajectory[-2])
+
+
+def test_add_noise_outside_the_run_follows_training():
+    ddim, dpm = diffusers.DDIMScheduler(**AUDIOLDM2), DPMSolverMultistepScheduler(**AUDIOLDM2)
+    steps = torch.tensor([17, 803])
+    expected = ddim.add_noise(NOISE, NOISE.flip(0), steps)
+    assert_close(dpm.add_noise(NOISE, NOISE.flip(0), steps), expected)
+    dpm.set_timesteps(10)
+    assert not set(steps.tolist()) & set(dpm.timesteps.tolist())
+    assert_close(dpm.add_noise(NOISE, NOISE.flip(0), steps), expected)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"algorithm_type": "dpmsolver"},
+        {"algorithm_type": "sde-dpmsolver"},
+        {"solver_type": "rk4"},
+        {"solver_order": 4},
+        {"solver_order": 0},
+        {"final_sigmas_type": "one"},
+        {"use_beta_sigmas": True},
+        {"use_flow_sigmas": True},
+        {"use_dynamic_shifting": True},
+        {"variance_type": "learned"},
+        {"variance_type": "learned_range"},
+        {"use_karras_sigmas": True, "use_exponential_sigmas": True},
+    ],
+)
+def test_bad_solver_settings(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        DPMSolverMultistepScheduler(**settings)
