@@ -19,9 +19,9 @@ from typing import Any, NoReturn, TypeVar
 from audioldm2 import __version__
 from audioldm2.arguments import MAX_LENGTH_IN_S, as_texts, check_length
 from audioldm2.extras import install_hint
+from audioldm2.schedulers import SAMPLERS
 
 PROGRAM = "audioldm2"
-SCHEDULERS = {"ddim": "DDIMScheduler", "dpmsolver++": "DPMSolverMultistepScheduler"}
 DTYPES = ("float32", "float16", "bfloat16")
 DESCRIPTION = """\
 Generate sound from a text description with AudioLDM 2.
@@ -118,7 +118,7 @@ def parser() -> Parser:
     quality = p.add_argument_group("quality and speed")
     quality.add_argument(
         "--scheduler",
-        choices=tuple(SCHEDULERS),
+        choices=tuple(SAMPLERS),
         default="dpmsolver++",
         help="sampling algorithm; dpmsolver++ needs a tenth of ddim's steps (default: %(default)s)",
     )
@@ -257,7 +257,8 @@ def _run(p: Parser, options: argparse.Namespace) -> int:
     _say(f"loading {options.model}", options.quiet)
     pipe = AudioLDM2Pipeline.from_pretrained(options.model, torch_dtype=dtype, device=device)
     pipe.set_progress_bar_config(disable=options.quiet, file=sys.stderr)
-    sampler = getattr(schedulers, SCHEDULERS[options.scheduler])
+    _, class_name = SAMPLERS[options.scheduler]
+    sampler = schedulers.SCHEDULERS[class_name]
     if not isinstance(pipe.scheduler, sampler):
         pipe.scheduler = sampler.from_config(pipe.scheduler.config)
     if options.compile:

@@ -1,11 +1,40 @@
-"""The samplers that turn noise into latents, and the table of the class names that a checkpoint may state."""
+"""The samplers, which turn noise into latents step by step.
 
-from audioldm2.schedulers.ddim import DDIMScheduler
-from audioldm2.schedulers.dpm_solver import DPMSolverMultistepScheduler
+`SAMPLERS` lists them all. It is plain data, so the command line can read it for `--help` without importing
+PyTorch; the classes are imported when they are first used. docs/adding-a-sampler.md shows how to add one.
+"""
 
-SCHEDULERS: dict[str, type[DDIMScheduler] | type[DPMSolverMultistepScheduler]] = {
-    "DDIMScheduler": DDIMScheduler,
-    "DPMSolverMultistepScheduler": DPMSolverMultistepScheduler,
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from audioldm2.schedulers.base import Scheduler
+    from audioldm2.schedulers.ddim import DDIMScheduler
+    from audioldm2.schedulers.dpm_solver import DPMSolverMultistepScheduler
+
+# The name on the command line: the module in this package, and the class, whose name is also what
+# `_class_name` in a checkpoint's scheduler_config.json says.
+SAMPLERS = {
+    "ddim": ("ddim", "DDIMScheduler"),
+    "dpmsolver++": ("dpm_solver", "DPMSolverMultistepScheduler"),
 }
 
-__all__ = ["SCHEDULERS", "DDIMScheduler", "DPMSolverMultistepScheduler"]
+SCHEDULERS: dict[str, type[Scheduler]]  # the classes by class name, made from SAMPLERS when it is read
+
+__all__ = ["SAMPLERS", "SCHEDULERS", "DDIMScheduler", "DPMSolverMultistepScheduler"]
+
+
+def __getattr__(name: str) -> Any:
+    modules = {class_name: module for module, class_name in SAMPLERS.values()}
+    if name == "SCHEDULERS":
+        return {class_name: _load(module, class_name) for class_name, module in modules.items()}
+    if name in modules:
+        return _load(modules[name], name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _load(module: str, class_name: str) -> type[Scheduler]:
+    scheduler: type[Scheduler] = getattr(import_module(f"{__name__}.{module}"), class_name)
+    return scheduler

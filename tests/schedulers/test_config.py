@@ -6,12 +6,14 @@ import copy
 import inspect
 import json
 import pickle
+import subprocess
+import sys
 
 import diffusers
 import pytest
 import torch
 
-from audioldm2.schedulers import SCHEDULERS, DDIMScheduler, DPMSolverMultistepScheduler
+from audioldm2.schedulers import SAMPLERS, SCHEDULERS, DDIMScheduler, DPMSolverMultistepScheduler
 from tests.schedulers.helpers import AUDIOLDM2, THEIRS, assert_close, sampling_run
 
 
@@ -177,3 +179,16 @@ def test_positional_settings(cls):
     assert "beta_end" not in positional.config["_use_default_values"]
     with pytest.raises(TypeError, match="beta_stop"):
         cls(beta_stop=0.01)
+
+
+def test_table_of_samplers():
+    assert {
+        "DDIMScheduler": DDIMScheduler,
+        "DPMSolverMultistepScheduler": DPMSolverMultistepScheduler,
+    } == SCHEDULERS
+    assert [class_name for _, class_name in SAMPLERS.values()] == list(SCHEDULERS)
+
+
+def test_table_is_read_without_torch():
+    code = "import sys; from audioldm2.schedulers import SAMPLERS; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
