@@ -1,6 +1,6 @@
-"""Small tokenizers of the two kinds that AudioLDM 2 uses, trained here and now on a handful of captions.
+"""Small tokenizers of the two kinds that AudioLDM 2 uses, trained on the spot on a handful of captions.
 
-A checkpoint without tokenizers cannot be prompted, and the real ones cannot be had without the Hub.
+A checkpoint needs tokenizers to take prompts, and the real ones are only on the Hub.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-CAPTIONS = (
+EXAMPLE_CAPTIONS = (
     "The sound of a hammer hitting a wooden surface.",
     "A dog barks loudly while rain falls on a tin roof.",
     "Techno music with a strong, upbeat tempo and high melodic riffs.",
@@ -22,9 +22,19 @@ CAPTIONS = (
 
 
 def write_roberta_tokenizer(
-    folder: Path, captions: Iterable[str] = CAPTIONS, vocab_size: int = 400, max_length: int = 64
+    folder: Path, captions: Iterable[str] = EXAMPLE_CAPTIONS, vocab_size: int = 400, max_length: int = 64
 ) -> int:
-    """Byte-level BPE as RoBERTa's (`tokenizer` of a checkpoint). Returns the number of tokens."""
+    """Train byte-level BPE like RoBERTa's, the `tokenizer` of a checkpoint.
+
+    Args:
+        folder: where to write it; created if missing.
+        captions: texts to train on.
+        vocab_size: maximum number of tokens in the vocabulary.
+        max_length: maximum number of tokens of a prompt.
+
+    Returns:
+        The number of tokens in the vocabulary.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -51,14 +61,24 @@ def write_roberta_tokenizer(
         "model_max_length": max_length,
     }
     _write(folder, tokenizer, config)
-    tokenizer.model.save(str(folder))  # vocab.json and merges.txt, which some releases ask for
-    return tokenizer.get_vocab_size()
+    tokenizer.model.save(str(folder))  # vocab.json and merges.txt, which some releases of transformers read
+    return int(tokenizer.get_vocab_size())
 
 
 def write_t5_tokenizer(
-    folder: Path, captions: Iterable[str] = CAPTIONS, vocab_size: int = 160, max_length: int = 32
+    folder: Path, captions: Iterable[str] = EXAMPLE_CAPTIONS, vocab_size: int = 160, max_length: int = 32
 ) -> int:
-    """Unigram as T5's (`tokenizer_2` of a checkpoint). Returns the number of tokens."""
+    """Train a unigram tokenizer like T5's, the `tokenizer_2` of a checkpoint.
+
+    Args:
+        folder: where to write it; created if missing.
+        captions: texts to train on.
+        vocab_size: maximum number of tokens in the vocabulary.
+        max_length: maximum number of tokens of a prompt.
+
+    Returns:
+        The number of tokens in the vocabulary.
+    """
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
@@ -84,7 +104,7 @@ def write_t5_tokenizer(
         "model_max_length": max_length,
     }
     _write(folder, tokenizer, config)
-    return tokenizer.get_vocab_size()
+    return int(tokenizer.get_vocab_size())
 
 
 def _write(folder: Path, tokenizer: Tokenizer, config: dict[str, Any]) -> None:

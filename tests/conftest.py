@@ -24,10 +24,10 @@ def _quietly_made(folder: Path, sizes: dict[str, dict]) -> Path:
 @pytest.fixture(scope="session")
 def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small checkpoint in the base layout; copy it before writing to it."""
-    return _quietly_made(tmp_path_factory.mktemp("checkpoints") / "tiny", SMALL)
+    return _quietly_made(tmp_path_factory.mktemp("checkpoints") / "random", SMALL)
 
 
 @pytest.fixture(scope="session")
 def random_large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small checkpoint in -large's layout; copy it before writing to it."""
-    return _quietly_made(tmp_path_factory.mktemp("checkpoints") / "tiny-large", SMALL_LARGE)
+    return _quietly_made(tmp_path_factory.mktemp("checkpoints") / "random-large", SMALL_LARGE)

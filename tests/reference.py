@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from audioldm2.checkpoints.fill import TensorDict, fill
 from audioldm2.checkpoints.weight_map import weight_map
+from scripts.random_checkpoint import BASE, changed
 from scripts.random_tokenizers import write_roberta_tokenizer, write_t5_tokenizer
-from scripts.sizes import BASE, changed
 
 
 def randomize(module: nn.Module, seed: int = 0, gain: float = 1.0) -> nn.Module:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.random_checkpoint import write_small_checkpoint
+from scripts.random_checkpoint import write_random_checkpoint
 from tests.helpers import ROOT
 
 PACKAGE = ROOT / "audioldm2"
@@ -144,8 +144,8 @@ print("models:" + ",".join(sorted(models)))
 @pytest.fixture(scope="module")
 def own_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that the package makes alone, with nothing of what the tests compare with."""
-    folder = tmp_path_factory.mktemp("own") / "tiny checkpoint"
-    write_small_checkpoint(folder)
+    folder = tmp_path_factory.mktemp("own") / "random checkpoint"
+    write_random_checkpoint(folder)
     return folder
 
 
@@ -164,17 +164,17 @@ def test_a_package_taken_away_cannot_be_imported():
     assert "scipy" in loaded_by("import scipy.linalg"), "it is not installed: taking it away says nothing"
 
 
-# --- the script that makes the tiny checkpoint
+# --- the script that makes a random checkpoint
 
 
-def test_the_tiny_checkpoint_is_audible_and_its_seed_decides(own_checkpoint: Path, tmp_path: Path):
+def test_the_random_checkpoint_is_audible_and_its_seed_decides(own_checkpoint: Path, tmp_path: Path):
     import torch
 
     from audioldm2 import AudioLDM2Pipeline
 
     sounds = []
     for seed in (0, 1):
-        write_small_checkpoint(tmp_path / str(seed), seed)
+        write_random_checkpoint(tmp_path / str(seed), seed=seed)
         pipe = AudioLDM2Pipeline.from_pretrained(tmp_path / str(seed))
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(0)
@@ -186,7 +186,7 @@ def test_the_tiny_checkpoint_is_audible_and_its_seed_decides(own_checkpoint: Pat
     assert (tmp_path / "0" / unet).read_bytes() == (own_checkpoint / unet).read_bytes()
 
 
-def test_the_tiny_checkpoint_script_runs_from_a_checkout_and_is_honest(tmp_path: Path):
+def test_the_random_checkpoint_script_runs_from_a_checkout_and_is_honest(tmp_path: Path):
     command = [sys.executable, "-I", str(ROOT / "scripts" / "random_checkpoint.py")]
     done = subprocess.run(
         [*command, "made here"], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True

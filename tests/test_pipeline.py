@@ -19,7 +19,7 @@ import audioldm2
 import audioldm2.pipeline
 from audioldm2 import AudioLDM2Pipeline, DPMSolverMultistepScheduler
 from audioldm2.models.unet import UNet
-from scripts.sizes import BASE, LARGE
+from scripts.random_checkpoint import BASE, LARGE
 from tests.reference import (
     SMALL_SPEECH,
     assert_close,

@@ -14,9 +14,10 @@ import torch
 from audioldm2 import AudioLDM2Pipeline, CheckpointError, DPMSolverMultistepScheduler, UNet, cli, read_wav
 from audioldm2.checkpoints import hub
 from audioldm2.checkpoints.formats import PARTS
-from scripts.tiny.data.sounds import Scene, Sound
-from scripts.tiny.evaluate.evaluation import CONTENTS, Prompt, generate
-from scripts.tiny.evaluate.measures import misses
+from scripts.tiny.data.sounds import ALL_SOUNDS, Scene, Sound
+from scripts.tiny.evaluate.criteria import misses
+from scripts.tiny.evaluate.generation import generate
+from scripts.tiny.evaluate.prompts import Prompt
 from tests.checkpoints.test_hub import NEEDED, digest
 from tests.reference import reference_pipeline
 
@@ -96,7 +97,7 @@ def test_what_is_no_checkpoint_does_not_stand_in_its_way(
 
 def test_an_installation_without_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "SHIPPED_FOLDER", tmp_path / "gone")
-    with pytest.raises(CheckpointError, match=r"gone is missing from this installation; reinstall audioldm2"):
+    with pytest.raises(CheckpointError, match=r"lacks .*gone.* tiny checkpoint; install it anew"):
         AudioLDM2Pipeline.from_pretrained("tiny")
     with pytest.raises(CheckpointError, match=r"lacks .*gone"):
         UNet.from_pretrained("tiny", subfolder="unet")
@@ -106,7 +107,7 @@ def test_an_installation_without_it_says_so(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("options", [{}, {"local_files_only": True}], ids=["out of reach", "only local"])
 @pytest.mark.parametrize("name", ["./nothing", "owner/not-there", "a/b/c"])
 def test_what_cannot_be_found_points_to_it(name: str, options: dict, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match='"tiny" is included in the package and needs no download'):
+    with pytest.raises(CheckpointError, match='"tiny" is in the package and needs no Hub'):
         AudioLDM2Pipeline.from_pretrained(name, cache_dir=tmp_path, **options)
 
 
@@ -178,7 +179,7 @@ def test_a_prompt_is_heard(heard: dict[str, np.ndarray], prompt: Prompt) -> None
 
 
 def test_every_family_has_a_prompt() -> None:
-    assert {prompt.scene.sounds[0] for prompt in FAMILIES} == {*CONTENTS}
+    assert {prompt.scene.sounds[0] for prompt in FAMILIES} == {*ALL_SOUNDS}
 
 
 def test_diffusers_gives_the_same_sound(pipe: AudioLDM2Pipeline) -> None:
@@ -215,4 +216,4 @@ def test_the_command_line_points_to_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.main([LOW_TONE, "--model", "./nothing", "--quiet"]) == 1
-    assert '"tiny" is included in the package' in capsys.readouterr().err
+    assert '"tiny" is in the package' in capsys.readouterr().err

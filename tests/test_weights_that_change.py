@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from audioldm2 import AudioLDM2Pipeline
-from scripts.sizes import changed
+from scripts.random_checkpoint import changed
 from tests.reference import SMALL, make_checkpoint
 
 WIDE = changed(

@@ -1,27 +1,27 @@
-"""The sizes of the tiny checkpoint's parts; the keys are those of the Hub's config.json files."""
+"""The sizes of the tiny checkpoint's parts, under the keys of the Hub's config.json files."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from scripts.sizes import BASE
+from scripts.random_checkpoint import BASE
 
-HOP = 512  # samples from one frame of the log-mel pictures to the next, 32 ms
-TOKENS = (64, 48)  # that the two tokenizers read at most
-VOCABULARIES = (600, 400)  # and their sizes, at most
+HOP_LENGTH = 512  # samples between two frames of a log-mel spectrogram: 32 ms
+MAX_TOKENS = (64, 48)  # the longest prompts of the two tokenizers
+VOCABULARY_SIZES = (600, 400)  # of the two tokenizers, at most
 
-# One latent stands for 4 frames (128 ms) by 4 mel bands, so 5.12 s are 40 x 16 latents, less than a third of
-# what a checkpoint of the Hub has. That, more than anything else, is what makes training here quick.
-SIZES: dict[str, dict[str, Any]] = {
+# One cell of the latents covers 4 frames (128 ms) by 4 mel bands, so a clip of 5.12 s has 40 x 16 cells, less
+# than a third of what a checkpoint from the Hub has. This is the main reason why training here is fast.
+TINY: dict[str, dict[str, Any]] = {
     "text_encoder": {
         "projection_dim": 64,
         "text_config": {
-            "vocab_size": VOCABULARIES[0],
+            "vocab_size": VOCABULARY_SIZES[0],
             "hidden_size": 96,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "intermediate_size": 256,
-            "max_position_embeddings": TOKENS[0] + 2,
+            "max_position_embeddings": MAX_TOKENS[0] + 2,
         },
         "audio_config": {
             "spec_size": 128,
@@ -37,7 +37,7 @@ SIZES: dict[str, dict[str, Any]] = {
         },
     },
     "text_encoder_2": {
-        "vocab_size": VOCABULARIES[1],
+        "vocab_size": VOCABULARY_SIZES[1],
         "d_model": 96,
         "d_kv": 24,
         "d_ff": 192,
@@ -77,23 +77,23 @@ SIZES: dict[str, dict[str, Any]] = {
         "latent_channels": 8,
         "norm_num_groups": 2,
         "sample_size": 160,
-        "scaling_factor": 1.0,  # train_vae.py standardises the latents
+        "scaling_factor": 1.0,  # the VAE's latents are standardised instead
     },
     "vocoder": {
         "model_in_dim": 64,
         "sampling_rate": 16000,
-        # Three ramps a mel band, and no bend in them: see oscillators.py.
+        # Three ramps per mel band, and plain ReLUs: see stages/oscillators.py.
         "upsample_initial_channel": 192,
         "leaky_relu_slope": 0.0,
-        "upsample_rates": [16, 8, 4],  # HOP
+        "upsample_rates": [16, 8, 4],  # their product is HOP_LENGTH
         "upsample_kernel_sizes": [32, 48, 24],
         "resblock_kernel_sizes": [3],
         "resblock_dilation_sizes": [[1]],
         "normalize_before": False,
     },
 }
-# CLAP's front end: no resampling, a window that holds a clip of 5.12 s, and the 256 frames of its picture.
-FEATURES: dict[str, Any] = {
+# CLAP's front end: no resampling, a window longer than a clip of 5.12 s, and a spectrogram of 256 frames.
+FEATURE_EXTRACTOR: dict[str, Any] = {
     "sampling_rate": 16000,
     "hop_length": 376,
     "max_length_s": 6,
@@ -103,9 +103,10 @@ FEATURES: dict[str, Any] = {
     "truncation": "rand_trunc",
     "padding": "repeatpad",
 }
-# With the Hub's schedule a trace of the sound is left in the noise of the last timestep, and a UNet learns to
-# read the loudness there; sampling begins without it, and soft and loud sounds come out the same. So the last
-# level is noise alone, and every walk begins there (Lin et al. 2024, arXiv 2305.08891, sections 3.1 and 3.3).
+# With the Hub's schedule the last timestep is not pure noise: a trace of the sound is left, and the UNet
+# learns to read the loudness from it. Sampling starts without that trace, so soft and loud sounds come out
+# the same. Here the last timestep is pure noise, and every sampling run starts there (Lin et al. 2024, arXiv
+# 2305.08891, sections 3.1 and 3.3).
 SCHEDULER: dict[str, Any] = {
     **BASE["scheduler"],
     "prediction_type": "v_prediction",

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.helpers import ROOT
-
-BENCH = ROOT / "scripts" / "bench"
-
-
-def bench(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTHONPATH", None)
-    command = [sys.executable, str(BENCH), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500)
+from tests.scripts.helpers import run_script
 
 
 def test_it_measures_both_and_writes_figures_and_a_chart(tmp_path: Path):
     stages = ["--stage", "language_model", "--stage", "clip"]
     sizes = ["--model", "tiny", "--seconds", "0.64", "--steps", "2", "--repeat", "1"]
-    done = bench(*sizes, *stages, "--out", tmp_path / "figures", cwd=tmp_path)
+    done = run_script("bench", *sizes, *stages, "--out", tmp_path / "figures", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     path = tmp_path / "figures" / "bench-cpu-tiny-language_model-clip.json"
     written = json.loads(path.read_text())
@@ -42,7 +30,7 @@ def test_it_measures_both_and_writes_figures_and_a_chart(tmp_path: Path):
 
 
 def test_what_it_cannot_do_is_told(tmp_path: Path):
-    done = bench("--stage", "supper", cwd=tmp_path)
+    done = run_script("bench", "--stage", "supper", cwd=tmp_path)
     assert done.returncode == 2
     assert "choose from" in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,237 +1,151 @@
-"""The trainers of CLAP, T5 and the language of audio: two steps of each, on a library of eight sounds."""
+"""scripts/train_tiny: the table of stages, the command, and the checkpoint that it assembles."""
 
 from __future__ import annotations
 
-import copy
+import re
 import shutil
-from collections.abc import Callable, Iterator
+import subprocess
 from pathlib import Path
-from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from audioldm2.checkpoints.formats import PARTS
-from scripts.tiny import loop as training
-from scripts.tiny.data import tokenizers
-from scripts.tiny.data.captions import caption
-from scripts.tiny.data.library import Library, load_library, make_library
-from scripts.tiny.data.sounds import draw_scene
+from audioldm2 import VAE, AudioLDM2Pipeline
+from audioldm2.checkpoints.formats import PARTS, TOKENIZERS
+from scripts.tiny.assemble import assemble, pipeline, take_parts
 from scripts.tiny.loop import Run
-from scripts.tiny.sizes import SIZES
-from scripts.tiny.stages import (
-    clap as train_clap,
-    language as train_language,
-    ranking as train_ranking,
-    t5 as train_t5,
+from scripts.tiny.sizes import TINY
+from scripts.tiny.stages import STAGES
+from tests.helpers import ROOT
+from tests.scripts.helpers import SHIPPED, run_script, run_without, same_files
+
+
+def train_tiny(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return run_script("train_tiny", *arguments)
+
+
+# --- the table of stages
+
+
+def test_stages_run_after_those_whose_parts_they_need() -> None:
+    trained: set[str] = set()
+    for stage in STAGES:
+        assert stage.needs <= trained, stage.name
+        trained |= stage.writes
+    assert trained == {*PARTS, *TOKENIZERS}
+
+
+def test_the_readme_lists_the_stages_in_order() -> None:
+    readme = (ROOT / "scripts" / "tiny" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| .* \| (\d+) \| (.*) \|$", readme, re.MULTILINE)
+    assert rows == [(stage.name, str(stage.steps), stage.help) for stage in STAGES]
+
+
+# --- the command
+
+
+def test_help_lists_the_stages() -> None:
+    done = train_tiny("--help")
+    assert done.returncode == 0
+    for stage in STAGES:
+        assert re.search(
+            rf"^  {stage.name} +{stage.steps}  {re.escape(stage.help)}$", done.stdout, re.MULTILINE
+        )
+
+
+def test_all_stages_give_a_checkpoint_that_generates(tmp_path: Path) -> None:
+    done = train_tiny("--folder", tmp_path, "--sounds", "4", "--steps", "1", "--batch", "2", "--threads", "1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert str(tmp_path / "tiny") in done.stdout
+    pipe = AudioLDM2Pipeline.from_pretrained(tmp_path / "tiny")
+    assert pipe.dtype == torch.float16
+    pipe.to(torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a bell", num_inference_steps=1).audios.shape == (1, 81920)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--steps", "0"), "--steps must be at least 1, not 0"),
+        (("--device", "tpu"), "tpu"),
+        (("--stages", "gan"), "invalid choice: 'gan'"),
+        (("--begin", "nowhere"), "--begin: nowhere/unet is not a folder"),
+    ],
 )
-
-# Each stage's trainer, its module and the parts that it writes.
-STAGES: dict[str, tuple[ModuleType, Callable[[Library, Run], None], tuple[str, ...]]] = {
-    "clap": (train_clap, train_clap.train_clap, ("text_encoder",)),
-    "t5": (train_t5, train_t5.train_t5, ("text_encoder_2",)),
-    "language": (train_language, train_language.train_language, ("projection_model", "language_model")),
-    "ranking": (train_ranking, train_ranking.train_ranking, ("text_encoder",)),
-}
+def test_invalid_arguments_are_refused(arguments: tuple[str, ...], message: str) -> None:
+    done = train_tiny(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    """Eight sounds."""
-    return load_library(tmp_path_factory.mktemp("library"), 8, 0)
+def test_a_stage_without_the_parts_it_needs_is_refused(parts: Path, tmp_path: Path) -> None:
+    shutil.copytree(parts / "vae", tmp_path / "checkpoint" / "vae")
+    done = train_tiny("--folder", tmp_path, "--stages", "language")
+    assert done.returncode == 2
+    assert "stage language needs text_encoder, text_encoder_2, tokenizer, tokenizer_2;" in done.stderr
+    assert "run the stages tokenizers, clap, t5 first" in done.stderr
 
 
-@pytest.fixture(scope="session")
-def untrained(library: Library, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tokenizers, and every part as it is before training, for later stages to build on."""
-    folder = tmp_path_factory.mktemp("untrained")
-    run = Run(folder)
-    tokenizers.write_tokenizers(library, run)
-    torch.manual_seed(0)
-    for name, (form, *_) in PARTS.items():
-        form.stage(form.config.from_dict(SIZES[name])).eval().save_pretrained(run.checkpoint / name)
-    return folder
+def test_errors_while_training_are_reported_without_a_traceback(parts: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken" / "unet").mkdir(parents=True)
+    small = ("--folder", tmp_path, "--parts", parts, "--sounds", "2", "--batch", "2", "--stages")
+    assert train_tiny(*small, "vae", "--steps", "1").returncode == 0
+    for arguments, message in (
+        (("vae", "--steps", "2"), "vae_1.pt belongs to a run with seed 0 and 1 steps"),
+        (("unet", "--begin", tmp_path / "broken"), str(tmp_path / "broken" / "unet")),
+    ):
+        done = train_tiny(*small, *arguments)
+        assert done.returncode == 1, done.stderr[-2000:]
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
 
 
-@pytest.fixture(autouse=True)
-def _measured_on_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_clap, "ROUNDS", 1)
-    monkeypatch.setattr(train_language, "UNSEEN", 2)
-    monkeypatch.setattr(train_ranking, "ROUNDS", 1)
-    monkeypatch.setattr(train_ranking, "UNSEEN", 2)
+def test_the_stages_of_missing_parts_run(parts: Path, tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    shutil.copytree(parts, given, ignore=shutil.ignore_patterns("vae"))
+    done = train_tiny("--parts", given, "--steps", "2", "--sounds", "4", "--batch", "2", "--folder", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"^(\w+): [\d.]+ min$", done.stdout, re.MULTILINE) == ["vae", "decoder"]
+    assert (tmp_path / "tiny" / "vae").is_dir()
 
 
-@pytest.fixture
-def folder(untrained: Path, tmp_path: Path) -> Path:
-    """A copy of `untrained`."""
-    return Path(shutil.copytree(untrained, tmp_path / "run"))
+@pytest.mark.parametrize("given", ["nothing", "broken"])
+def test_a_folder_without_readable_parts_is_refused(tmp_path: Path, given: str) -> None:
+    (tmp_path / "broken" / "vae").mkdir(parents=True)
+    done = train_tiny("--parts", tmp_path / given, "--folder", tmp_path / "run")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert given in done.stderr
 
 
-def _weights(folder: Path, parts: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
-    for part in parts:
-        for path in sorted((folder / "checkpoint" / part).glob("*.safetensors")):
-            yield from ((f"{part}.{name}", tensor) for name, tensor in sorted(load_file(path).items()))
+# --- the parts
 
 
-def _kill(*_: object, **__: object) -> None:
-    raise KeyboardInterrupt
+def test_trained_parts_are_copied_as_float32(parts: Path, tmp_path: Path) -> None:
+    given, run = tmp_path / "given", Run(tmp_path / "run")
+    VAE.from_pretrained(parts, subfolder="vae").half().save_pretrained(given / "vae")
+    shutil.copytree(parts / "tokenizer", given / "tokenizer")
+    shutil.copytree(parts / "vocoder", run.checkpoint / "vocoder")
+    shutil.copytree(parts / "unet", given / "vocoder")  # ignored: the run has a vocoder
+    assert take_parts(run, given) == {"vae", "tokenizer", "vocoder"}
+    taken = VAE.from_pretrained(run.checkpoint, subfolder="vae")
+    for name, value in VAE.from_pretrained(given, subfolder="vae").state_dict().items():
+        assert torch.equal(taken.state_dict()[name], value.float()), name
+    assert taken.state_dict()[name].dtype == torch.float32
+    assert same_files(run.checkpoint / "tokenizer", given / "tokenizer")
+    assert same_files(run.checkpoint / "vocoder", parts / "vocoder")
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_steps_move_the_weights_and_a_killed_run_goes_on(
-    stage: str, library: Library, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module, trainer, parts = STAGES[stage]
-    whole, killed = folder, Path(shutil.copytree(folder, folder.with_name("killed")))
-    before: dict[str, torch.Tensor] = {}
-    after: dict[str, torch.Tensor] = {}
-
-    def watched(name: str, trained: torch.nn.Module, *rest: object, **options: object) -> None:
-        before.update(copy.deepcopy(dict(trained.named_parameters())))
-        training.train(name, trained, *rest, **options)
-        after.update(trained.named_parameters())
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "train", watched)
-        trainer(library, Run(whole, steps=2, batch=4))
-    assert [name for name in before if torch.equal(before[name], after[name])] == []
-    assert (whole / "plots" / f"{stage}.png").is_file()
-    for part in parts:
-        PARTS[part][0].stage.from_pretrained(whole / "checkpoint" / part)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "SAVE_EVERY", 0.0)
-        patch.setattr(training, "plot", _kill)  # which comes after the first step's saving
-        with pytest.raises(KeyboardInterrupt):
-            trainer(library, Run(killed, steps=2, batch=4))
-    trainer(library, Run(killed, steps=2, batch=4))
-    pairs = zip(_weights(whole, parts), _weights(killed, parts), strict=True)
-    assert [name for (name, a), (_, b) in pairs if not torch.equal(a, b)] == []
+def test_the_shipped_parts_have_the_sizes_in_sizes_py(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    assert take_parts(run, SHIPPED) == {*PARTS, *TOKENIZERS}
+    for name, stage in pipeline(run).stages.items():
+        assert stage.config == PARTS[name][0].config.from_dict(TINY[name]), name
 
 
-def test_ranking_leaves_what_clap_says_of_texts(library: Library, folder: Path) -> None:
-    before = dict(_weights(folder, ("text_encoder",)))
-    train_ranking.train_ranking(library, Run(folder, steps=2, batch=4))
-    for name, after in _weights(folder, ("text_encoder",)):
-        assert torch.equal(before[name], after) == ("audio" not in name.lower()), name
-
-
-def test_a_killed_ranking_keeps_what_it_generated(
-    library: Library, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, training_set = Run(folder, steps=2, batch=4), list(range(len(library)))
-    made: list[list[int]] = []
-
-    def watched(pipe: object, sounds: Library, rows: torch.Tensor, run: Run) -> dict[str, torch.Tensor]:
-        made.append(sorted(rows.tolist()) if sounds is library else [])
-        return both_sides(pipe, sounds, rows, run)
-
-    both_sides = train_ranking.both_sides
-    monkeypatch.setattr(train_ranking, "both_sides", watched)
-    with monkeypatch.context() as patch:
-        patch.setattr(train_ranking, "train", _kill)
-        with pytest.raises(KeyboardInterrupt):
-            train_ranking.train_ranking(library, run)
-    assert made == [training_set]
-    train_ranking.train_ranking(library, run)
-    assert made == [training_set, []]  # only what is unseen
-
-
-def test_pictures_are_moved_in_time_and_level() -> None:
-    pictures = torch.arange(20.0).view(1, 20, 1).repeat(200, 1, 3)  # dB
-    moved = pictures.clone()
-    train_ranking.move(moved, torch.Generator().manual_seed(0))
-    louder = moved.amin((1, 2))
-    shifts = moved[:, 0, 0].sub(louder).round()  # of frames, the value that has come to the beginning
-    assert {*shifts.tolist()} == {float(-shift % 20) for shift in range(-8, 9)}
-    assert -2 <= louder.min() < -1.8
-    assert 1.8 < louder.max() <= 2
-    for before, after, shift, by in zip(pictures, moved, shifts.long().tolist(), louder, strict=True):
-        torch.testing.assert_close(after, before.roll(-shift, 0) + by)
-
-
-def test_both_tokenizers_read_every_letter(untrained: Path) -> None:
-    for tokenizer in tokenizers.read_tokenizers(Run(untrained)):
-        ids = tokenizer("A JAZZY xylophone, quickly; 16 vague owls!").input_ids
-        assert tokenizer.unk_token_id not in ids
-        assert len(tokenizer("a loud bell").input_ids) < len(tokenizer("q zzxy vvkw").input_ids)
-
-
-def test_a_changed_library_leaves_the_tokenizers_alone(untrained: Path, folder: Path) -> None:
-    """Encoders have learnt with them: the same words must keep their numbers."""
-    tokenizers.write_tokenizers(Library([], [["zebra crossing"]], np.empty(0), np.empty(0)), Run(folder))
-    for name in ("tokenizer", "tokenizer_2"):
-        before = (untrained / "checkpoint" / name / "tokenizer.json").read_bytes()
-        assert (folder / "checkpoint" / name / "tokenizer.json").read_bytes() == before
-
-
-def test_varied_captions_keep_their_words_of_content() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        text = caption(draw_scene(rng), rng)
-        words = {w.strip(".").lower() for w in text.split()} - tokenizers.SMALL
-        assert words <= {w.strip(".").lower() for w in tokenizers.varied(text, rng).split()}
-
-
-def test_only_the_same_scene_counts_as_belonging_together(library: Library) -> None:
-    numbers = train_clap.scene_numbers(library.scenes)
-    for i, a in enumerate(library.scenes):
-        for j, b in enumerate(library.scenes):
-            assert (numbers[i] == numbers[j]) == (a == b)
-
-
-def test_contrastive_loss_is_least_where_scenes_agree() -> None:
-    clap = train_clap.ClapModel(train_clap.ClapConfig.from_dict(SIZES["text_encoder"]))
-    same = torch.tensor([[True, False, True], [False, True, False], [True, False, True], [False] * 3])
-    axes = torch.eye(64)
-    losses = [
-        train_clap.contrastive_loss(clap, text, text[:3], same)
-        for text in (axes[[0, 1, 0, 2]], axes[[0, 1, 0, 0]], axes[[0, 1, 2, 3]])
-    ]
-    assert losses[0] < min(losses[1:])
-
-
-def test_twins_differ_in_one_thing() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(100):
-        scene = draw_scene(rng)
-        louder, other = train_clap.twins(scene, rng)
-        assert louder.sounds == scene.sounds
-        assert louder.loudness != scene.loudness
-        assert other.loudness == scene.loudness
-        assert other.sounds[0] != scene.sounds[0]
-        assert other.sounds[1:] == scene.sounds[1:]
-
-
-def test_pictures_are_kept_until_the_library_is_another(library: Library, tmp_path: Path) -> None:
-    path = tmp_path / "pictures.npy"
-    first = np.array(train_clap.clap_features(library, path))
-    made = path.stat().st_mtime_ns
-    assert np.array_equal(train_clap.clap_features(library, path), first)
-    assert path.stat().st_mtime_ns == made
-    others = train_clap.clap_features(make_library(8, seed=1), path)
-    assert others.shape == first.shape
-    assert not np.array_equal(others, first)
-
-
-def test_disturbed_pictures_keep_their_levels() -> None:
-    pictures = torch.full((4, 256, 64), -20.0)
-    train_clap.disturb(pictures, torch.Generator().manual_seed(0))
-    assert (pictures.mean(dim=(1, 2)) + 20).abs().max() < 2.5
-
-
-def test_language_of_audio_is_the_mean_of_an_eighth_of_the_time_and_pairs_of_frequencies() -> None:
-    latents = torch.randn(2, 8, 40, 16)
-    heard = train_language.language_of_audio(latents, 8)
-    assert heard.shape == (2, 8, 64)
-    pairs = latents[1, :, 10:15].mean(dim=1).view(8, 8, 2).mean(dim=2)
-    torch.testing.assert_close(heard[1, 2], pairs.flatten())
-
-
-def test_facts_are_places_in_the_lists() -> None:
-    scene = train_t5.Scene((train_t5.draw_scene(np.random.default_rng(0), "bell").sounds[0],), "soft")
-    front, behind, loudness = train_t5.facts([scene])[:, 0].tolist()
-    assert train_t5.SOUNDS[front] == ("bell", "")
-    assert (train_t5.BEHIND[behind], train_t5.LOUDNESS[loudness]) == ("", "soft")
+def test_a_checkpoint_with_missing_parts_is_not_assembled(parts: Path, tmp_path: Path) -> None:
+    run = run_without(parts, tmp_path, "unet", "vocoder")
+    with pytest.raises(FileNotFoundError, match="lacks unet, vocoder; train the missing parts first"):
+        assemble(run, tmp_path / "tiny")

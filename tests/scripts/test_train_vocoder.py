@@ -1,4 +1,4 @@
-"""The vocoder's trainer: two steps, what they leave, and a run that was cut in two."""
+"""The vocoder's trainer, its initial oscillators and its loss."""
 
 from __future__ import annotations
 
@@ -12,23 +12,20 @@ import torch
 from audioldm2.audio.log_mel import LogMel, LogMelConfig
 from audioldm2.models.hifigan import HifiGan, HifiGanConfig
 from audioldm2.models.vae import VAE, VAEConfig
-from scripts.tiny.data.library import Library, make_library
-from scripts.tiny.data.sounds import KINDS, SAMPLING_RATE, Scene, Sound, level, render
-from scripts.tiny.evaluate.measures import matches
+from scripts.tiny import loop
+from scripts.tiny.data.library import Library
+from scripts.tiny.data.sounds import KINDS, SAMPLING_RATE, Scene, Sound, loudest_level, render
+from scripts.tiny.evaluate.criteria import matches
 from scripts.tiny.loop import Run
-from scripts.tiny.sizes import HOP, SIZES
-from scripts.tiny.stages import vocoder as trainer
-from scripts.tiny.stages.oscillators import begin_as_oscillators
-
-
-@pytest.fixture(scope="module")
-def library() -> Library:
-    return make_library(4, seed=1)
+from scripts.tiny.sizes import HOP_LENGTH, TINY
+from scripts.tiny.stages import vocoder as vocoder_module
+from scripts.tiny.stages.oscillators import set_oscillator_weights
+from scripts.tiny.stages.vocoder import train_vocoder, waveform_loss
 
 
 @pytest.fixture(autouse=True)
-def _few_unseen_sounds(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(trainer, "UNSEEN", 2)
+def _few_unseen_sounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocoder_module, "UNSEEN_SOUNDS", 2)
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +33,8 @@ def trained(library: Library, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of two steps, with a VAE of random weights."""
     run = Run(tmp_path_factory.mktemp("run"), steps=2)
     torch.manual_seed(0)
-    VAE(VAEConfig.from_dict(SIZES["vae"])).save_pretrained(run.checkpoint / "vae")
-    trainer.train_vocoder(library, run)
+    VAE(VAEConfig.from_dict(TINY["vae"])).save_pretrained(run.checkpoint / "vae")
+    train_vocoder(library, run)
     return run
 
 
@@ -45,9 +42,9 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
     return HifiGan.from_pretrained(run.checkpoint, "vocoder").state_dict()
 
 
-def test_the_weights_move(trained: Run):
-    first = HifiGan(HifiGanConfig.from_dict(SIZES["vocoder"]))
-    begin_as_oscillators(first, trained.seed)
+def test_two_steps_move_all_weights(trained: Run):
+    first = HifiGan(HifiGanConfig.from_dict(TINY["vocoder"]))
+    set_oscillator_weights(first, trained.seed)
     for name, now in weights(trained).items():
         before = first.state_dict()[name]
         assert torch.isfinite(now).all()
@@ -59,25 +56,25 @@ def test_the_weights_move(trained: Run):
 
 @pytest.fixture(scope="module")
 def oscillators() -> HifiGan:
-    vocoder = HifiGan(HifiGanConfig.from_dict(SIZES["vocoder"])).eval()
-    begin_as_oscillators(vocoder)
+    vocoder = HifiGan(HifiGanConfig.from_dict(TINY["vocoder"])).eval()
+    set_oscillator_weights(vocoder)
     return vocoder
 
 
 @torch.no_grad()
 def there_and_back(vocoder: HifiGan, waveform: np.ndarray) -> np.ndarray:
-    mel = LogMel(LogMelConfig(hop_length=HOP))(torch.from_numpy(waveform)[None], SAMPLING_RATE)
+    mel = LogMel(LogMelConfig(hop_length=HOP_LENGTH))(torch.from_numpy(waveform)[None], SAMPLING_RATE)
     return vocoder(mel[:, 0])[0].numpy()
 
 
 @pytest.mark.parametrize("frequency", [156.25, 437.5, 1000.0, 2500.0, 3000.0])
 @pytest.mark.parametrize("loud", [0.02, 0.2])
-def test_untrained_oscillators_give_a_tone_back(oscillators: HifiGan, frequency: float, loud: float):
-    """At its pitch, to a mel band or a line; within 7 dB; and with its images at least 20 dB below."""
+def test_untrained_oscillators_reproduce_a_tone(oscillators: HifiGan, frequency: float, loud: float):
+    """Its pitch within a mel band or a line, its level within 7 dB, and images at least 20 dB below."""
     time = np.arange(SAMPLING_RATE * 2) / SAMPLING_RATE
     tone = (loud * np.sin(2 * np.pi * frequency * time)).astype(np.float32)
     sound = there_and_back(oscillators, tone)
-    assert abs(level(sound) - level(tone)) < 7
+    assert abs(loudest_level(sound) - loudest_level(tone)) < 7
     power = np.abs(np.fft.rfft(sound[4096:-4096] * np.hanning(len(sound) - 8192))) ** 2
     hertz = np.fft.rfftfreq(len(sound) - 8192, 1 / SAMPLING_RATE)
     assert abs(hertz[power.argmax()] - frequency) < max(32, 0.04 * frequency)
@@ -85,63 +82,62 @@ def test_untrained_oscillators_give_a_tone_back(oscillators: HifiGan, frequency:
     assert power[~near].max() < 0.01 * power.max()
 
 
-def test_untrained_oscillators_are_silent_where_the_mel_is(oscillators: HifiGan):
+def test_untrained_oscillators_are_silent_for_a_silent_mel(oscillators: HifiGan):
     with torch.no_grad():
         assert oscillators(torch.full((1, 40, 64), -11.5)).abs().max() < 1e-3
 
 
-def test_most_real_sounds_are_still_what_they_are(oscillators: HifiGan):
+def test_most_real_sounds_pass_the_oscillators(oscillators: HifiGan):
     rng = np.random.default_rng(0)
     scenes = [Scene((Sound(kind, (*traits, "")[0]),)) for kind, traits in KINDS.items()]
     right = [all(matches(s, there_and_back(oscillators, render(s, rng))).values()) for s in scenes]
     assert np.mean(right) >= 0.8
 
 
-def test_oscillators_refuse_sizes_that_they_cannot_fill():
+def test_oscillators_refuse_other_sizes():
     for change in ({"leaky_relu_slope": 0.1}, {"upsample_initial_channel": 128}):
-        vocoder = HifiGan(HifiGanConfig.from_dict({**SIZES["vocoder"], **change}))
-        with pytest.raises(ValueError, match="upsample_initial_channel 192"):
-            begin_as_oscillators(vocoder)
+        vocoder = HifiGan(HifiGanConfig.from_dict({**TINY["vocoder"], **change}))
+        with pytest.raises(ValueError, match="leaky_relu_slope 0 and upsample_initial_channel 192, not 3, "):
+            set_oscillator_weights(vocoder)
 
 
 # --- training
 
 
-def test_a_resumed_run_ends_as_an_uninterrupted_one(
+def test_a_resumed_run_ends_with_the_same_weights(
     library: Library, trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     run = Run(tmp_path, steps=2)
     shutil.copytree(trained.checkpoint / "vae", run.checkpoint / "vae")
-    judged = trainer.distance
-    calls = []
+    calls: list[int] = []
 
     def killed(*waveforms: torch.Tensor) -> dict[str, torch.Tensor]:
         calls.append(1)
-        if len(calls) == 2:  # in the second step; the first was saved
+        if len(calls) == 2:  # in the second step; the state of the first is saved
             raise KeyboardInterrupt
-        return judged(*waveforms)
+        return waveform_loss(*waveforms)
 
-    monkeypatch.setattr("scripts.tiny.loop.SAVE_EVERY", 0.0)
-    monkeypatch.setattr(trainer, "distance", killed)
+    monkeypatch.setattr(loop, "SAVE_INTERVAL", 0.0)
+    monkeypatch.setattr(vocoder_module, "waveform_loss", killed)
     with pytest.raises(KeyboardInterrupt):
-        trainer.train_vocoder(library, run)
-    trainer.train_vocoder(library, run)
+        train_vocoder(library, run)
+    train_vocoder(library, run)
     assert len(calls) == 3
     for name, weight in weights(trained).items():
         assert torch.equal(weight, weights(run)[name]), name
 
 
-def test_noise_is_told_from_a_buzz():
-    """Pulses at the rate of the frames have noise's mean spectrum, nearly, and another texture."""
+def test_noise_is_distinguished_from_a_buzz():
+    """Pulses at the frame rate have nearly the mean spectrum of noise, but another texture."""
     generator = torch.Generator().manual_seed(0)
     noise, other = 0.1 * torch.randn(2, 1, 16000, generator=generator)
     buzz = torch.zeros(1, 16000)
     buzz[:, ::160] = 0.1 * 160**0.5
-    assert trainer.distance(other, noise)["texture"] < 0.3 * trainer.distance(buzz, noise)["texture"]
+    assert waveform_loss(other, noise)["texture"] < 0.3 * waveform_loss(buzz, noise)["texture"]
 
 
-def test_loud_and_soft_weigh_alike():
+def test_loud_and_soft_sounds_weigh_alike():
     generator = torch.Generator().manual_seed(0)
     real, made = 0.1 * torch.randn(2, 1, 16000, generator=generator)
-    loud, soft = trainer.distance(made, real), trainer.distance(0.05 * made, 0.05 * real)
+    loud, soft = waveform_loss(made, real), waveform_loss(0.05 * made, 0.05 * real)
     assert soft["loss"].item() == pytest.approx(loud["loss"].item(), rel=0.05)

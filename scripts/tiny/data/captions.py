@@ -1,12 +1,12 @@
-"""Scenes in words: many ways to say the same, and some that training never hears.
+"""Scenes put into words: many phrasings, of which training never sees some.
 
-    caption(scene, rng)                  "a loud church bell rings over falling rain"
-    caption(scene, rng, held_out=True)   "Behind a bell at high volume there is rain."
+    caption(scene, rng)                  "a loud church bell over falling rain"
+    caption(scene, rng, held_out=True)   "The audio is a soft church bell with falling rain."
 
-A caption names each sound (a noun), its trait and the scene's loudness (an adjective before the noun, or a
-phrase after it), within a frame ("the sound of ...", "... can be heard"). Held-out captions take frames,
-orders and ways to join two sounds that no training caption has; of words they have only those that training
-captions have, too: a model that learns all its words here cannot know others.
+A caption names each sound (a noun), its trait and the scene's loudness (an adjective before the noun or a
+phrase after it), inside a template ("the sound of ...", "... can be heard"). Held-out captions use templates,
+word orders and ways of joining two sounds that occur in no training caption. Their vocabulary is that of the
+training captions: a model that learns all its words here cannot know others.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ NOUNS: dict[str, tuple[str, ...]] = {
     "engine": ("an engine", "an engine hum", "a humming engine", "a motor", "an idling motor"),
     "birds": ("birds", "bird chirps", "chirping birds", "birds singing", "birdsong"),
 }
-# Kinds whose traits are of one sort share their words: before the noun, and after it.
-BEFORE: dict[str, tuple[str, ...]] = {
+# Words for a trait or a loudness, whichever kind of sound has it: before the noun, and after it.
+ADJECTIVES: dict[str, tuple[str, ...]] = {
     "low": ("low", "deep", "low-pitched", "bass"),
     "middle": ("middle", "medium", "mid-range", "medium-pitched"),
     "high": ("high", "high-pitched", "shrill"),
@@ -46,7 +46,7 @@ BEFORE: dict[str, tuple[str, ...]] = {
     "loud": ("loud", "very loud", "strong", "powerful"),
     "soft": ("soft", "quiet", "faint", "gentle"),
 }
-AFTER: dict[str, tuple[str, ...]] = {
+PHRASES: dict[str, tuple[str, ...]] = {
     "low": ("with a low pitch", "at a low frequency"),
     "middle": ("with a medium pitch", "at a middle frequency"),
     "high": ("with a high pitch", "at a high frequency"),
@@ -57,7 +57,7 @@ AFTER: dict[str, tuple[str, ...]] = {
     "loud": ("at high volume", "played loudly"),
     "soft": ("at low volume", "played softly"),
 }
-FRAMES = (
+TEMPLATES = (
     "{}",
     "{}",
     "the sound of {}",
@@ -71,7 +71,7 @@ FRAMES = (
     "listen to {}",
     "what a sound: {}",
 )
-HELD_OUT_FRAMES = (
+HELD_OUT_TEMPLATES = (
     "listen to the sound of {}",
     "you hear {}",
     "a sound recording: {}",
@@ -79,7 +79,7 @@ HELD_OUT_FRAMES = (
     "the audio is {}",
     "what one hears is {}",
 )
-JOINS = (
+JOIN_TEMPLATES = (
     "{0} over {1}",
     "{0} with {1} in the background",
     "{0} and {1}",
@@ -87,7 +87,12 @@ JOINS = (
     "{0}, and there is {1}",
     "{0} while there is {1} behind",
 )
-HELD_OUT_JOINS = ("{0} and {1} in the background", "behind {0} there is {1}", "{0} with {1}", "over {1} {0}")
+HELD_OUT_JOIN_TEMPLATES = (
+    "{0} and {1} in the background",
+    "behind {0} there is {1}",
+    "{0} with {1}",
+    "over {1} {0}",
+)
 
 
 def _choose(rng: np.random.Generator, options: tuple[str, ...]) -> str:
@@ -95,7 +100,7 @@ def _choose(rng: np.random.Generator, options: tuple[str, ...]) -> str:
 
 
 def _qualified(noun: str, words: list[str]) -> str:
-    """A noun with adjectives before it, its article kept in front and made to fit."""
+    """Put adjectives between a noun and its article, and choose between "a" and "an"."""
     article, _, rest = noun.partition(" ")
     if article not in ("a", "an"):
         return " ".join([*words, noun])
@@ -104,15 +109,23 @@ def _qualified(noun: str, words: list[str]) -> str:
 
 
 def describe(sound: Sound, loudness: str, rng: np.random.Generator, held_out: bool) -> str:
-    """A phrase for one sound. Held out is to say the loudness between the trait and the noun."""
-    before, after = [], []
+    """A phrase for one sound.
+
+    Args:
+        sound: what to name.
+        loudness: "loud", "soft", or "" to leave it out.
+        rng: chooses among the phrasings.
+        held_out: put the loudness between the trait and the noun, which no training caption does.
+    """
+    before: list[str] = []
+    after: list[str] = []
     for quality in (loudness, sound.trait):
         if not quality:
             continue
         if rng.random() < 0.7:
-            before.append(_choose(rng, BEFORE[quality]))
+            before.append(_choose(rng, ADJECTIVES[quality]))
         else:
-            after.append(_choose(rng, AFTER[quality]))
+            after.append(_choose(rng, PHRASES[quality]))
     if held_out:
         before.reverse()
     elif len(after) == 2 and rng.random() < 0.5:
@@ -124,9 +137,9 @@ def caption(scene: Scene, rng: np.random.Generator, held_out: bool = False) -> s
     """A caption of a scene.
 
     Args:
-        scene: what is to be heard.
-        rng: decides among the ways to say it.
-        held_out: say it in a way that training captions never have.
+        scene: what to describe.
+        rng: chooses among the phrasings.
+        held_out: use only phrasings that occur in no training caption.
     """
     phrases = [
         describe(sound, scene.loudness if i == 0 else "", rng, held_out)
@@ -134,8 +147,8 @@ def caption(scene: Scene, rng: np.random.Generator, held_out: bool = False) -> s
     ]
     text = phrases[0]
     if len(phrases) == 2:
-        text = _choose(rng, HELD_OUT_JOINS if held_out else JOINS).format(*phrases)
-    text = _choose(rng, HELD_OUT_FRAMES if held_out else FRAMES).format(text)
+        text = _choose(rng, HELD_OUT_JOIN_TEMPLATES if held_out else JOIN_TEMPLATES).format(*phrases)
+    text = _choose(rng, HELD_OUT_TEMPLATES if held_out else TEMPLATES).format(text)
     if rng.random() < 0.5:
         text = text[0].upper() + text[1:]
     return text + _choose(rng, ("", "."))

@@ -1,4 +1,4 @@
-"""The library on disk: sounds, their log-mel pictures and captions, made once and read by every trainer."""
+"""The training library on disk: sounds, their log-mel spectrograms and captions, made once for all stages."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from tqdm.auto import tqdm
 
 from audioldm2.atomic import replacing
 from audioldm2.audio.log_mel import LogMel, LogMelConfig
-from scripts.tiny.data import captions as captions_module, sounds
+from scripts.tiny.data import captions as captions_module, sounds as sounds_module
 from scripts.tiny.data.captions import caption
-from scripts.tiny.data.sounds import SAMPLES, SAMPLING_RATE, Scene, Sound, draw_scene, render
-from scripts.tiny.sizes import HOP
+from scripts.tiny.data.sounds import CLIP_SAMPLES, SAMPLING_RATE, Scene, Sound, draw_scene, render
+from scripts.tiny.sizes import HOP_LENGTH
 
-SIZE = 6000
-CAPTIONS = 6  # of each sound
-FULL = 32767  # of a 16-bit sample
+LIBRARY_SIZE = 6000  # sounds
+CAPTIONS_PER_SOUND = 6
+INT16_MAX = 32767
 
 
 class Library:
     """Sounds with their captions.
 
     Args:
-        scenes: what is to be heard in each.
-        captions: `CAPTIONS` of each, in training's phrasings.
-        samples: (n, SAMPLES) int16.
+        scenes: what each of the n sounds contains.
+        captions: `CAPTIONS_PER_SOUND` training captions of each.
+        samples: (n, CLIP_SAMPLES) int16.
         mels: (n, 160, 64) float16, natural logarithm.
     """
 
@@ -44,54 +44,57 @@ class Library:
         return len(self.scenes)
 
     def waveforms(self, indices: Tensor | list[int]) -> Tensor:
-        """(B, SAMPLES) float32 in [-1, 1]."""
-        return torch.from_numpy(self._samples[np.asarray(indices)].astype(np.float32) / FULL)
+        """The waveforms of some sounds, (B, CLIP_SAMPLES) float32 in [-1, 1]."""
+        return torch.from_numpy(self._samples[np.asarray(indices)].astype(np.float32) / INT16_MAX)
 
     def mels(self, indices: Tensor | list[int]) -> Tensor:
-        """What `LogMel` makes of the sounds, a frame every `HOP` samples: (B, 1, 160, 64) float32."""
+        """Their log-mel spectrograms with a frame every `HOP_LENGTH` samples, (B, 1, 160, 64) float32."""
         return torch.from_numpy(self._mels[np.asarray(indices)].astype(np.float32))[:, None]
 
     def draw(self, batch: int, generator: torch.Generator) -> Tensor:
-        """Indices of a batch, (batch,)."""
+        """Random indices of a batch, (batch,)."""
         return torch.randint(len(self), (batch,), generator=generator)
 
 
 def make_library(size: int, seed: int) -> Library:
-    """A library of so many sounds; another seed gives other sounds."""
-    log_mel = LogMel(LogMelConfig(hop_length=HOP))
-    samples = np.empty((size, SAMPLES), np.int16)
-    mels = np.empty((size, SAMPLES // log_mel.config.hop_length, log_mel.config.n_mels), np.float16)
+    """Synthesise a library of `size` sounds. The i-th sound depends on `seed` and i alone."""
+    log_mel = LogMel(LogMelConfig(hop_length=HOP_LENGTH))
+    samples = np.empty((size, CLIP_SAMPLES), np.int16)
+    mels = np.empty((size, CLIP_SAMPLES // log_mel.config.hop_length, log_mel.config.n_mels), np.float16)
     scenes, captions = [], []
     for i in tqdm(range(size), desc="Synthesising sounds", disable=None):
         rng = np.random.default_rng([seed, i])
         scene = draw_scene(rng)
-        samples[i] = np.round(render(scene, rng) * FULL)
-        waveform = torch.from_numpy(samples[i].astype(np.float32) / FULL)
+        samples[i] = np.round(render(scene, rng) * INT16_MAX)
+        waveform = torch.from_numpy(samples[i].astype(np.float32) / INT16_MAX)
         mels[i] = log_mel(waveform[None], SAMPLING_RATE)[0, 0].numpy()
         scenes.append(scene)
-        captions.append([caption(scene, rng) for _ in range(CAPTIONS)])
+        captions.append([caption(scene, rng) for _ in range(CAPTIONS_PER_SOUND)])
     return Library(scenes, captions, samples, mels)
 
 
-def load_library(folder: Path, size: int = SIZE, seed: int = 0) -> Library:
-    """The library in `folder`, made there first where it is missing, or where what makes it has changed.
+def load_library(folder: Path, size: int = LIBRARY_SIZE, seed: int = 0) -> Library:
+    """Load a library from disk, making it first if it is missing or if the code that makes it has changed.
+
+    The subfolder's name holds a checksum of the source files that decide what is in the library, so another
+    version of them gets a subfolder of its own.
 
     Args:
-        folder: made where missing.
+        folder: where libraries are kept; created if missing.
         size: number of sounds.
-        seed: of their drawing.
+        seed: of the sounds and captions.
     """
-    makers = (sounds.__file__, captions_module.__file__, __file__)
-    source = zlib.crc32(b"".join(Path(path).read_bytes() for path in makers) + str(HOP).encode())
-    place = folder / f"library-{size}-{seed}-{source:08x}"
-    texts, arrays = place / "captions.json", [place / "samples.npy", place / "mels.npy"]
+    makers = (sounds_module.__file__, captions_module.__file__, __file__)
+    source = zlib.crc32(b"".join(Path(path).read_bytes() for path in makers) + str(HOP_LENGTH).encode())
+    subfolder = folder / f"library-{size}-{seed}-{source:08x}"
+    texts, arrays = subfolder / "captions.json", [subfolder / "samples.npy", subfolder / "mels.npy"]
     if not texts.is_file():
         library = make_library(size, seed)
-        place.mkdir(parents=True, exist_ok=True)
+        subfolder.mkdir(parents=True, exist_ok=True)
         for path, array in zip(arrays, (library._samples, library._mels), strict=True):
             np.save(path, array)
         content = {"scenes": [asdict(scene) for scene in library.scenes], "captions": library.captions}
-        with replacing(texts) as temporary:  # last, and whole: it says that the rest is there
+        with replacing(texts) as temporary:  # written last and atomically: it marks the library as complete
             temporary.write_text(json.dumps(content), encoding="utf-8")
     content = json.loads(texts.read_text(encoding="utf-8"))
     scenes = [

@@ -1,4 +1,4 @@
-"""The spectrograms of all kinds of sound in one picture, so that one sees that a sweep rises."""
+"""The spectrograms of all kinds of sound side by side in one PNG file."""
 
 from __future__ import annotations
 
@@ -14,24 +14,30 @@ from audioldm2.atomic import replacing
 from audioldm2.audio.spectrogram_image import decibels, show
 from scripts.tiny.data.sounds import SAMPLING_RATE
 
-COLUMNS = 5
-COLOURS = 48  # of the picture: enough for the eye, and a small file
-MARKS = (0, 500, 1000, 2000, 4000, 8000)  # Hz
+GRID_COLUMNS = 5
+PALETTE_SIZE = 48  # colours in the file: enough for the eye, and a small file
+FREQUENCY_TICKS = (0, 500, 1000, 2000, 4000, 8000)  # Hz
 
 
-def tile(titles: Sequence[str], waveforms: Sequence[np.ndarray], path: Path) -> None:
-    """Draw log-mel spectrograms side by side into a PNG file, each with its title; all with the same axes."""
+def draw_spectrograms(titles: Sequence[str], waveforms: Sequence[np.ndarray], path: Path) -> None:
+    """Draw log-mel spectrograms in a grid with common axes.
+
+    Args:
+        titles: one per spectrogram.
+        waveforms: (samples,) each, 16 kHz.
+        path: of the PNG file.
+    """
     from matplotlib.figure import Figure
     from PIL import Image
 
-    rows = ceil(len(titles) / COLUMNS)
+    rows = ceil(len(titles) / GRID_COLUMNS)
     figure = Figure(figsize=(10, 1.85 * rows + 0.7), dpi=90, layout="constrained")
-    grid = figure.subplots(rows, COLUMNS, sharex=True, sharey=True, squeeze=False)
+    grid = figure.subplots(rows, GRID_COLUMNS, sharex=True, sharey=True, squeeze=False)
     for axes in grid.flat[len(titles) :]:
         axes.set_axis_off()
     for axes, title, waveform in zip(grid.flat, titles, waveforms, strict=False):
-        picture = decibels(torch.from_numpy(waveform[None]).float(), SAMPLING_RATE)
-        image = show(axes, picture, len(waveform), SAMPLING_RATE, MARKS)
+        spectrogram = decibels(torch.from_numpy(waveform[None]).float(), SAMPLING_RATE)
+        image = show(axes, spectrogram, len(waveform), SAMPLING_RATE, FREQUENCY_TICKS)
         axes.set_title(title, fontsize=7, parse_math=False)
         axes.tick_params(labelsize=7)
     figure.supxlabel("time (s)", fontsize=9)
@@ -43,5 +49,5 @@ def tile(titles: Sequence[str], waveforms: Sequence[np.ndarray], path: Path) -> 
     figure.savefig(drawn, format="png")
     drawn.seek(0)
     with replacing(path.resolve()) as temporary:
-        few = Image.open(drawn).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
-        few.save(temporary, format="png", optimize=True)
+        few_colours = Image.open(drawn).convert("RGB").quantize(PALETTE_SIZE, dither=Image.Dither.NONE)
+        few_colours.save(temporary, format="png", optimize=True)

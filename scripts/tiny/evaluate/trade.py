@@ -1,7 +1,8 @@
-"""What steps and precision buy: samplers, steps and dtypes on the same prompts and the same noise.
+"""The trade between speed and quality: samplers, steps and dtypes on the same prompts and the same noise.
 
-Each setting is scored by `measures.matches`, and its latents are compared with those that 200 steps of DDIM
-in float32 make of the same noise: root mean square of the difference over that of the latents, in percent.
+Each setting is scored by `criteria.matches`. Its latents are compared with those of the first setting, 200
+steps of DDIM in float32, made from the same noise: the root mean square of the difference over that of the
+latents, in percent.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,15 +20,20 @@ from tqdm.auto import tqdm
 
 from audioldm2 import AudioLDM2Pipeline, DDIMScheduler, DPMSolverMultistepScheduler
 from audioldm2.atomic import replacing
-from scripts.tiny.data.sounds import SECONDS
-from scripts.tiny.evaluate.evaluation import Prompt, batches, judge, share, start_noise
+from scripts.tiny.data.sounds import CLIP_SECONDS
+from scripts.tiny.evaluate.evaluation import judge, share_right
+from scripts.tiny.evaluate.generation import equal_length_batches, seeded_noise
+from scripts.tiny.evaluate.prompts import Prompt
 
-SAMPLERS = {"DDIM": DDIMScheduler, "DPM-Solver++": DPMSolverMultistepScheduler}
+SAMPLERS: dict[str, type[DDIMScheduler] | type[DPMSolverMultistepScheduler]] = {
+    "DDIM": DDIMScheduler,
+    "DPM-Solver++": DPMSolverMultistepScheduler,
+}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A sampler, its steps, and the dtype of all stages."""
+    """A sampler, its number of steps, and the dtype of all stages."""
 
     sampler: str
     steps: int
@@ -46,8 +53,8 @@ SETTINGS = (
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """A setting, the share of prompts right, the distance from the reference (%), and seconds a clip."""
+class TradeResult:
+    """A setting, the share of right prompts, the distance from the first setting in %, seconds per clip."""
 
     setting: Setting
     right: float
@@ -55,103 +62,114 @@ class Outcome:
     seconds: float
 
 
-def trade(
+def measure_trade(
     load: Callable[[torch.dtype], AudioLDM2Pipeline],
     prompts: Sequence[Prompt],
     *,
     guidance: float,
     batch: int,
     settings: Sequence[Setting] = SETTINGS,
-) -> list[Outcome]:
-    """Measure settings, of which the first is what the others are compared with; `load` gives a pipeline."""
-    outcomes, reference = [], None
+) -> list[TradeResult]:
+    """Measure each setting.
+
+    Args:
+        load: gives a pipeline in a dtype.
+        prompts: what to generate.
+        guidance: its scale.
+        batch: sounds generated at once, at most.
+        settings: what to measure; the others are compared with the first.
+    """
+    results: list[TradeResult] = []
+    reference: Tensor | None = None
     for setting in settings:
         pipe = load(getattr(torch, setting.dtype))
         pipe.scheduler = SAMPLERS[setting.sampler].from_config(pipe.scheduler.config)
-        sounds, latents, seconds = _run(pipe, prompts, setting, guidance, batch)
+        sounds, latents, seconds = _generate_timed(pipe, prompts, setting, guidance, batch)
         reference = latents if reference is None else reference
-        apart = (latents - reference).pow(2).mean().sqrt() / reference.pow(2).mean().sqrt()
-        right = share(judge(prompts, sounds, "Judging"))
-        outcomes.append(Outcome(setting, right, 100 * apart.item(), seconds / len(prompts)))
-    return outcomes
+        distance = (latents - reference).pow(2).mean().sqrt() / reference.pow(2).mean().sqrt()
+        right = share_right(judge(prompts, sounds, "Judging"))
+        results.append(TradeResult(setting, right, 100 * distance.item(), seconds / len(prompts)))
+    return results
 
 
-def _run(
+def _generate_timed(
     pipe: AudioLDM2Pipeline, prompts: Sequence[Prompt], setting: Setting, guidance: float, batch: int
 ) -> tuple[list[np.ndarray], Tensor, float]:
-    """Sounds, latents (n, C, T, F) float32, and seconds in all, without a first batch that warms up."""
+    """Sounds, latents (n, C, T, F) float32, and seconds in all, not counting a first batch as warm-up."""
     sounds: dict[int, np.ndarray] = {}
     latents: dict[int, Tensor] = {}
 
-    def make(places: list[int], steps: int) -> tuple[np.ndarray, Tensor]:
-        kept: list[Tensor] = []
+    def make(indices: list[int], steps: int) -> tuple[np.ndarray, Tensor]:
+        seen: list[Tensor] = []
         audios = pipe(
-            [prompts[i].text for i in places],
-            audio_length_in_s=SECONDS,
+            [prompts[i].text for i in indices],
+            audio_length_in_s=CLIP_SECONDS,
             num_inference_steps=steps,
             guidance_scale=guidance,
-            latents=torch.cat([start_noise(pipe, prompts[i].seed) for i in places]),
-            callback=lambda step, t, latents: kept.append(latents),
+            latents=torch.cat([seeded_noise(pipe, prompts[i].seed) for i in indices]),
+            callback=lambda step, t, latents: seen.append(latents),
         ).audios
-        return audios, kept[-1].float().cpu()
+        return audios, seen[-1].float().cpu()
 
-    groups = [*batches(pipe, prompts, batch)]
-    make(groups[0], 2)
+    batches = [*equal_length_batches(pipe, prompts, batch)]
+    make(batches[0], 2)
     seconds = 0.0
     title = f"{setting.sampler}, {setting.steps} steps, {setting.dtype}"
     with tqdm(total=len(prompts), desc=title, disable=None) as bar:
-        for places in groups:
+        for indices in batches:
             start = time.perf_counter()
-            audios, rows = make(places, setting.steps)
+            audios, rows = make(indices, setting.steps)
             seconds += time.perf_counter() - start
-            sounds.update(zip(places, audios, strict=True))
-            latents.update(zip(places, rows, strict=True))
-            bar.update(len(places))
+            sounds.update(zip(indices, audios, strict=True))
+            latents.update(zip(indices, rows, strict=True))
+            bar.update(len(indices))
     order = range(len(prompts))
     return [sounds[i] for i in order], torch.stack([latents[i] for i in order]), seconds
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
-    """The outcomes as a Markdown table."""
+def trade_table(results: Sequence[TradeResult]) -> str:
+    """The results as a Markdown table."""
     lines = [
         "| sampler | steps | precision | prompts right | from 200 steps of DDIM | seconds a clip |",
         "| --- | ---: | --- | ---: | ---: | ---: |",
     ]
-    for o in outcomes:
-        s = o.setting
-        distance = "-" if o is outcomes[0] else f"{o.distance:.1f} %"
+    for r in results:
+        s = r.setting
+        distance = "-" if r is results[0] else f"{r.distance:.1f} %"
         lines.append(
-            f"| {s.sampler} | {s.steps} | {s.dtype} | {100 * o.right:.0f} % | {distance} | {o.seconds:.2f} |"
+            f"| {s.sampler} | {s.steps} | {s.dtype} | {100 * r.right:.0f} % | {distance} | {r.seconds:.2f} |"
         )
     return "\n".join(lines)
 
 
-def draw(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Draw score and distance over the steps into a PNG file."""
+def draw_trade(results: Sequence[TradeResult], path: Path) -> None:
+    """Plot score and distance over the steps into a PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), dpi=100, layout="constrained")
     scores, distances = figure.subplots(1, 2)
     for sampler, color in (("DDIM", "tab:blue"), ("DPM-Solver++", "tab:orange")):
-        some = [o for o in outcomes if o.setting.sampler == sampler and o.setting.dtype == "float32"]
-        some.sort(key=lambda o: o.setting.steps)
-        steps = [o.setting.steps for o in some]
-        scores.plot(steps, [100 * o.right for o in some], "o-", color=color, label=f"{sampler}, float32")
-        others = [o for o in some if o is not outcomes[0]]
-        distances.plot(
-            [o.setting.steps for o in others],
-            [o.distance for o in others],
-            "o-",
-            color=color,
-            label=f"{sampler}, float32",
-        )
-    for o, marker in zip([o for o in outcomes if o.setting.dtype != "float32"], "s^vD", strict=False):
-        label = f"{o.setting.sampler}, {o.setting.dtype}"
-        look = {"linestyle": "", "marker": marker, "markersize": 8, "fillstyle": "none", "label": label}
-        scores.plot([o.setting.steps], [100 * o.right], color="tab:green", **look)
-        distances.plot([o.setting.steps], [o.distance], color="tab:green", **look)
+        some = [r for r in results if r.setting.sampler == sampler and r.setting.dtype == "float32"]
+        some.sort(key=lambda r: r.setting.steps)
+        label = f"{sampler}, float32"
+        steps = [r.setting.steps for r in some]
+        scores.plot(steps, [100 * r.right for r in some], "o-", color=color, label=label)
+        others = [r for r in some if r is not results[0]]
+        steps = [r.setting.steps for r in others]
+        distances.plot(steps, [r.distance for r in others], "o-", color=color, label=label)
+    for r, marker in zip([r for r in results if r.setting.dtype != "float32"], "s^vD", strict=False):
+        style: dict[str, Any] = {
+            "linestyle": "",
+            "marker": marker,
+            "markersize": 8,
+            "fillstyle": "none",
+            "color": "tab:green",
+            "label": f"{r.setting.sampler}, {r.setting.dtype}",
+        }
+        scores.plot([r.setting.steps], [100 * r.right], **style)
+        distances.plot([r.setting.steps], [r.distance], **style)
     for axes, what in ((scores, "prompts right (%)"), (distances, "distance from 200 steps of DDIM (%)")):
-        ticks = sorted({o.setting.steps for o in outcomes})
+        ticks = sorted({r.setting.steps for r in results})
         axes.set_xscale("log")
         axes.set_xticks(ticks, [str(n) for n in ticks])
         axes.minorticks_off()

@@ -1,14 +1,15 @@
-"""Train CLAP, both towers: captions and the sounds that they describe are brought together, all others apart.
+"""Train CLAP, both towers: captions are pulled towards the sounds they describe and away from all others.
 
-The loss is the symmetric contrastive one (Wu et al. 2023, eq. 1, as in CLIP), over a batch of scenes with one
-rendering and one caption each. The library has few kinds, so that a batch holds the same scene several times:
-whatever is of the same scene counts as belonging together, in equal parts (Yang et al. 2022, UniCL, eq. 3).
-Kinds are soon told apart; what is harder, which trait and how loud, is asked for each sound: captions of its
-scene with the one and the other changed are among the wrong ones (Yuksekgonul et al. 2023, section 4).
+The loss is the symmetric contrastive one (Wu et al. 2023, eq. 1, as in CLIP) over a batch of scenes with one
+rendering and one caption each. There are so few kinds of sound that a batch contains the same scene several
+times; all captions and sounds of the same scene count as positives, with equal weight (Yang et al. 2022,
+UniCL, eq. 3). Kinds are soon told apart. Traits and loudness are harder, so for each sound the negatives
+include captions of its scene with another trait and with another loudness (Yuksekgonul et al. 2023, section
+4).
 
-CLAP is to rank sounds that were generated, which are a little blurred and never quite silent; so the pictures
-of sounds are disturbed in training: blurred, noisy, their silence filled, stripes of time and frequency left
-out. Their levels stay, for loudness is a part of the scene.
+CLAP will rank generated sounds, which are slightly blurred and never quite silent. Spectrograms are therefore
+corrupted in training: blurred, made noisy, their silence filled, stripes of time and frequency blanked. Their
+levels stay, because loudness is part of a scene.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from scripts.tiny.data.captions import caption
 from scripts.tiny.data.library import Library
 from scripts.tiny.data.sounds import (
     KINDS,
-    LEVELS,
+    LOUDNESS_LEVELS,
     SAMPLING_RATE,
     Scene,
     Sound,
@@ -41,78 +42,82 @@ from scripts.tiny.data.sounds import (
     draw_sound,
     render,
 )
-from scripts.tiny.data.tokenizers import read_tokenizers, tokenize, varied
+from scripts.tiny.data.tokenizers import read_tokenizers, tokenize, vary_caption
 from scripts.tiny.loop import Run, train
-from scripts.tiny.sizes import FEATURES, SIZES
+from scripts.tiny.sizes import FEATURE_EXTRACTOR, TINY
 
-STEPS, BATCH, RATE = 2000, 32, 1e-3
-ROUNDS = 12  # of one sound a kind, that are measured on
-BLURRED = 0.25  # the part of the pictures whose neighbouring cells are averaged
-NOISE = 3.0  # dB, the most of the noise's standard deviation
-SILENCE = (-100.0, -45.0)  # dB, the range of the floor that a picture may be filled up to
-STRIPE = (24, 6)  # frames and mel bands, the most that are left out in one piece
+TRAINING_STEPS, BATCH_SIZE, LEARNING_RATE = 2000, 32, 1e-3
+RETRIEVAL_ROUNDS = 12  # each measures one sound of every kind
+BLUR_PROBABILITY = 0.25  # that a spectrogram is averaged over neighbouring cells
+MAX_NOISE = 3.0  # dB, the highest standard deviation of the noise
+FLOOR_RANGE = (-100.0, -45.0)  # dB; a spectrogram's silence is filled up to a level drawn from it
+MAX_STRIPE = (24, 6)  # frames and mel bands, the widest stripes that are blanked
 
 
 def train_clap(library: Library, run: Run) -> None:
-    """Train on the library and write `text_encoder` into the run's checkpoint."""
+    """Train CLAP on the library and write `text_encoder`."""
     torch.manual_seed(run.seed)
-    clap = ClapModel(ClapConfig.from_dict(SIZES["text_encoder"])).to(run.device)
+    clap = ClapModel(ClapConfig.from_dict(TINY["text_encoder"])).to(run.device)
     tokenizer = read_tokenizers(run)[0]
-    features = clap_features(library, run.folder / "clap_features.npy")
+    all_spectrograms = clap_spectrograms(library, run.folder / "clap_spectrograms.npy")
 
     def loss(generator: torch.Generator) -> dict[str, Tensor]:
-        batch = library.draw(run.size(BATCH), generator)
+        batch = library.draw(run.batch_or(BATCH_SIZE), generator)
         rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
         scenes = [library.scenes[i] for i in batch]
-        texts, same = captions_to_tell_apart(scenes, rng)
-        pictures = torch.from_numpy(features[batch.numpy()]).float()
-        disturb(pictures, generator)
+        texts, positives = captions_with_negatives(scenes, rng)
+        spectrograms = torch.from_numpy(all_spectrograms[batch.numpy()]).float()
+        corrupt(spectrograms, generator)
         text = clap.text_features(*tokenize(tokenizer, texts, run.device))
-        sound = clap.audio_features(rearrange(pictures, "b t m -> b 1 t m").to(run.device))
-        return {"loss": contrastive_loss(clap, text, sound, same.to(run.device))}
+        sound = clap.audio_features(rearrange(spectrograms, "b t m -> b 1 t m").to(run.device))
+        return {"loss": contrastive_loss(clap, text, sound, positives.to(run.device))}
 
-    train("clap", clap, loss, run, steps=STEPS, rate=RATE, average=0.995)
+    train("clap", clap, loss, run, steps=TRAINING_STEPS, rate=LEARNING_RATE, average=0.995)
     clap.save_pretrained(run.checkpoint / "text_encoder")
-    found, told = retrieval(clap, tokenizer, ROUNDS)
-    print(f"clap: {found:.1%} of captions in unseen wordings find their sound among {len(KINDS)} kinds;")
-    print(f"      {told:.1%} fit their sound better than captions of another loudness or trait")
+    found, preferred = retrieval_accuracy(clap, tokenizer, RETRIEVAL_ROUNDS)
+    print(f"clap: {found:.1%} of held-out captions find their sound among {len(KINDS)} kinds;")
+    print(f"      {preferred:.1%} fit their sound better than captions with another loudness or trait")
 
 
-def contrastive_loss(clap: ClapModel, text: Tensor, sound: Tensor, same: Tensor) -> Tensor:
-    """Cross-entropy of each sound over all texts, and of each text that has a sound over all sounds, halved.
+def contrastive_loss(clap: ClapModel, text: Tensor, sound: Tensor, positives: Tensor) -> Tensor:
+    """The mean of two cross-entropies: sounds over all texts, and texts that have a sound over all sounds.
 
     Args:
-        clap: has the two temperatures.
-        text: features (T, P).
-        sound: features (B, P).
-        same: (T, B), whether text i and sound j are of the same scene; each sound has a text.
+        clap: supplies the two temperatures.
+        text: text features, (T, P).
+        sound: audio features, (B, P).
+        positives: (T, B), whether text i and sound j are of the same scene. Each sound has at least one text.
     """
     sounds_of_text, texts_of_sound = clap.logits(text, sound)
-    heard = same.any(dim=1)
+    has_sound = positives.any(dim=1)
 
-    def error(logits: Tensor, same: Tensor) -> Tensor:
-        return F.cross_entropy(logits, same / same.sum(dim=1, keepdim=True))
+    def error(logits: Tensor, positives: Tensor) -> Tensor:
+        return F.cross_entropy(logits, positives / positives.sum(dim=1, keepdim=True))
 
-    return (error(sounds_of_text[heard], same[heard]) + error(texts_of_sound, same.t())) / 2
+    return (error(sounds_of_text[has_sound], positives[has_sound]) + error(texts_of_sound, positives.t())) / 2
 
 
-def scene_numbers(scenes: Sequence[Scene]) -> Tensor:
-    """For each scene a number that only its likes have, (N,)."""
+def scene_ids(scenes: Sequence[Scene]) -> Tensor:
+    """A number for each scene, the same for equal scenes, (N,)."""
     numbers: dict[Scene, int] = {}
     return torch.tensor([numbers.setdefault(scene, len(numbers)) for scene in scenes])
 
 
-def captions_to_tell_apart(scenes: list[Scene], rng: np.random.Generator) -> tuple[list[str], Tensor]:
-    """Captions of scenes (B), then of their twins, T in all; and (T, B), whether text i is of scene j."""
-    said = scenes + [twin for scene in scenes for twin in twins(scene, rng)]
-    texts = [varied(caption(scene, rng), rng) for scene in said]
-    numbers = scene_numbers(said)
-    return texts, numbers[:, None] == numbers[None, : len(scenes)]
+def captions_with_negatives(scenes: list[Scene], rng: np.random.Generator) -> tuple[list[str], Tensor]:
+    """Captions of B scenes and of their hard negatives.
+
+    Returns:
+        T captions, the first B of the scenes themselves; and (T, B), whether caption i fits scene j.
+    """
+    described = scenes + [negative for scene in scenes for negative in hard_negatives(scene, rng)]
+    texts = [vary_caption(caption(scene, rng), rng) for scene in described]
+    ids = scene_ids(described)
+    return texts, ids[:, None] == ids[None, : len(scenes)]
 
 
-def twins(scene: Scene, rng: np.random.Generator) -> tuple[Scene, Scene]:
-    """Two scenes that differ in one thing each: the loudness; the first sound's trait, or else its kind."""
-    loudness = rng.choice([other for other in LEVELS if other != scene.loudness])
+def hard_negatives(scene: Scene, rng: np.random.Generator) -> tuple[Scene, Scene]:
+    """Two scenes that differ in one thing: the loudness, or the first sound (its trait if it has one)."""
+    loudness = rng.choice([other for other in LOUDNESS_LEVELS if other != scene.loudness])
     first = scene.sounds[0]
     traits = [Sound(first.kind, trait) for trait in KINDS[first.kind] if trait != first.trait]
     kind = str(rng.choice([kind for kind in KINDS if kind != first.kind]))
@@ -123,70 +128,75 @@ def twins(scene: Scene, rng: np.random.Generator) -> tuple[Scene, Scene]:
     )
 
 
-def clap_features(library: Library, path: Path, at_once: int = 8) -> np.ndarray:
-    """CLAP's pictures of all sounds, dB, (N, frames, mels) float16; kept at `path` while they fit."""
-    extractor = ClapFeatureExtractor(ClapFeatureExtractorConfig.from_dict(FEATURES))
+def clap_spectrograms(library: Library, path: Path, at_once: int = 8) -> np.ndarray:
+    """CLAP's log-mel spectrograms of all sounds in dB, (N, frames, mels) float16.
 
-    def pictures(rows: Tensor) -> np.ndarray:
-        return extractor(library.waveforms(rows), SAMPLING_RATE)[:, 0].half().numpy()
+    They are cached at `path`. The cache is used if it has as many sounds and some 64 of them are equal.
+    """
+    extractor = ClapFeatureExtractor(ClapFeatureExtractorConfig.from_dict(FEATURE_EXTRACTOR))
+
+    def compute(rows: Tensor) -> np.ndarray:
+        spectrograms: np.ndarray = extractor(library.waveforms(rows), SAMPLING_RATE)[:, 0].half().numpy()
+        return spectrograms
 
     if path.exists():
-        kept = np.load(path, mmap_mode="r")
+        found: np.ndarray = np.load(path, mmap_mode="r")
         some = torch.arange(0, len(library), max(1, len(library) // 64))
-        if len(kept) == len(library) and np.array_equal(kept[some.numpy()], pictures(some)):
-            return kept
+        if len(found) == len(library) and np.array_equal(found[some.numpy()], compute(some)):
+            return found
     batches = torch.arange(len(library)).split(at_once)
-    made = [pictures(rows) for rows in tqdm(batches, desc="Picturing sounds for CLAP", disable=None)]
+    made = [compute(rows) for rows in tqdm(batches, desc="Computing CLAP's spectrograms", disable=None)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.save(file, np.concatenate(made))
-    return np.load(path, mmap_mode="r")
+    written: np.ndarray = np.load(path, mmap_mode="r")
+    return written
 
 
-def disturb(pictures: Tensor, generator: torch.Generator, noise: float = NOISE) -> None:
-    """Change pictures (B, T, M), in dB, in place, as a vocoder or an imperfect denoiser might.
+def corrupt(spectrograms: Tensor, generator: torch.Generator, noise: float = MAX_NOISE) -> None:
+    """Change spectrograms (B, T, M) in dB, in place, as a vocoder or an imperfect denoiser might.
 
-    `noise` is the most of its standard deviation, in dB.
+    `noise` is the highest standard deviation of the added noise, in dB.
     """
-    count, frames, mels = pictures.shape
+    count, frames, mels = spectrograms.shape
 
-    def drawn(low: float, high: float) -> Tensor:
+    def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(count, 1, 1, generator=generator)
 
-    blurred = torch.rand(count, generator=generator) < BLURRED
-    around = F.pad(pictures[blurred][:, None], (1, 1, 1, 1), mode="replicate")
-    pictures[blurred] = F.avg_pool2d(around, 3, stride=1)[:, 0]
-    torch.maximum(pictures, drawn(*SILENCE), out=pictures)
-    pictures += drawn(0, noise) * torch.randn(pictures.shape, generator=generator)
-    lowest = pictures.amin(dim=(1, 2))
+    blurred = torch.rand(count, generator=generator) < BLUR_PROBABILITY
+    padded = F.pad(spectrograms[blurred][:, None], (1, 1, 1, 1), mode="replicate")
+    spectrograms[blurred] = F.avg_pool2d(padded, 3, stride=1)[:, 0]
+    torch.maximum(spectrograms, uniform(*FLOOR_RANGE), out=spectrograms)
+    spectrograms += uniform(0, noise) * torch.randn(spectrograms.shape, generator=generator)
+    lowest = spectrograms.amin(dim=(1, 2))
     for i in range(count):
-        for axis, (length, most) in enumerate(zip((frames, mels), STRIPE, strict=True)):
-            width = int(torch.randint(most + 1, (1,), generator=generator))
+        for axis, (length, widest) in enumerate(zip((frames, mels), MAX_STRIPE, strict=True)):
+            width = int(torch.randint(widest + 1, (1,), generator=generator))
             start = int(torch.randint(length - width + 1, (1,), generator=generator))
-            pictures[i].narrow(axis, start, width).fill_(float(lowest[i]))
+            spectrograms[i].narrow(axis, start, width).fill_(float(lowest[i]))
 
 
 @torch.no_grad()
-def retrieval(clap: ClapModel, tokenizer: Any, rounds: int, seed: int = 1) -> tuple[float, float]:
-    """How well captions in wordings that training never used find their sounds, which it never heard.
+def retrieval_accuracy(clap: ClapModel, tokenizer: Any, rounds: int, seed: int = 1) -> tuple[float, float]:
+    """How well held-out captions find their sounds, which are not in the library either.
 
     Returns:
-        How often a caption fits its own sound best among one of each kind; and how often it fits its sound
-        better than the caption of a twin of the scene.
+        How often a caption fits its own sound best among one of each kind; and how often a sound's own
+        caption fits it better than the caption of a hard negative.
     """
-    extractor = ClapFeatureExtractor(ClapFeatureExtractorConfig.from_dict(FEATURES))
+    extractor = ClapFeatureExtractor(ClapFeatureExtractorConfig.from_dict(FEATURE_EXTRACTOR))
     device = str(clap.logit_scale_a.device)
     rng = np.random.default_rng([seed, 1])
-    found, told = [], []
+    found, preferred = [], []
     for _ in range(rounds):
         scenes = [draw_scene(rng, kind) for kind in KINDS]
-        said = scenes + [twin for scene in scenes for twin in twins(scene, rng)]
+        described = scenes + [negative for scene in scenes for negative in hard_negatives(scene, rng)]
         waveforms = torch.from_numpy(np.stack([render(scene, rng) for scene in scenes])).to(device)
-        texts = [caption(scene, rng, held_out=True) for scene in said]
+        texts = [caption(scene, rng, held_out=True) for scene in described]
         sound = clap.audio_features(extractor(waveforms, SAMPLING_RATE))
-        fit = (clap.text_features(*tokenize(tokenizer, texts, device)) @ sound.t()).cpu()
-        places = torch.arange(len(scenes))
-        found.append(fit[: len(scenes)].argmax(dim=1) == places)
-        own, others = fit[places, places], fit[len(scenes) :].view(len(scenes), -1, len(scenes))
-        told.append(own[:, None] > others[places, :, places])
-    return float(torch.cat(found).float().mean()), float(torch.cat(told).float().mean())
+        similarity = (clap.text_features(*tokenize(tokenizer, texts, device)) @ sound.t()).cpu()
+        rows = torch.arange(len(scenes))
+        found.append(similarity[: len(scenes)].argmax(dim=1) == rows)
+        negatives = similarity[len(scenes) :].view(len(scenes), -1, len(scenes))
+        preferred.append(similarity[rows, rows][:, None] > negatives[rows, :, rows])
+    return float(torch.cat(found).float().mean()), float(torch.cat(preferred).float().mean())

@@ -1,13 +1,13 @@
-"""Train the T5 encoder in miniature, on text alone, to hold in its states what a caption says.
+"""Train a miniature T5 encoder on text alone, so that its states hold what a caption says.
 
-Two losses. Hidden tokens are guessed from those around them, as in BERT (Devlin et al. 2019, section 3.1; T5
-hides spans and leaves the guessing to a decoder, which there is none of here); the embedding reads them out.
-And the facts of the scene are read from the mean of the states, by linear maps that are thrown away: the
-sounds, their traits and the loudness, which is all the world that this Flan-T5 knows. Scenes and captions are
-drawn anew for every batch.
+There are two losses. Hidden tokens are predicted from the tokens around them, as in BERT (Devlin et al.
+2019, section 3.1; T5 hides spans and predicts them with a decoder, which this checkpoint lacks); the
+embedding serves as the output layer. And the facts of the scene are read from the mean of the states by
+linear maps that are discarded afterwards: the sounds, their traits and the loudness, which is all this T5
+needs to know. Scenes and captions are drawn anew for every batch.
 
-The weights begin as T5's do (Raffel et al. 2020, in Mesh TensorFlow's code): its attention does not divide by
-sqrt(d), so the queries' weights begin that much smaller.
+Weights are initialised as T5's (Raffel et al. 2020, in Mesh TensorFlow's code): its attention does not
+divide by sqrt(d), so the queries' initial weights are smaller by that factor.
 """
 
 from __future__ import annotations
@@ -25,62 +25,68 @@ from audioldm2.models import T5Encoder
 from audioldm2.models.t5 import T5Config
 from scripts.tiny.data.captions import caption
 from scripts.tiny.data.library import Library
-from scripts.tiny.data.sounds import KINDS, Scene, draw_scene
-from scripts.tiny.data.tokenizers import read_tokenizers, tokenize, varied
+from scripts.tiny.data.sounds import ALL_SOUNDS, KINDS, Scene, draw_scene
+from scripts.tiny.data.tokenizers import read_tokenizers, tokenize, vary_caption
 from scripts.tiny.loop import Run, train
-from scripts.tiny.sizes import SIZES
+from scripts.tiny.sizes import TINY
 
-STEPS, BATCH, RATE = 1500, 48, 3e-3
-HIDDEN = 0.15  # the part of the tokens that are to be guessed
-# What a scene may say of the sound in front, the one behind it, and both.
-SOUNDS = [(kind, trait) for kind, traits in KINDS.items() for trait in traits or ("",)]
-BEHIND = ("", *KINDS)
-LOUDNESS = ("", "loud", "soft")
+TRAINING_STEPS, BATCH_SIZE, LEARNING_RATE = 1500, 48, 3e-3
+MASK_PROBABILITY = 0.15  # of each token
+# The possible facts about a scene: its first sound (of ALL_SOUNDS), its background, its loudness.
+BACKGROUND_FACTS = ("", *KINDS)
+LOUDNESS_FACTS = ("", "loud", "soft")
 
 
 class ReadOuts(nn.Module):
-    """Linear maps from a caption's mean state, (B, C), to scores of what is so: three of (B, choices)."""
+    """Linear maps from the mean of a caption's states to the scores of each fact.
+
+    Takes states (B, N, C) and their mask (B, N); returns three tensors (B, choices), one per fact.
+    """
 
     def __init__(self, width: int):
         super().__init__()
-        self.facts = nn.ModuleList(nn.Linear(width, len(of)) for of in (SOUNDS, BEHIND, LOUDNESS))
+        choices = (ALL_SOUNDS, BACKGROUND_FACTS, LOUDNESS_FACTS)
+        self.facts = nn.ModuleList(nn.Linear(width, len(options)) for options in choices)
 
     def forward(self, states: Tensor, mask: Tensor) -> list[Tensor]:
-        kept = mask[:, :, None].to(states.dtype)
-        mean = (states * kept).sum(dim=1) / kept.sum(dim=1)
+        weights = mask[:, :, None].to(states.dtype)
+        mean = (states * weights).sum(dim=1) / weights.sum(dim=1)
         return [fact(mean) for fact in self.facts]
 
 
 def train_t5(library: Library, run: Run) -> None:
-    """Train on captions and write `text_encoder_2` into the run's checkpoint."""
+    """Train T5 on captions and write `text_encoder_2`. The library is not used."""
     torch.manual_seed(run.seed)
-    t5 = T5Encoder(T5Config.from_dict(SIZES["text_encoder_2"]))
-    begin_as_t5(t5)
+    t5 = T5Encoder(T5Config.from_dict(TINY["text_encoder_2"]))
+    draw_t5_weights(t5)
     read_outs = ReadOuts(t5.config.d_model)
     tokenizer = read_tokenizers(run)[1]
 
     def loss(generator: torch.Generator) -> dict[str, Tensor]:
         rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
-        scenes = [draw_scene(rng) for _ in range(run.size(BATCH))]
-        texts = [varied(caption(scene, rng), rng) for scene in scenes]
+        scenes = [draw_scene(rng) for _ in range(run.batch_or(BATCH_SIZE))]
+        texts = [vary_caption(caption(scene, rng), rng) for scene in scenes]
         ids, mask = tokenize(tokenizer, texts, run.device)
-        hidden = (torch.rand(ids.shape, generator=generator) < HIDDEN).to(run.device) & mask.bool()
-        states = t5(ids.masked_fill(hidden, tokenizer.unk_token_id), mask)
-        scores = states[hidden] @ t5.embed.weight.t() / math.sqrt(t5.config.d_model)
-        words = F.cross_entropy(scores, ids[hidden])
-        answers = facts(scenes).to(run.device)
-        guesses = read_outs(states, mask)
-        said = torch.stack([F.cross_entropy(g, a) for g, a in zip(guesses, answers, strict=True)]).sum()
-        return {"loss": said + 0.5 * words, "facts": said, "words": words}
+        masked = (torch.rand(ids.shape, generator=generator) < MASK_PROBABILITY).to(run.device) & mask.bool()
+        states = t5(ids.masked_fill(masked, tokenizer.unk_token_id), mask)
+        token_scores = states[masked] @ t5.embed.weight.t() / math.sqrt(t5.config.d_model)
+        token_loss = F.cross_entropy(token_scores, ids[masked])
+        answers = scene_facts(scenes).to(run.device)
+        fact_scores = read_outs(states, mask)
+        fact_loss = torch.stack(
+            [F.cross_entropy(scores, answer) for scores, answer in zip(fact_scores, answers, strict=True)]
+        ).sum()
+        return {"loss": fact_loss + 0.5 * token_loss, "facts": fact_loss, "tokens": token_loss}
 
-    train("t5", nn.ModuleList([t5, read_outs]), loss, run, steps=STEPS, rate=RATE, average=0.995)
+    stages = nn.ModuleList([t5, read_outs])
+    train("t5", stages, loss, run, steps=TRAINING_STEPS, rate=LEARNING_RATE, average=0.995)
     t5.save_pretrained(run.checkpoint / "text_encoder_2")
-    read = accuracy(t5, read_outs, tokenizer, 1000)
-    print(f"t5: {read:.1%} of the facts are read from captions in unseen wordings")
+    accuracy = fact_accuracy(t5, read_outs, tokenizer, 1000)
+    print(f"t5: {accuracy:.1%} of the facts are read correctly from held-out captions")
 
 
-def begin_as_t5(t5: T5Encoder) -> None:
-    """Draw the first weights."""
+def draw_t5_weights(t5: T5Encoder) -> None:
+    """Draw the initial weights, in place."""
     config = t5.config
     width, inner = config.d_model, config.num_heads * config.d_kv
     scales = {
@@ -94,26 +100,28 @@ def begin_as_t5(t5: T5Encoder) -> None:
         "embed": 1.0,
     }
     for name, module in t5.named_modules():
-        scale = scales.get(name.rpartition(".")[2])
-        if scale is not None:
-            nn.init.normal_(module.weight, std=scale)
-    for block in t5.blocks:
-        block.attention.qkv.weight.data[:inner] *= config.d_kv**-0.5  # the queries
+        kind = name.rpartition(".")[2]
+        if kind in scales:
+            weight = module.get_parameter("weight")
+            nn.init.normal_(weight, std=scales[kind])
+            if kind == "qkv":
+                weight.data[:inner] *= config.d_kv**-0.5  # the queries
 
 
-def facts(scenes: Sequence[Scene]) -> Tensor:
-    """What the read-outs should say of scenes: (3, B), places in SOUNDS, BEHIND and LOUDNESS."""
-    front = [SOUNDS.index((scene.sounds[0].kind, scene.sounds[0].trait)) for scene in scenes]
-    behind = [BEHIND.index(scene.sounds[1].kind if len(scene.sounds) > 1 else "") for scene in scenes]
-    return torch.tensor([front, behind, [LOUDNESS.index(scene.loudness) for scene in scenes]])
+def scene_facts(scenes: Sequence[Scene]) -> Tensor:
+    """The facts of B scenes, (3, B): indices into ALL_SOUNDS, BACKGROUND_FACTS and LOUDNESS_FACTS."""
+    first = [ALL_SOUNDS.index(scene.sounds[0]) for scene in scenes]
+    backgrounds = [scene.sounds[1].kind if len(scene.sounds) > 1 else "" for scene in scenes]
+    background = [BACKGROUND_FACTS.index(kind) for kind in backgrounds]
+    return torch.tensor([first, background, [LOUDNESS_FACTS.index(scene.loudness) for scene in scenes]])
 
 
 @torch.no_grad()
-def accuracy(t5: T5Encoder, read_outs: ReadOuts, tokenizer: Any, count: int, seed: int = 1) -> float:
-    """The part of the facts that is read rightly from captions in a wording that training never used."""
+def fact_accuracy(t5: T5Encoder, read_outs: ReadOuts, tokenizer: Any, count: int, seed: int = 1) -> float:
+    """The share of facts that are read correctly from `count` held-out captions."""
     rng = np.random.default_rng([seed, 2])
     scenes = [draw_scene(rng) for _ in range(count)]
     device = str(t5.embed.weight.device)
     ids, mask = tokenize(tokenizer, [caption(scene, rng, held_out=True) for scene in scenes], device)
-    guesses = torch.stack([guess.argmax(dim=1) for guess in read_outs(t5(ids, mask), mask)])
-    return float((guesses.cpu() == facts(scenes)).float().mean())
+    predictions = torch.stack([scores.argmax(dim=1) for scores in read_outs(t5(ids, mask), mask)])
+    return float((predictions.cpu() == scene_facts(scenes)).float().mean())

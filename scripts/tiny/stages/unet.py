@@ -1,27 +1,22 @@
-"""The UNet: from noisy latents back to latents, given a caption's conditions (Ho et al. 2020, algorithm 1).
+"""Train the UNet: from noisy latents back to latents, given a caption (Ho et al. 2020, algorithm 1).
 
-It predicts v = sqrt(abar) eps - sqrt(1 - abar) x_0 (Salimans and Ho 2022, section 4 and appendix D), where
-AudioLDM 2 predicts the noise eps. At t = 900 the noise is 99 % of what comes in, and a UNet that is to return
-it spends all its precision on a copy: after 2000 steps its squared error of 0.003 there still meant one of
-0.2 in x_0, and the caption made no difference to it. Of v, x_0 is nearly all there. Every sampler knows both.
-
-Latents are the VAE's, standardised; conditions are what the pipeline itself makes of the library's captions,
-so nothing differs between training and use. In one of ten examples the conditions are those of an empty
-prompt, which guidance needs (Ho and Salimans 2022).
-
-Sampling begins at noise alone, where x_0 can only be the mean of all sounds that the caption can mean. One
-example in eight is there, and has that mean for its x_0: single sounds would teach the same on average, but
-slowly, for what they have of their own is noise to the gradient. Captions are learnt to be read from these.
-
-The library has as many low, middle and high tones together as it has bells. Here each is drawn as often as
-bells are: a rising sweep is not learnt from looking at falling ones. What comes out worst is drawn more
-often.
-
-Half of what is left has little noise. What is steady, a pitch or a level, is settled there and nowhere else:
-an error that is heard (0.05 of the latents' spread) is a small one beside more noise. With timesteps drawn
-evenly engines swelled and glides went in steps.
-
-An error in a channel of the latents counts as much as it is heard (train_vae.importance).
+- **Prediction.** The UNet predicts v = sqrt(abar) eps - sqrt(1 - abar) x_0 (Salimans and Ho 2022, section 4
+  and appendix D); AudioLDM 2 predicts the noise eps. At t = 900, noise is 99 % of the input, and a UNet that
+  has to return it spends its precision on copying: after 2000 steps, its squared error of 0.003 there still
+  meant one of 0.2 in x_0, and the caption made no difference. There v is, but for its sign, nearly x_0. Every
+  sampler supports both.
+- **Conditions.** They are exactly what the pipeline makes of the library's captions. One in ten examples gets
+  those of the empty prompt, for guidance (Ho and Salimans 2022).
+- **Pure noise.** Sampling starts from pure noise, where the best x_0 is the mean of all sounds that fit the
+  caption. One example in eight is pure noise, with that mean as its x_0: single sounds would teach the same
+  on average, but slowly, because what is particular to each is noise in the gradient. These examples are
+  what teaches the UNet to read captions.
+- **Balance.** The library has as many low, middle and high tones together as bells. Here each kind with each
+  trait is drawn equally often, and the kinds that came out worst are drawn more often.
+- **Little noise.** Half of the other examples have little noise. Steady properties, a pitch or a level, are
+  settled there: an audible error (0.05 of the latents' spread) is small compared with more noise. With
+  uniformly drawn timesteps, engines swelled and glides moved in steps.
+- **Weights.** An error in a channel of the latents counts by how audible it is (`latents.channel_weights`).
 """
 
 from __future__ import annotations
@@ -39,148 +34,163 @@ from audioldm2.models.unet import UNetConfig
 from scripts.tiny.assemble import pipeline
 from scripts.tiny.data.library import Library
 from scripts.tiny.loop import Run, train
-from scripts.tiny.sizes import SCHEDULER, SIZES
-from scripts.tiny.stages.vae import importance, library_latents
+from scripts.tiny.sizes import SCHEDULER, TINY
+from scripts.tiny.stages.latents import channel_weights, library_latents
 
-STEPS, BATCH, RATE = 30000, 32, 2e-3
-GOING_ON = 1.5e-3  # the rate where it begins with trained weights
-DROPPED = 0.1  # of the conditions, for guidance
-BLIND = 8  # one example in so many is noise alone
-PAIRS = 0.3  # the part of the examples in which two sounds are heard
-HARD = {"engine": 3, "struck": 3}  # kinds that come out worst, and how many times as often each is drawn
-CLEAR = 250  # timesteps; half of the others lie below
+TRAINING_STEPS, BATCH_SIZE, LEARNING_RATE = 30000, 32, 2e-3
+CONTINUED_LEARNING_RATE = 1.5e-3  # for a UNet that is trained already
+UNCOND_PROBABILITY = 0.1  # of the empty prompt in place of the caption, for guidance
+PURE_NOISE_EVERY = 8  # one example in so many is pure noise
+TWO_SOUND_SHARE = 0.3  # of the examples
+OVERSAMPLED_KINDS = {"engine": 3, "struck": 3}  # came out worst, and are drawn this many times as often
+LOW_NOISE_TIMESTEPS = 250  # half of the examples that are not pure noise are drawn below this timestep
 
 
 @dataclass(frozen=True)
-class Conditions:
-    """What the encoders say of texts: T5's states (n, M, 96), their mask (n, M), GPT-2's vectors (n, 8, 128).
+class EncodedTexts:
+    """What the encoders make of n texts.
 
-    `silence` (n,) is the row, further below, of the empty prompt beside each text: padded to its length.
+    Attributes:
+        states: T5's states, (n, M, 96).
+        mask: their mask, (n, M).
+        vectors: GPT-2's vectors, (n, 8, 128).
+        uncond: (n,), the row, after the texts' own, of an empty prompt padded to the text's length.
     """
 
     states: Tensor
     mask: Tensor
     vectors: Tensor
-    silence: Tensor
+    uncond: Tensor
 
-    def of(self, rows: Tensor, device: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Vectors, states and mask of some rows, as the UNet takes them.
+    def select(self, rows: Tensor, device: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Vectors, states and mask of some rows, in the order of the UNet's arguments.
 
-        As long as the longest text of all, not of these rows: one shape, for which a UNet is compiled once.
+        They are as long as the longest text of all, not of these rows: with one shape, a UNet is compiled
+        once.
         """
         return self.vectors[rows].to(device), self.states[rows].float().to(device), self.mask[rows].to(device)
 
 
 @torch.no_grad()
-def encode_texts(pipe: AudioLDM2Pipeline, texts: list[str]) -> Conditions:
-    """The conditions of texts and of the empty prompt, as the pipeline makes them for guidance.
+def encode_texts(pipe: AudioLDM2Pipeline, texts: list[str]) -> EncodedTexts:
+    """Encode texts, and empty prompts to go with them, as the pipeline does for guidance.
 
-    Only texts of one length are encoded together: beside longer ones they would be padded, which moves the
-    places of the vectors that GPT-2 generates.
+    Only texts of the same length are encoded together. Padding a text to a longer one would shift the
+    positions of the vectors that GPT-2 generates.
     """
-    lengths = [len(ids) for ids in pipe.tokenizer_2(texts, truncation=True).input_ids]
+    text_lengths = [len(ids) for ids in pipe.tokenizer_2(texts, truncation=True).input_ids]
     pipe.set_progress_bar_config(disable=True)
-    width, limit = pipe.text_encoder_2.config.d_model, max(lengths)
-    empty = sorted(set(lengths))
-    count = len(texts) + len(empty)
-    states = torch.zeros(count, limit, width, dtype=torch.float16)
-    mask = torch.zeros(count, limit, dtype=torch.long)
+    width, longest = TINY["text_encoder_2"]["d_model"], max(text_lengths)
+    lengths = sorted(set(text_lengths))
+    count = len(texts) + len(lengths)
+    states = torch.zeros(count, longest, width, dtype=torch.float16)
+    mask = torch.zeros(count, longest, dtype=torch.long)
     gpt2 = pipe.language_model.config
     vectors = torch.zeros(count, gpt2.max_new_tokens, gpt2.n_embd)
-    silence = torch.tensor([len(texts) + empty.index(length) for length in lengths])
+    uncond = torch.tensor([len(texts) + lengths.index(length) for length in text_lengths])
     with tqdm(total=len(texts), desc="Encoding captions", disable=None) as bar:
-        for length in empty:
-            for rows in torch.tensor([i for i, n in enumerate(lengths) if n == length]).split(256):
+        for length in lengths:
+            for rows in torch.tensor([i for i, n in enumerate(text_lengths) if n == length]).split(256):
                 batch = [texts[i] for i in rows]
                 encoded = pipe.encode_prompt(batch, pipe.device, 1, True, negative_prompt="")
-                places = torch.cat([silence[rows], rows])  # the negative side comes first
-                for kept, sides in zip((states, mask, vectors), encoded, strict=True):
-                    kept[:, : sides.shape[1]][places] = sides.to("cpu", kept.dtype)
+                both_rows = torch.cat([uncond[rows], rows])  # the pipeline puts the negative prompts first
+                for target, values in zip((states, mask, vectors), encoded, strict=True):
+                    target[:, : values.shape[1]][both_rows] = values.to("cpu", target.dtype)
                 bar.update(len(rows))
-    return Conditions(states, mask, vectors, silence)
+    return EncodedTexts(states, mask, vectors, uncond)
 
 
 def scene_means(library: Library, latents: Tensor) -> tuple[Tensor, Tensor]:
     """Mean latents of all sounds, then of each scene: (1 + scenes, C, T, F); and each sound's row, (n,)."""
-    place = {scene: i for i, scene in enumerate(dict.fromkeys(library.scenes), 1)}
-    rows = torch.tensor([place[scene] for scene in library.scenes])
-    means = [latents[rows == i].mean(0) for i in place.values()]
+    row_of = {scene: i for i, scene in enumerate(dict.fromkeys(library.scenes), 1)}
+    rows = torch.tensor([row_of[scene] for scene in library.scenes])
+    means = [latents[rows == i].mean(0) for i in row_of.values()]
     return torch.stack([latents.mean(0), *means]), rows
 
 
-def shares(library: Library) -> Tensor:
-    """How often to draw each sound, (n,): the single ones so that every kind and trait comes equally often.
+def sampling_weights(library: Library) -> Tensor:
+    """How often to draw each sound, (n,), with sum 1.
 
-    All but those of HARD kinds. Pairs of sounds, of which there are more than single ones, are drawn equally
-    often, too: they are PAIRS of what is drawn.
+    Single sounds are weighted so that every kind with every trait is drawn equally often, except
+    `OVERSAMPLED_KINDS`; pairs of sounds so that every pair is, and makes up `TWO_SOUND_SHARE` in all.
     """
     contents = Counter(scene.sounds for scene in library.scenes)
-    often = torch.tensor([1 / contents[scene.sounds] for scene in library.scenes], dtype=torch.float64)
+    weights = torch.tensor([1 / contents[scene.sounds] for scene in library.scenes], dtype=torch.float64)
     pair = torch.tensor([len(scene.sounds) > 1 for scene in library.scenes])
-    often *= torch.tensor([HARD.get(scene.sounds[0].kind, 1) for scene in library.scenes]).where(~pair, 1)
-    for part, here in ((1 - PAIRS, ~pair), (PAIRS, pair)):
-        often[here] *= part / often[here].sum()
-    return often.float()
+    factors = torch.tensor([OVERSAMPLED_KINDS.get(scene.sounds[0].kind, 1) for scene in library.scenes])
+    weights *= factors.where(~pair, 1)
+    for share, chosen in ((1 - TWO_SOUND_SHARE, ~pair), (TWO_SOUND_SHARE, pair)):
+        weights[chosen] *= share / weights[chosen].sum()
+    return weights.float()
 
 
-def multiscale(predicted: Tensor, wanted: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    """The mean squared error, and with it that of means over 2 x 2, 4 x 4 and 8 x 8 cells, as "loss".
+def multiscale_loss(predicted: Tensor, target: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """The mean squared error of single cells, and of means over 2 x 2, 4 x 4 and 8 x 8 cells.
 
-    Squares are weighted with `weights` (C, 1, 1).
+    A level that is 2 dB off, or swells, hardly shows in the error of single cells, most of which no caption
+    can explain; in means over many cells that part cancels out. The best prediction stays the same, the mean
+    of the targets (multiscale loss: Hoogeboom et al. 2023, arXiv 2301.11093).
 
-    A level that is 2 dB off, or swells, is next to nothing in the error of single cells, nearly all of which
-    is what no caption says. In means over many cells that cancels out. The best prediction stays the same:
-    the mean of what is wanted (Hoogeboom et al. 2023, arXiv 2301.11093, on multiscale losses).
+    Args:
+        predicted: (B, C, T, F).
+        target: the same shape.
+        weights: of the squares in each channel, (C, 1, 1).
+
+    Returns:
+        "loss", the sum over all scales, and "mse", that of single cells.
     """
-    predicted, wanted = predicted * weights.sqrt(), wanted * weights.sqrt()
-    mse = loss = F.mse_loss(predicted, wanted)
+    predicted, target = predicted * weights.sqrt(), target * weights.sqrt()
+    mse = loss = F.mse_loss(predicted, target)
     for cells in (2, 4, 8):
-        loss = loss + cells**2 / 4 * F.mse_loss(F.avg_pool2d(predicted, cells), F.avg_pool2d(wanted, cells))
+        loss = loss + cells**2 / 4 * F.mse_loss(F.avg_pool2d(predicted, cells), F.avg_pool2d(target, cells))
     return {"loss": loss, "mse": mse}
 
 
 def train_unet(library: Library, run: Run) -> None:
-    """Train the UNet and save it as `unet`."""
+    """Train with all other parts but the vocoder and write `unet`."""
     pipe = pipeline(run)
     texts = sorted({text for captions in library.captions for text in captions})
-    place = {text: i for i, text in enumerate(texts)}
-    said = torch.tensor([[place[text] for text in captions] for captions in library.captions])
+    row_of = {text: i for i, text in enumerate(texts)}
+    caption_rows = torch.tensor([[row_of[text] for text in captions] for captions in library.captions])
     conditions = encode_texts(pipe, texts)
     latents = library_latents(library, run) * pipe.vae.config.scaling_factor
-    means, scenes = scene_means(library, latents)
-    often = shares(library)
-    weights = importance(pipe.vae, library, run)
-    levels = DDIMScheduler(**SCHEDULER).alphas_cumprod.float()  # (1000,), the last is 0: noise alone
+    means, mean_rows = scene_means(library, latents)
+    sound_weights = sampling_weights(library)
+    weights = channel_weights(pipe.vae, library, run)
+    abar = DDIMScheduler(**SCHEDULER).alphas_cumprod.float()  # (1000,), the last is 0: pure noise
     torch.manual_seed(run.seed)
     if run.begin:
         unet = UNet.from_pretrained(run.begin / "unet", torch_dtype=torch.float32)
     else:
-        unet = UNet(UNetConfig.from_dict(SIZES["unet"]))
-        torch.nn.init.zeros_(unet.conv_out.weight)  # predicts nothing at first (Ho et al. 2020's code)
+        unet = UNet(UNetConfig.from_dict(TINY["unet"]))
+        torch.nn.init.zeros_(unet.conv_out.weight)  # predicts 0 at first (Ho et al. 2020's code)
     predict = torch.compile(unet, dynamic=False) if run.compile else unet
 
     def loss(generator: torch.Generator) -> dict[str, Tensor]:
-        batch = run.size(BATCH)
-        rows = torch.multinomial(often, batch, replacement=True, generator=generator)
-        words = said[rows, torch.randint(said.shape[1], (batch,), generator=generator)]
-        dropped = torch.rand(batch, generator=generator) < DROPPED
-        words = torch.where(dropped, conditions.silence[words], words)
-        # Spread evenly, so that every step has all levels of noise (Kingma et al. 2021, appendix I.1).
-        sighted = batch - batch // BLIND
-        spread = 2 * (torch.arange(batch) + torch.rand(1, generator=generator)) / sighted
-        times = torch.where(spread < 1, CLEAR * spread, len(levels) * (spread - 1))
-        times = times.long().clamp(max=len(levels) - 1)
+        batch = run.batch_or(BATCH_SIZE)
+        rows = torch.multinomial(sound_weights, batch, replacement=True, generator=generator)
+        column = torch.randint(caption_rows.shape[1], (batch,), generator=generator)
+        text_rows = caption_rows[rows, column]
+        uncond = torch.rand(batch, generator=generator) < UNCOND_PROBABILITY
+        text_rows = torch.where(uncond, conditions.uncond[text_rows], text_rows)
+        # Timesteps are spread evenly, so every step has all levels of noise (Kingma et al. 2021, appendix
+        # I.1): `spread` runs from 0 to 1 over the low-noise examples, from 1 to 2 over the others, then pure
+        # noise.
+        noisy_count = batch - batch // PURE_NOISE_EVERY
+        spread = 2 * (torch.arange(batch) + torch.rand(1, generator=generator)) / noisy_count
+        timesteps = torch.where(spread < 1, LOW_NOISE_TIMESTEPS * spread, len(abar) * (spread - 1))
+        timesteps = timesteps.long().clamp(max=len(abar) - 1)
         clean = latents[rows]  # (B, C, T, F), x_0
-        clean[sighted:] = means[torch.where(dropped, 0, scenes[rows])[sighted:]]
-        level = levels[times].view(-1, 1, 1, 1)
-        signal, spoilt = level.sqrt(), (1 - level).sqrt()
+        clean[noisy_count:] = means[torch.where(uncond, 0, mean_rows[rows])[noisy_count:]]
+        level = abar[timesteps].view(-1, 1, 1, 1)
+        signal_scale, noise_scale = level.sqrt(), (1 - level).sqrt()
         noise = torch.randn(clean.shape, generator=generator)
-        noisy = signal * clean + spoilt * noise
-        vectors, states, mask = conditions.of(words, run.device)
-        predicted = predict(noisy.to(run.device), times.to(run.device), vectors, states, mask)
-        wanted = signal * noise - spoilt * clean
-        return multiscale(predicted, wanted.to(run.device), weights)
+        noisy = signal_scale * clean + noise_scale * noise
+        vectors, states, mask = conditions.select(text_rows, run.device)
+        predicted = predict(noisy.to(run.device), timesteps.to(run.device), vectors, states, mask)
+        target = signal_scale * noise - noise_scale * clean  # v
+        return multiscale_loss(predicted, target.to(run.device), weights)
 
-    rate = GOING_ON if run.begin else RATE
-    train("unet", unet, loss, run, steps=STEPS, rate=rate, warmup=200, average=0.999)
+    rate = CONTINUED_LEARNING_RATE if run.begin else LEARNING_RATE
+    train("unet", unet, loss, run, steps=TRAINING_STEPS, rate=rate, warmup=200, average=0.999)
     unet.save_pretrained(run.checkpoint / "unet")

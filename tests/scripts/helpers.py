@@ -1,0 +1,44 @@
+"""What the tests of the scripts share."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from torch import nn
+
+from scripts.tiny.loop import Run
+from tests.helpers import ROOT
+
+SHIPPED = ROOT / "audioldm2" / "tiny"
+
+
+def run_script(name: str, *arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run a Python script of scripts/ as a user does: in a process of its own, from a plain checkout."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500)
+
+
+def run_without(parts: Path, folder: Path, *missing: str) -> Run:
+    """A run of two steps whose checkpoint has all parts in `parts` but the missing ones."""
+    run = Run(folder, steps=2, batch=2)
+    shutil.copytree(parts, run.checkpoint, ignore=shutil.ignore_patterns(*missing))
+    return run
+
+
+def all_moved(before: nn.Module, after: nn.Module) -> bool:
+    """Whether every parameter differs and is finite."""
+    pairs = zip(before.parameters(), after.parameters(), strict=True)
+    return all(bool(b.isfinite().all()) and not a.equal(b) for a, b in pairs)
+
+
+def same_files(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same files."""
+    return {p.name: p.read_bytes() for p in one.iterdir()} == {
+        p.name: p.read_bytes() for p in other.iterdir()
+    }
