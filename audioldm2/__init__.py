@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-DISTRIBUTION = "audioldm2"  # the package's name on PyPI
+DISTRIBUTION = "audioldm2-torch"  # the package's name on PyPI
 
 _HOMES = {
     "AudioLDM2Pipeline": "audioldm2.pipeline",

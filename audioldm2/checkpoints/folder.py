@@ -308,9 +308,9 @@ def load_tokenizer(folder: Path, class_name: str) -> Any:
     # Slow to import, and needed for the tokenizers only.
     import transformers
 
-    # A fast tokenizer reads tokenizer.json and needs no sentencepiece. transformers 4 calls it ...Fast, 5 by
-    # the plain name; RobertaTokenizerFast of 5.0 to 5.15 splits words into letters (its issue 47706).
-    # VITS has a slow tokenizer only.
+    # Fast tokenizers read tokenizer.json and need no sentencepiece. Their names end in Fast in transformers 4
+    # and are the plain names in 5, whose RobertaTokenizerFast splits words into letters before 5.16
+    # (transformers issue 47706). VITS has a slow tokenizer only.
     plain = class_name.removesuffix("Fast")
     tokenizer = getattr(transformers, plain)
     if not issubclass(tokenizer, transformers.PreTrainedTokenizerFast):
