@@ -73,6 +73,12 @@ def check_length(seconds: Any, shortest: float = 0.0) -> None:
         )
 
 
+def check_number(name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is a finite number."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a number, not {value!r}")
+
+
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:

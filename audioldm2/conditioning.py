@@ -62,13 +62,13 @@ class Encoded(NamedTuple):
 class Conditioning:
     """What the denoising loop and the ranking need to know of the prompts.
 
-    With guidance, the first half of the rows is the unconditional side (the negative prompts).
+    With guidance, the first half of the rows is unconditional (from the negative prompts).
 
     Attributes:
         t5_states: (rows, M, 1024).
         t5_mask: (rows, M), 1 for tokens and 0 for padding.
         gpt2_vectors: (rows, 8, 768).
-        guided: whether there are two sides of guidance.
+        guided: whether the first half of the rows is unconditional.
         clap: CLAP's embeddings of the prompts, (prompts, 512); None if embeddings replaced the prompts.
     """
 
@@ -85,11 +85,15 @@ class Conditioning:
 
 
 @dataclass(frozen=True)
-class Side:
-    """One side of guidance as a caller passes it: texts, or the embeddings that replace them.
+class PromptInputs:
+    """Prompts or negative prompts as a caller passes them: texts, or the embeddings that replace them.
 
     Attributes:
         name: "prompt" or "negative_prompt", for error messages.
+        text: one or several; None if embeddings are given.
+        states: the second encoder's, (B, M, width), instead of a text.
+        vectors: GPT-2's, (B, 8, width), instead of a text.
+        mask: of the states, (B, M); all ones by default.
     """
 
     name: str
@@ -126,8 +130,8 @@ class Side:
 
 def condition(
     pipe: Encoders,
-    cond: Side,
-    uncond: Side | None,
+    cond: PromptInputs,
+    uncond: PromptInputs | None,
     transcription: Text | None = None,
     max_new_tokens: int | None = None,
     waveforms: int = 1,
@@ -155,6 +159,11 @@ def condition(
             raise ValueError("pass prompt, or prompt_embeds and generated_prompt_embeds")
         prompts = as_texts(cond.name, cond.text)
         tokens_2 = [_tokenize_second(pipe, prompts, transcription)]
+    elif transcription is not None:
+        raise ValueError("transcription goes with prompt; prompt_embeds already contain the words")
+    else:
+        # A negative text is encoded to as many vectors as the given ones.
+        max_new_tokens = max_new_tokens or cond_encoded.vectors.shape[1]
     if uncond is not None and uncond_encoded is None:
         rows, length = (tokens_2[0] if cond_encoded is None else cond_encoded).mask.shape
         negatives = as_negatives(uncond.text, rows)
@@ -168,10 +177,10 @@ def condition(
         if prompts:
             cond_encoded = Encoded(*(x[len(negatives) :] for x in encoded))
     assert cond_encoded is not None
-    sides = [cond_encoded] if uncond_encoded is None else _aligned(uncond_encoded, cond_encoded)
+    both = [cond_encoded] if uncond_encoded is None else _aligned(uncond_encoded, cond_encoded)
     states, mask, vectors = (
-        torch.cat([repeat(x.to(pipe.device), "b ... -> (b n) ...", n=waveforms) for x in side])
-        for side in zip(*sides, strict=True)
+        torch.cat([repeat(x.to(pipe.device), "b ... -> (b n) ...", n=waveforms) for x in parts])
+        for parts in zip(*both, strict=True)
     )
     return Conditioning(
         t5_states=states.to(stage_dtype(pipe.text_encoder_2)),
@@ -206,17 +215,18 @@ def _encode(
         bar.update()
         with pipe.running("projection_model") as projection:
             dtype = stage_dtype(projection)
-            one = mask_2.new_ones(len(clap), 1)
-            sequence, seen = projection(clap[:, None].to(dtype), states.to(dtype), one, mask_2)
+            clap_mask = mask_2.new_ones(len(clap), 1)
+            sequence, sequence_mask = projection(clap[:, None].to(dtype), states.to(dtype), clap_mask, mask_2)
         bar.update()
         with pipe.running("language_model") as gpt2:
-            vectors = gpt2.generate(sequence.to(stage_dtype(gpt2)), seen, max_new_tokens)  # (B, 8, 768)
+            sequence = sequence.to(stage_dtype(gpt2))
+            vectors = gpt2.generate(sequence, sequence_mask, max_new_tokens)  # (B, 8, 768)
         bar.update()
     return Encoded(states, mask_2, vectors), clap
 
 
 def _aligned(uncond: Encoded, cond: Encoded) -> list[Encoded]:
-    """Both sides with the same number of T5 states, the shorter one padded where the mask hides it."""
+    """`uncond` and `cond` with the same number of T5 states, the shorter one padded and masked."""
     if len(uncond.states) != len(cond.states) or uncond.vectors.shape != cond.vectors.shape:
         raise ValueError(
             f"negative embeddings {tuple(uncond.states.shape)} and {tuple(uncond.vectors.shape)} do not go "
@@ -224,9 +234,9 @@ def _aligned(uncond: Encoded, cond: Encoded) -> list[Encoded]:
         )
     length = max(uncond.mask.shape[1], cond.mask.shape[1])
 
-    def padded(side: Encoded) -> Encoded:
-        missing = length - side.mask.shape[1]
-        return Encoded(F.pad(side.states, (0, 0, 0, missing)), F.pad(side.mask, (0, missing)), side.vectors)
+    def padded(one: Encoded) -> Encoded:
+        missing = length - one.mask.shape[1]
+        return Encoded(F.pad(one.states, (0, 0, 0, missing)), F.pad(one.mask, (0, missing)), one.vectors)
 
     return [padded(uncond), padded(cond)]
 

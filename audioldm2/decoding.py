@@ -1,7 +1,7 @@
-"""Latents to sound: the VAE's decoder and the vocoder, in bounded memory.
+"""Latents to sound: the VAE's decoder and the vocoder, long sounds in chunks to bound the memory.
 
-A long sound is decoded and vocoded in chunks, with the same result as at once up to rounding (see
-`VAE.decode_in_chunks` and `HifiGan.in_chunks`); a batch of short ones in groups of equal size.
+The result is that of decoding at once, up to rounding (see `VAE.decode_in_chunks` and `HifiGan.in_chunks`).
+Only three of the VAE's feature maps grow with the sound. Batches are decoded in groups of equal size.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from audioldm2.arguments import check_length
 from audioldm2.runtime.precision import stage_dtype
 
-# Mel frames (10 ms each) that are worked on at once: of one long sound, or of several short ones.
+# Mel frames (10 ms each in AudioLDM 2) that are decoded at once: of one long sound or of several short ones.
 FRAMES_AT_ONCE = 4096
 
 ProgressBar = Callable[[str, int], Any]  # from a description and a total to tqdm's bar
@@ -54,7 +54,8 @@ def equal_groups(x: Tensor, longest: int, axis: int) -> tuple[Tensor, ...]:
     """A batch in groups of equal size: one row each, or at most `longest` in total along `axis`."""
     most = max(1, longest // x.shape[axis])
     size = max(n for n in range(1, min(most, len(x)) + 1) if len(x) % n == 0)
-    return x.split(size)
+    groups: tuple[Tensor, ...] = x.split(size)
+    return groups
 
 
 def frames_and_samples(unet: Any, vae: Any, vocoder: Any, audio_length_in_s: float | None) -> tuple[int, int]:
@@ -65,6 +66,10 @@ def frames_and_samples(unet: Any, vae: Any, vocoder: Any, audio_length_in_s: flo
         vae: its factor between frames and latents.
         vocoder: its hop length and sampling rate.
         audio_length_in_s: seconds; None is the length that the UNet was trained on.
+
+    Returns:
+        frames: of the mel spectrogram.
+        samples: what is kept of the waveform.
 
     Raises:
         ValueError: not a number of seconds, or out of range.

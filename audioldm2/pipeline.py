@@ -20,10 +20,10 @@ from typing import Any, ClassVar, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from audioldm2.arguments import check_choice, check_count
+from audioldm2.arguments import check_choice, check_count, check_number
 from audioldm2.audio.log_mel import ClapFeatureExtractor
 from audioldm2.checkpoints.folder import load_parts, save_parts
-from audioldm2.conditioning import Side, Text, condition
+from audioldm2.conditioning import PromptInputs, Text, condition
 from audioldm2.decoding import decode, frames_and_samples, vocode
 from audioldm2.models.clap import ClapModel
 from audioldm2.models.gpt2 import GPT2
@@ -34,9 +34,9 @@ from audioldm2.models.unet import UNet
 from audioldm2.models.vae import VAE
 from audioldm2.models.vits import VitsTextEncoder
 from audioldm2.ranking import best_first, score
-from audioldm2.runtime.stages import StageRunner, one_at_a_time
+from audioldm2.runtime.stages import StageRunner
 from audioldm2.sampling import Callback, Generator, denoise, exclusive, initial_latents
-from audioldm2.schedulers import DDIMScheduler, DPMSolverMultistepScheduler
+from audioldm2.schedulers.base import Scheduler
 
 
 class AudioPipelineOutput(NamedTuple):
@@ -46,7 +46,10 @@ class AudioPipelineOutput(NamedTuple):
 
 
 class AudioLDM2Pipeline(StageRunner):
-    """The seven stages of AudioLDM 2 and what joins them. Any part can be replaced: `pipe.unet = mine`.
+    """The seven stages of AudioLDM 2 and what joins them.
+
+    Any part can be replaced by one with the same methods, `pipe.unet = mine`; the UNet and the scheduler also
+    by diffusers'.
 
     Example:
 
@@ -63,7 +66,7 @@ class AudioLDM2Pipeline(StageRunner):
         tokenizer_2: T5's or VITS's, for `text_encoder_2` (transformers).
         feature_extractor: the log-mel front end of CLAP's audio tower.
         unet: the denoiser.
-        scheduler: the sampler, DDIM or DPM-Solver++.
+        scheduler: the sampler.
         vocoder: log-mel spectrogram -> waveform.
     """
 
@@ -81,17 +84,17 @@ class AudioLDM2Pipeline(StageRunner):
 
     def __init__(
         self,
-        vae: VAE,
-        text_encoder: ClapModel,
-        text_encoder_2: T5Encoder | VitsTextEncoder,
-        projection_model: ProjectionModel,
-        language_model: GPT2,
+        vae: VAE | Any,
+        text_encoder: ClapModel | Any,
+        text_encoder_2: T5Encoder | VitsTextEncoder | Any,
+        projection_model: ProjectionModel | Any,
+        language_model: GPT2 | Any,
         tokenizer: Any,
         tokenizer_2: Any,
-        feature_extractor: ClapFeatureExtractor,
-        unet: UNet,
-        scheduler: DDIMScheduler | DPMSolverMultistepScheduler,
-        vocoder: HifiGan,
+        feature_extractor: ClapFeatureExtractor | Any,
+        unet: UNet | Any,
+        scheduler: Scheduler | Any,
+        vocoder: HifiGan | Any,
     ):
         super().__init__()
         self.vae = vae
@@ -123,8 +126,8 @@ class AudioLDM2Pipeline(StageRunner):
 
         Args:
             repo_or_folder: a folder, "tiny" for the checkpoint in this package, or "owner/name" on the Hub,
-                of which only the needed files are downloaded. A local folder that holds a checkpoint wins,
-                even one called "tiny".
+                of which only the needed files are downloaded. An existing folder takes precedence; one named
+                "tiny" only if it holds a checkpoint.
             torch_dtype: the checkpoint's own by default; float32 for "tiny", whose weights are stored in
                 float16 only to be small.
             device: where the parts go; the CPU by default.
@@ -151,14 +154,17 @@ class AudioLDM2Pipeline(StageRunner):
         )
         return cls(**parts)
 
-    @one_at_a_time
     def save_pretrained(self, folder: str | Path) -> None:
         """Write all parts into `folder`, so that diffusers and this package load them.
+
+        Args:
+            folder: created if it does not exist.
 
         Raises:
             TypeError: a part was replaced by something that this package cannot write.
         """
-        save_parts(vars(self), Path(folder))
+        with self.generation():
+            save_parts(vars(self), Path(folder))
 
     # --- the steps of a generation
 
@@ -191,8 +197,9 @@ class AudioLDM2Pipeline(StageRunner):
             transcription: the words to speak, for the speech checkpoints.
             negative_prompt: what to steer away from, one for all prompts or one for each; "" by default. It
                 is padded or cut to the prompt's length, as in diffusers.
-            prompt_embeds: with the next two, what this method returned without guidance, instead of a prompt.
-            negative_prompt_embeds: likewise instead of a negative prompt.
+            prompt_embeds: with `generated_prompt_embeds` and `attention_mask`, instead of a prompt: what this
+                method returned without guidance and with `num_waveforms_per_prompt=1`.
+            negative_prompt_embeds: the same instead of a negative prompt.
             generated_prompt_embeds: see `prompt_embeds`.
             negative_generated_prompt_embeds: see `negative_prompt_embeds`.
             attention_mask: see `prompt_embeds`.
@@ -208,18 +215,18 @@ class AudioLDM2Pipeline(StageRunner):
             ValueError, TypeError: a prompt or an embedding that cannot be used; the message names it.
         """
         with self.generation():
-            cond = Side("prompt", prompt, prompt_embeds, generated_prompt_embeds, attention_mask)
-            uncond = Side(
-                "negative_prompt",
-                negative_prompt,
-                negative_prompt_embeds,
-                negative_generated_prompt_embeds,
-                negative_attention_mask,
-            )
             found = condition(
                 self,
-                cond,
-                uncond if do_classifier_free_guidance else None,
+                PromptInputs("prompt", prompt, prompt_embeds, generated_prompt_embeds, attention_mask),
+                PromptInputs(
+                    "negative_prompt",
+                    negative_prompt,
+                    negative_prompt_embeds,
+                    negative_generated_prompt_embeds,
+                    negative_attention_mask,
+                )
+                if do_classifier_free_guidance
+                else None,
                 transcription,
                 max_new_tokens,
                 num_waveforms_per_prompt,
@@ -235,7 +242,17 @@ class AudioLDM2Pipeline(StageRunner):
         generator: Generator = None,
         latents: Tensor | None = None,
     ) -> Tensor:
-        """The noise that denoising starts from, (batch, channels, frames/4, mels/4): drawn, or `latents`.
+        """The noise that denoising starts from: drawn, or `latents` scaled.
+
+        Args:
+            batch: number of sounds.
+            frames: mel frames, a multiple of the VAE's factor (4).
+            dtype: of the result.
+            generator: draws the noise; a list has one for each sound.
+            latents: noise to use instead.
+
+        Returns:
+            (batch, channels, frames/4, mels/4).
 
         Raises:
             ValueError: a list of generators or latents that do not fit the batch, or latents with another
@@ -247,7 +264,7 @@ class AudioLDM2Pipeline(StageRunner):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, 8, T/4, F/4) -> log-mel spectrogram (B, 1, T, F), in bounded memory."""
+        """Latents (B, 8, T/4, F/4) -> log-mel spectrogram (B, 1, T, F); long sounds in chunks."""
         with self.generation(), self.running("vae") as vae:
             return decode(vae, latents, self.progress)
 
@@ -259,7 +276,16 @@ class AudioLDM2Pipeline(StageRunner):
 
     @torch.no_grad()
     def rank(self, audio: Tensor, text_embeddings: Tensor, generator: Generator = None) -> Tensor:
-        """Order the candidates of each prompt, (prompts * n, samples), by CLAP's score, best first."""
+        """Order the candidates of each prompt by CLAP's score, best first.
+
+        Args:
+            audio: (prompts * n, samples), those of one prompt together.
+            text_embeddings: CLAP's of the prompts, (prompts, 512), of unit length.
+            generator: draws the excerpt of sounds longer than CLAP's window; the first one of a list.
+
+        Returns:
+            `audio` in the new order.
+        """
         with self.generation(), self.progress("Ranking", 1) as bar, self.running("text_encoder") as clap:
             first = generator[0] if isinstance(generator, Sequence) else generator
             rate = self.vocoder.config.sampling_rate
@@ -355,10 +381,12 @@ class AudioLDM2Pipeline(StageRunner):
             guidance_scale: the weight w of classifier-free guidance (Ho and Salimans 2021), in noise =
                 uncond + w (cond - uncond); 1 or less is no guidance, in half the time.
             negative_prompt: what to steer away from, one for all prompts or one for each; "" by default.
-            num_waveforms_per_prompt: candidates per prompt; CLAP puts the one that fits best first.
+            num_waveforms_per_prompt: candidates per prompt. If `prompt` is given and they are decoded, CLAP
+                puts the one that fits best first.
             eta: how much noise a DDIM step adds (Song et al. 2021, eq. 16); other samplers ignore it.
             generator: the source of random numbers; a list has one for each of the B waveforms.
-            latents: the initial noise, (B, channels, frames/4, mels/4), instead of drawing it.
+            latents: the initial noise, (B, channels, frames/4, mels/4), instead of drawing it. The sound is
+                cut to `audio_length_in_s`; pass the one that fits.
             prompt_embeds: this and the next five, see `encode_prompt`.
             negative_prompt_embeds: see `encode_prompt`.
             generated_prompt_embeds: see `encode_prompt`.
@@ -367,13 +395,14 @@ class AudioLDM2Pipeline(StageRunner):
             negative_attention_mask: see `encode_prompt`.
             max_new_tokens: how many vectors GPT-2 generates; its config's number (8) by default.
             return_dict: False returns a plain tuple.
-            callback: called as callback(step, timestep, latents) after every `callback_steps`-th step.
+            callback: called as callback(step, timestep, latents) after steps 0, `callback_steps`,
+                2 `callback_steps` and so on.
             callback_steps: see `callback`.
             output_type: "np" or "pt" for waveforms, (B, samples), 16 kHz, float32, in main memory; "latent"
                 for the latents before decoding.
 
         Returns:
-            `.audios`: B waveforms, those of one prompt together, the best candidate of each first.
+            `.audios`: B waveforms, those of one prompt together, the best of ranked candidates first.
 
         Raises:
             ValueError, TypeError: an argument that cannot be used; the message names it.
@@ -381,9 +410,12 @@ class AudioLDM2Pipeline(StageRunner):
         check_choice("output_type", output_type, ("np", "pt", "latent"))
         check_count("num_waveforms_per_prompt", num_waveforms_per_prompt)
         check_count("callback_steps", callback_steps)
+        check_number("guidance_scale", guidance_scale)
+        if max_new_tokens is not None:
+            check_count("max_new_tokens", max_new_tokens)
         frames, samples = frames_and_samples(self.unet, self.vae, self.vocoder, audio_length_in_s)
-        cond = Side("prompt", prompt, prompt_embeds, generated_prompt_embeds, attention_mask)
-        uncond = Side(
+        cond = PromptInputs("prompt", prompt, prompt_embeds, generated_prompt_embeds, attention_mask)
+        uncond = PromptInputs(
             "negative_prompt",
             negative_prompt,
             negative_prompt_embeds,
@@ -412,11 +444,11 @@ class AudioLDM2Pipeline(StageRunner):
                     latents,
                     conditioning,
                     guidance_scale,
-                    generator,
-                    eta,
-                    self.refreshing(callback),
-                    callback_steps,
-                    bar.update,
+                    generator=generator,
+                    eta=eta,
+                    callback=self.refreshing(callback),
+                    callback_steps=callback_steps,
+                    progress=bar.update,
                 )
             audio = latents
             if output_type != "latent":

@@ -145,7 +145,8 @@ def _takes_contexts(unet: nn.Module) -> bool:
 
 # --- schedulers have state
 
-_schedulers_in_use: dict[int, Any] = {}
+# By id, for as long as a run lasts: the scheduler, and a copy of it from before the run.
+_schedulers_in_use: dict[int, tuple[Any, Any]] = {}
 _in_use_lock = threading.Lock()
 
 
@@ -157,14 +158,14 @@ def exclusive(scheduler: Any) -> Iterator[Any]:
     threads or one in the callback of the other, would mix them.
     """
     with _in_use_lock:
-        free = id(scheduler) not in _schedulers_in_use
-        if free:
-            _schedulers_in_use[id(scheduler)] = scheduler
+        in_use = _schedulers_in_use.get(id(scheduler))
+        if in_use is None:
+            _schedulers_in_use[id(scheduler)] = (scheduler, copy.deepcopy(scheduler))
         else:
-            scheduler = copy.deepcopy(scheduler)
+            scheduler = copy.deepcopy(in_use[1])
     try:
         yield scheduler
     finally:
-        if free:
+        if in_use is None:
             with _in_use_lock:
                 del _schedulers_in_use[id(scheduler)]

@@ -87,7 +87,10 @@ def load(folder: str | Path) -> AudioLDM2Pipeline:
 def generate(pipe: AudioLDM2Pipeline) -> np.ndarray:
     """One waveform a prompt, (prompts, samples)."""
     generator = torch.Generator().manual_seed(0)
-    return pipe([*PROMPTS], num_inference_steps=20, guidance_scale=2, generator=generator).audios
+    audios: np.ndarray = pipe(
+        [*PROMPTS], num_inference_steps=20, guidance_scale=2, generator=generator
+    ).audios
+    return audios
 
 
 def check_sound(sounds: np.ndarray) -> None:

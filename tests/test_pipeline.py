@@ -781,12 +781,12 @@ def test_denoising_reads_no_tensor(
     def refuse(*arguments: object, **options: object) -> None:
         raise AssertionError("waits for the device")
 
-    def watched(*arguments: object) -> torch.Tensor:
+    def watched(*arguments: object, **options: object) -> torch.Tensor:
         with NoReading(), pytest.MonkeyPatch.context() as patch:
             # These reach no operator where a tensor is in main memory already.
             for method in ("cpu", "numpy", "tolist", "item", "__bool__", "__float__", "__int__", "__array__"):
                 patch.setattr(torch.Tensor, method, refuse)
-            return denoise(*arguments)
+            return denoise(*arguments, **options)
 
     monkeypatch.setattr(audioldm2.pipeline, "denoise", watched)
     arguments = {"eta": 0.5, "num_inference_steps": 5, "guidance_scale": guidance_scale}
@@ -801,10 +801,10 @@ def test_denoising_does_not_wait_for_a_gpu(fresh: AudioLDM2Pipeline, monkeypatch
     fresh.to("cuda")
     quick(fresh)
 
-    def watched(*arguments: object) -> torch.Tensor:
+    def watched(*arguments: object, **options: object) -> torch.Tensor:
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return denoise(*arguments)
+            return denoise(*arguments, **options)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -45,7 +45,8 @@ from audioldm2.models.config import check_types
 from audioldm2.models.stage import Stage
 from audioldm2.runtime.device import available_device
 from audioldm2.runtime.precision import check_dtype
-from audioldm2.schedulers import SCHEDULERS, DDIMScheduler, DPMSolverMultistepScheduler
+from audioldm2.schedulers import SCHEDULERS
+from audioldm2.schedulers.base import Scheduler
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 
@@ -327,9 +328,7 @@ def _load_extractor(content: Mapping[str, Any]) -> ClapFeatureExtractor:
     return ClapFeatureExtractor(ClapFeatureExtractorConfig.from_dict(content))
 
 
-def _load_scheduler(
-    content: Mapping[str, Any], class_name: str
-) -> DDIMScheduler | DPMSolverMultistepScheduler:
+def _load_scheduler(content: Mapping[str, Any], class_name: str) -> Scheduler:
     scheduler = SCHEDULERS[class_name]
     hints = {**get_type_hints(scheduler.__init__), "_use_default_values": tuple[str, ...]}
     # A null may stand for False, as in diffusers' signatures.

@@ -112,7 +112,8 @@ class CausalAttention(nn.Module):
         if cache is not None:
             kv = cache.write(positions, kv)  # (B, M, 2C)
         k, v = kv.chunk(2, dim=-1)
-        return self.out(attention(q, k, v, self.heads, bias, self.scale))
+        out: Tensor = self.out(attention(q, k, v, self.heads, bias, self.scale))
+        return out
 
 
 class Block(nn.Module):
@@ -130,7 +131,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor, positions: Tensor, cache: Cache | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), bias, positions, cache)
-        return x + self.down(self.activation(self.up(self.feed_forward_norm(x))))
+        out: Tensor = x + self.down(self.activation(self.up(self.feed_forward_norm(x))))
+        return out
 
 
 def causal_bias(positions: Tensor, visible: Tensor, dtype: torch.dtype) -> Tensor:
@@ -202,7 +204,8 @@ class GPT2(Stage[GPT2Config]):
         bias = causal_bias(positions, mask, x.dtype)
         for layer, block in enumerate(self.blocks):
             x = block(x, bias, positions, None if caches is None else caches[layer])
-        return self.norm(x)
+        states: Tensor = self.norm(x)
+        return states
 
     def generate(
         self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int | None = None

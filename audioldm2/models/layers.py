@@ -198,7 +198,7 @@ class Context(NamedTuple):
 
 
 class Transformer(nn.Module):
-    """Transformer blocks over the H x W positions of a feature map, and a shortcut: (B, C, H, W) kept."""
+    """Transformer blocks over the positions of a feature map: (B, C, H, W) -> (B, C, H, W), residual."""
 
     blocks: Sequence[TransformerBlock]
 
@@ -226,7 +226,8 @@ class Transformer(nn.Module):
         tokens = self.proj_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))
         for block, context in zip(self.blocks, contexts, strict=True):
             tokens = block(tokens) if context is None else block(tokens, context.kv, context.bias)
-        return x + rearrange(self.proj_out(tokens), "b (h w) c -> b c h w", h=x.shape[2])
+        out: Tensor = x + rearrange(self.proj_out(tokens), "b (h w) c -> b c h w", h=x.shape[2])
+        return out
 
 
 class ResNetBlock(nn.Module):

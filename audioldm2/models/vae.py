@@ -315,8 +315,8 @@ def _resnet_in_chunks(resnet: ResNetBlock, x: Tensor, rows: int) -> Tensor:
     h = _in_chunks(lambda part: resnet.conv_1(resnet.act(norm_1(part))), x, rows)
     norm_2 = _normalized(resnet.norm_2, h, rows)
     y = _in_chunks(lambda part: resnet.conv_2(resnet.act(norm_2(part))), h, rows)
-    for part, out in zip(torch.split(x, rows, dim=2), torch.split(y, rows, dim=2), strict=True):
-        out += resnet.shortcut(part)
+    for start in range(0, x.shape[2], rows):
+        y[:, :, start : start + rows] += resnet.shortcut(x[:, :, start : start + rows])
     return y
 
 

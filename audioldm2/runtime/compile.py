@@ -1,9 +1,9 @@
 """Compiling stages with torch.compile, each as one graph, and calling them in shapes that rarely change.
 
-torch.compile works once for each set of input shapes. So that a new prompt brings no new shapes, texts are
+torch.compile compiles anew for each set of input shapes. So that few prompts bring new shapes, texts are
 padded to a multiple of `TOKEN_BUCKET` tokens on their way into a compiled stage, and its result is cut back
 (the padding is masked, so no number changes). Another duration, batch size or number of candidates does bring
-new shapes, and compiles again.
+new shapes.
 
 On a GPU the graphs are recorded and replayed (CUDA graphs), which leaves no gaps between kernels. A replay
 writes its result into the same memory as the one before, so results are copied.
@@ -14,7 +14,7 @@ next process compiles in a fraction of the time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ WITHOUT_CUDA_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotu
 
 
 def default_mode(device: torch.device) -> str:
-    """CUDA graphs on a GPU."""
+    """torch.compile's mode on a device: with CUDA graphs on a GPU."""
     return "reduce-overhead" if device.type == "cuda" else "default"
 
 
@@ -129,14 +129,22 @@ class CompiledSecondEncoder(CompiledStage):
 class CompiledUNet(CompiledStage):
     """The UNet; the second encoder's states are padded to a multiple of `TOKEN_BUCKET`."""
 
-    def contexts(self, vectors: Tensor, states: Tensor, mask: Tensor) -> Any:
-        added = rounded_up(states.shape[1], TOKEN_BUCKET) - states.shape[1]
-        return self.stage.contexts(vectors, F.pad(states, (0, 0, 0, added)), F.pad(mask, (0, added)))
+    @property
+    def contexts(self) -> Callable[[Tensor, Tensor, Tensor], Any]:
+        """`UNet.contexts`; an AttributeError for a UNet without it, which is then called without contexts."""
+        compute = self.stage.contexts
+
+        def padded(vectors: Tensor, states: Tensor, mask: Tensor) -> Any:
+            added = rounded_up(states.shape[1], TOKEN_BUCKET) - states.shape[1]
+            return compute(vectors, F.pad(states, (0, 0, 0, added)), F.pad(mask, (0, added)))
+
+        return padded
 
     def __call__(self, sample: Tensor, timestep: Tensor, **kwargs: Any) -> Tensor:
-        # A copy of the timestep: it is an element of a longer tensor, and its alignment is part of the shape.
-        result: Tensor = self.stage(sample, timestep.clone(), **kwargs)
-        return result.clone()
+        # A copy of the timestep: it is a view into a longer tensor, and Inductor compiles for an alignment.
+        result = self.stage(sample, timestep.clone(), **kwargs)
+        prediction: Tensor = result if isinstance(result, Tensor) else result[0]
+        return prediction.clone()
 
 
 class CompiledVAE(CompiledStage):

@@ -200,7 +200,7 @@ class FastConvolutions(TorchFunctionMode):
             and x.numel() > 0
             and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
             and not torch.is_autocast_enabled("cpu")
-            and not torch.jit.is_tracing()
+            and not torch._C._get_tracing_state()
             and not torch._C._are_functorch_transforms_active()
             and torch._C._len_torch_dispatch_stack() == 0
             and all(unpack_dual(t).tangent is None for t in tensors)

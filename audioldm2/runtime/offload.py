@@ -7,7 +7,7 @@ stage during whose work a caller's code ran (`may_have_changed`), as a write thr
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,16 +30,16 @@ class Offload:
 
     Args:
         device: where stages work.
-        stages: all of them, in the order in which they work.
+        stages: gives all of them, in the order in which they work.
     """
 
-    def __init__(self, device: torch.device | str, stages: Sequence[nn.Module]):
+    def __init__(self, device: torch.device | str, stages: Callable[[], Sequence[nn.Module]]):
         self.device = torch.device(device)
-        self.stages = list(stages)
+        self.stages = stages
         self._working: nn.Module | None = None
         self._coming: tuple[nn.Module, torch.cuda.Event] | None = None
         self._homes: MutableMapping[Tensor, _Home] = WeakTensorKeyDictionary()
-        self._changed = False  # whether the working stage's weights may have
+        self._changed: list[nn.Module] = []  # whose weights may differ from their copies
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def take(self, stage: nn.Module) -> None:
@@ -48,7 +48,7 @@ class Offload:
             return
         if self._working is not None:
             self._send_home(self._working)
-            self._changed = False
+            self._working = None
         coming, self._coming = self._coming, None
         if coming is not None and coming[0] is stage:
             torch.cuda.current_stream(self.device).wait_event(coming[1])
@@ -56,7 +56,11 @@ class Offload:
             if coming is not None:
                 torch.cuda.current_stream(self.device).wait_event(coming[1])
                 self._send_home(coming[0])
-            self._bring(stage)
+            try:
+                self._bring(stage)
+            except BaseException:
+                self._send_home(stage)
+                raise
         self._working = stage
         self._prefetch(stage)
 
@@ -69,20 +73,26 @@ class Offload:
             self._send_home(stage)
         if self._working is not None:
             self._send_home(self._working)
-            self._working, self._changed = None, False
+            self._working = None
 
     def may_have_changed(self) -> None:
-        """Have all weights of the working stage copied back when it leaves the device."""
-        self._changed = True
+        """Have all weights that are on the device copied back when they leave it."""
+        coming = self._coming[0] if self._coming is not None else None
+        self._changed = [stage for stage in (self._working, coming) if stage is not None]
 
     def _prefetch(self, stage: nn.Module) -> None:
         """Start to copy the stage that works after `stage`, in parallel with it."""
-        if self._stream is None or stage not in self.stages[:-1]:
+        stages = list(self.stages())
+        if self._stream is None or stage not in stages[:-1]:
             return
-        upcoming = self.stages[self.stages.index(stage) + 1]
+        upcoming = stages[stages.index(stage) + 1]
         # Memory is allocated on the stream that will use it; the copy waits until it is free there.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        self._bring(upcoming, self._stream)
+        try:
+            self._bring(upcoming, self._stream)
+        except torch.OutOfMemoryError:  # no room for two stages: it is copied when it is needed
+            self._send_home(upcoming)
+            return
         event = torch.cuda.Event()
         event.record(self._stream)
         self._coming = (upcoming, event)
@@ -104,12 +114,16 @@ class Offload:
             home.version = tensor._version
 
     def _send_home(self, stage: nn.Module) -> None:
+        changed = any(stage is other for other in self._changed)
+        self._changed = [other for other in self._changed if other is not stage]
         for tensor in _tensors(stage):
             home = self._homes.get(tensor)
             if home is None:  # added while the stage was on the device
                 tensor.data = tensor.data.to("cpu")
                 continue
-            if self._changed or tensor._version != home.version:
+            if tensor.data_ptr() == home.copy.data_ptr():
+                continue  # it never left
+            if changed or tensor._version != home.version:
                 home.copy.copy_(tensor.data)
             tensor.data = home.copy
 

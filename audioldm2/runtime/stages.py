@@ -10,8 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
-from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -28,19 +27,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def one_at_a_time(
-    method: Callable[Concatenate[RunnerT, P], R],
-) -> Callable[Concatenate[RunnerT, P], R]:
-    """Have a method wait while another thread is in such a method of the same pipeline."""
-
-    @wraps(method)
-    def locked(self: RunnerT, *args: P.args, **kwargs: P.kwargs) -> R:
-        with self._lock:
-            return method(self, *args, **kwargs)
-
-    return locked
-
-
 class StageRunner:
     """The stages of a pipeline, kept as attributes under the names in `stage_names`."""
 
@@ -50,16 +36,17 @@ class StageRunner:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._offload: Offload | None = None
-        self._compiled: set[str] = set()
+        self._compiled: dict[str, nn.Module] = {}  # the stages that were compiled
         self._fast: FastConvolutions | None = None
         self._working: nn.Module | None = None
         self._depth = 0
         self._progress: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # A lock and a CUDA stream belong to a process; only where the stages work is saved.
+        # A lock and a CUDA stream belong to a process, compiled code to a module: a copy starts without them.
         offload = None if self._offload is None else self._offload.device
-        return {**self.__dict__, "_lock": None, "_fast": None, "_working": None, "_offload": offload}
+        idle: dict[str, Any] = {"_lock": None, "_fast": None, "_working": None, "_depth": 0, "_compiled": {}}
+        return {**self.__dict__, **idle, "_offload": offload}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.RLock(), _offload=None)
@@ -81,7 +68,6 @@ class StageRunner:
         """The dtype the UNet works in."""
         return stage_dtype(getattr(self, self.main_stage))
 
-    @one_at_a_time
     def to(
         self: RunnerT,
         device: torch.device | str | torch.dtype | None = None,
@@ -104,49 +90,52 @@ class StageRunner:
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
-        if device is not None and self._offload is not None:
-            raise ValueError(
-                "enable_model_cpu_offload() moves the stages by itself; do not call to() after it"
-            )
         check_dtype(dtype)
         if device is not None:
             device = available_device(device)
-        for stage in self.stages.values():
-            if dtype is not None:
-                cast(stage, dtype)
-            if device is not None:
-                stage.to(device)
+        with self._lock:
+            if device is not None and self._offload is not None:
+                raise ValueError(
+                    "enable_model_cpu_offload() moves the stages by itself; do not call to() after it"
+                )
+            for stage in self.stages.values():
+                if dtype is not None:
+                    cast(stage, dtype)
+                if device is not None:
+                    stage.to(device)
         return self
 
-    @one_at_a_time
     def enable_model_cpu_offload(self, gpu_id: int = 0, device: torch.device | str = "cuda") -> None:
         """Keep the stages in main memory, and each on the device only while it works.
 
         On a GPU the next stage is copied while the current one works.
 
         Args:
-            gpu_id: which GPU, unless `device` says.
+            gpu_id: index of the GPU; ignored if `device` names one.
             device: where stages work.
 
         Raises:
-            ValueError: the device is not available.
+            ValueError: the device is not available, or stages are compiled already.
         """
         device = available_device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", gpu_id)
-        if self._offload is not None:
-            self._offload.release()
-            self._offload = None
-        self.to("cpu")
-        self._offload = Offload(device, [*self.stages.values()])
+        with self._lock:
+            if self._compiled:
+                raise ValueError("call enable_model_cpu_offload() before compile()")
+            if self._offload is not None:
+                self._offload.release()
+                self._offload = None
+            self.to("cpu")
+            self._offload = Offload(device, lambda: [*self.stages.values()])
 
-    @one_at_a_time
     def compile(self, mode: str | None = None, stages: Sequence[str] | None = None) -> None:
         """Compile stages, each as one graph, when they are first called: minutes on a small machine.
 
-        They are compiled once for each duration, batch size and number of candidates; a new prompt compiles
-        nothing. PyTorch keeps what it compiled on disk for the next process: see TORCHINDUCTOR_CACHE_DIR in
-        its documentation.
+        They are compiled once for each duration, batch size and number of candidates, and for each multiple
+        of 16 tokens that prompts are padded to. PyTorch keeps what it compiled on disk for the next process:
+        see TORCHINDUCTOR_CACHE_DIR in its documentation. A copied or unpickled pipeline has to be compiled
+        again.
 
         Args:
             mode: torch.compile's "default", "reduce-overhead" or "max-autotune". By default "reduce-overhead"
@@ -156,13 +145,19 @@ class StageRunner:
         Raises:
             ValueError: a name that is not a stage's.
         """
-        mode = mode or ("default" if self._offload else default_mode(self.device))
-        for name in check_stage_names(stages):
-            compile_stage(name, getattr(self, name), mode)
-            self._compiled.add(name)
+        with self._lock:
+            mode = mode or ("default" if self._offload else default_mode(self.device))
+            for name in check_stage_names(stages):
+                stage = getattr(self, name)
+                compile_stage(name, stage, mode)
+                self._compiled[name] = stage
 
     def set_progress_bar_config(self, **options: Any) -> None:
-        """Options for the progress bars, as tqdm takes them: `disable=True` turns them off."""
+        """Set options for the progress bars.
+
+        Args:
+            options: tqdm's; `disable=True` turns the bars off.
+        """
         self._progress = options
 
     def progress(self, description: str, total: int) -> tqdm[Any]:
@@ -172,13 +167,13 @@ class StageRunner:
     @contextmanager
     def running(self, name: str) -> Iterator[Any]:
         """The stage `name`, ready to be called: on its device, and as fast as this machine allows."""
-        stage = getattr(self, name)
+        stage: Any = getattr(self, name)
         outer = self._working, self._fast
         self._working = stage
         if self._offload is not None:
             self._offload.take(stage)
         try:
-            if name in self._compiled:
+            if name in self._compiled and self._compiled[name] is stage:
                 self._fast = None
                 yield compiled(name, stage)
             else:
