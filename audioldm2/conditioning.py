@@ -299,9 +299,10 @@ def tokenize(
         padding="max_length" if length or pad_to_limit else True,
         max_length=limit,
         truncation=True,
-        return_tensors="pt",
     )
-    return tokens.input_ids.to(pipe.device), tokens.attention_mask.to(pipe.device)
+    # transformers makes no tensors with a PyTorch that is older than it supports.
+    ids = torch.tensor(tokens.input_ids, device=pipe.device)
+    return ids, torch.tensor(tokens.attention_mask, device=pipe.device)
 
 
 def token_limit(pipe: Encoders, tokenizer: Any) -> int:
