@@ -7,7 +7,7 @@ Only three of the VAE's feature maps grow with the sound. Batches are decoded in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ def frames_and_samples(unet: Any, vae: Any, vocoder: Any, audio_length_in_s: flo
     frame = vocoder.hop_length / config.sampling_rate  # seconds
     if audio_length_in_s is None:
         size = getattr(getattr(unet, "config", None), "sample_size", None)
-        size = size[0] if isinstance(size, tuple) else size
+        size = size[0] if isinstance(size, Sequence) else size
         if size is None:
             raise ValueError("pass audio_length_in_s: this checkpoint does not say how long its sounds are")
         audio_length_in_s = size * scale * frame

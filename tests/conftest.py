@@ -1,4 +1,4 @@
-"""Checkpoints that several test modules load, made once a run."""
+"""Checkpoints and pipelines that several test modules use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.reference import SMALL, SMALL_LARGE, make_checkpoint
+from audioldm2 import AudioLDM2Pipeline
+from tests.helpers import load_pipeline
+from tests.reference import SMALL, SMALL_LARGE, SMALL_SPEECH, Both, make_checkpoint
 
 # The suite's stages are so small that a second thread costs more than it gives.
 torch.set_num_threads(1)
@@ -31,3 +33,55 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def random_large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small checkpoint in -large's layout; copy it before writing to it."""
     return _quietly_made(tmp_path_factory.mktemp("checkpoints") / "random-large", SMALL_LARGE)
+
+
+@pytest.fixture(scope="session")
+def random_speech_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small checkpoint in the speech checkpoints' layout; copy it before writing to it."""
+    return _quietly_made(tmp_path_factory.mktemp("checkpoints") / "random-speech", SMALL_SPEECH)
+
+
+@pytest.fixture
+def pipe(random_checkpoint: Path) -> AudioLDM2Pipeline:
+    """A pipeline of the test's own, in the base layout."""
+    return load_pipeline(random_checkpoint)
+
+
+# --- diffusers' pipeline and ours side by side; tests replace their schedulers, but no other parts
+
+
+@pytest.fixture(scope="session")
+def _base(random_checkpoint: Path) -> Both:
+    return Both(random_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def _large(random_large_checkpoint: Path) -> Both:
+    return Both(random_large_checkpoint)
+
+
+@pytest.fixture
+def base(_base: Both) -> Both:
+    """Both pipelines in the base layout, with DDIM."""
+    _base.use("DDIMScheduler")
+    return _base
+
+
+@pytest.fixture
+def large(_large: Both) -> Both:
+    """Both pipelines in -large's layout, with DDIM."""
+    _large.use("DDIMScheduler")
+    return _large
+
+
+@pytest.fixture(params=["base", "large"])
+def both(request: pytest.FixtureRequest) -> Both:
+    """Both pipelines in one layout after the other, with DDIM."""
+    pair: Both = request.getfixturevalue(request.param)
+    return pair
+
+
+@pytest.fixture(scope="session")
+def speech(random_speech_checkpoint: Path) -> Both:
+    """Both pipelines in the speech checkpoints' layout."""
+    return Both(random_speech_checkpoint)

@@ -1,25 +1,30 @@
-"""Random-weight checkpoints and stages made with diffusers and transformers: what the tests compare with."""
+"""The reference: diffusers' and transformers' stages, checkpoints and pipelines, with random weights."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+import audioldm2
 from audioldm2.checkpoints.fill import TensorDict, fill
 from audioldm2.checkpoints.weight_map import weight_map
 from scripts.random_checkpoint import BASE, changed
 from scripts.random_tokenizers import write_roberta_tokenizer, write_t5_tokenizer
+from tests.helpers import assert_same_sound, load_pipeline, seeded
 
 
 def randomize(module: nn.Module, seed: int = 0, gain: float = 1.0) -> nn.Module:
-    """Draw *all* parameters and float buffers of a module at random: dropping any one changes the output.
+    """Draw *all* parameters and float buffers of a module at random, so that each one changes the output.
 
-    Matrices and kernels keep the scale of what passes through (std = gain / sqrt(fan in)); vectors that are
-    gains (norm weights, running variances) lie about 1, other vectors (biases, embeddings) about 0.
+    Matrices and kernels preserve the scale of their input (std = gain / sqrt(fan in)). Vectors that are gains
+    (weights of norms, running variances) are drawn around 1, other vectors (biases, embeddings) around 0.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -51,7 +56,7 @@ def randomize(module: nn.Module, seed: int = 0, gain: float = 1.0) -> nn.Module:
 def ours(
     stage_class: type, config_class: type, map_name: str, reference: nn.Module, config: dict
 ) -> nn.Module:
-    """Our stage with a reference module's weights, through the map that loads a checkpoint."""
+    """Our stage with a reference module's weights, converted by the map that loads a checkpoint."""
     with torch.device("meta"):
         stage = stage_class(config_class.from_dict(config))
     tensors = {name: tensor.detach().clone() for name, tensor in reference.state_dict().items()}
@@ -59,20 +64,19 @@ def ours(
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
-    """Shapes equal; the largest difference at most `tolerance` times the expected output's largest value."""
+    """Equal shapes, and no difference larger than `tolerance` times the largest expected value."""
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     assert torch.isfinite(actual).all(), "NaN or inf"
     scale = expected.abs().max().item()
-    assert scale > 0, "the reference is all zeros: the comparison would say nothing"
+    assert scale > 0, "the reference is all zeros, so comparing with it proves nothing"
     difference = (actual.float() - expected.float()).abs().max().item()
     assert difference <= tolerance * scale, f"differs by {difference:.3g} at a scale of {scale:.3g}"
 
 
 # --- whole checkpoints
-# -----------------------------------------------------------------------------------------
 
-# Small, but shaped like the real thing: uneven widths, the three kinds of transformer at each level, a T5
-# whose heads do not divide its width, a vocoder with the real hop of 160 samples.
+# Small, but in the layout of cvssp/audioldm2: uneven widths, three transformers per layer of the UNet, a T5
+# whose heads do not divide its width, a vocoder with the same hop of 160 samples.
 SMALL: dict[str, dict] = {
     "vae": {
         "in_channels": 1,
@@ -154,8 +158,8 @@ SMALL: dict[str, dict] = {
 }
 
 
-# As -large: four transformers a layer, the first and the last with no cross-attention, two blocks in each;
-# heads a level of their own.
+# As -large: four transformers per layer, the first and the last without cross-attention, each of two blocks.
+# Each level has its own number of heads.
 SMALL_LARGE = changed(
     SMALL,
     unet={
@@ -166,7 +170,7 @@ SMALL_LARGE = changed(
     },
 )
 
-# As the speech checkpoints: VITS's text encoder in T5's place, and a learned position for each of its tokens.
+# As the speech checkpoints: VITS's text encoder in place of T5, and learned positions for its tokens.
 SMALL_SPEECH = changed(
     SMALL,
     projection_model={"use_learned_position_embedding": True, "max_seq_length": 24},
@@ -180,7 +184,7 @@ SMALL_SPEECH["text_encoder_2"] = {
     "num_attention_heads": 2,
     "ffn_dim": 28,
     "window_size": 3,
-    # What the pipeline never runs, as small as it can be.
+    # Parts that the pipeline never runs, as small as possible.
     "flow_size": 4,
     "spectrogram_bins": 5,
     "upsample_initial_channel": 8,
@@ -196,7 +200,7 @@ SMALL_SPEECH["text_encoder_2"] = {
 
 
 def _vits_tokenizer(folder: Path, max_length: int):
-    """Letters as tokens; 0 is the padding, as VITS has it."""
+    """A tokenizer whose tokens are letters; 0 is the padding, as in VITS."""
     import transformers
 
     path = folder / "vocab.json"
@@ -210,7 +214,7 @@ def _vits_tokenizer(folder: Path, max_length: int):
 
 
 def reference_pipeline(folder: str | Path, **options: object):
-    """diffusers' pipeline on a checkpoint, its language model wrapped as current transformers needs it."""
+    """diffusers' pipeline, its GPT-2 wrapped as a GPT2LMHeadModel, as current transformers requires."""
     import diffusers
     import transformers
 
@@ -219,14 +223,14 @@ def reference_pipeline(folder: str | Path, **options: object):
         with torch.device("meta"):
             wrapper = transformers.GPT2LMHeadModel(pipe.language_model.config)
         wrapper.transformer = pipe.language_model
-        wrapper.lm_head = torch.nn.Identity()  # nothing reads the logits
+        wrapper.lm_head = torch.nn.Identity()  # the logits are not used
         pipe.language_model = wrapper
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def make_checkpoint(folder: str | Path, sizes: dict[str, dict] = SMALL, seed: int = 0) -> Path:
-    """Write a checkpoint with diffusers and transformers, in the Hub's layout, all parameters random."""
+    """Write a checkpoint in the Hub's layout with diffusers and transformers; all parameters are random."""
     import diffusers
     import transformers
 
@@ -267,3 +271,34 @@ def make_checkpoint(folder: str | Path, sizes: dict[str, dict] = SMALL, seed: in
     )
     pipe.save_pretrained(folder)
     return folder
+
+
+class Both:
+    """diffusers' pipeline and ours on one checkpoint, without progress bars."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.theirs = reference_pipeline(folder)
+        self.ours = load_pipeline(folder)
+        self._configs = self.theirs.scheduler.config, self.ours.scheduler.config
+
+    def use(self, scheduler: str, **options: Any) -> None:
+        """Give both pipelines a scheduler of that name, made from the checkpoint's config."""
+        import diffusers
+
+        theirs, ours = self._configs
+        self.theirs.scheduler = getattr(diffusers, scheduler).from_config(theirs, **options)
+        self.ours.scheduler = getattr(audioldm2, scheduler).from_config(ours, **options)
+
+    def run(self, generators: Callable[[], Any] = seeded, **arguments: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Our result and theirs, from generators of the same seeds; three steps and 0.64 s by default."""
+        arguments = {"num_inference_steps": 3, "audio_length_in_s": 0.64, **arguments}
+        theirs = self.theirs(generator=generators(), **arguments).audios
+        ours = self.ours(generator=generators(), **arguments).audios
+        return np.asarray(ours), np.asarray(theirs)
+
+    def check(self, **arguments: Any) -> np.ndarray:
+        """Check that both give the same waveforms, and return ours."""
+        ours, theirs = self.run(**arguments)
+        assert_same_sound(ours, theirs)
+        return ours

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +16,7 @@ import pytest
 import torch
 
 from audioldm2 import AudioLDM2Pipeline, DPMSolverMultistepScheduler, cli, read_wav
-from tests.helpers import ROOT
-
-HAMMER = "A hammer hitting a wooden surface."
+from tests.helpers import HAMMER, HANGS_AFTER, ROOT, load_pipeline, seeded
 
 
 @pytest.fixture
@@ -57,8 +54,7 @@ def test_the_file_is_what_the_pipeline_returns(
     waveform, rate = read_wav("hammer.wav")
     assert rate == 16000
 
-    pipe = AudioLDM2Pipeline.from_pretrained(random_checkpoint)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_pipeline(random_checkpoint)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     audio = pipe(
         HAMMER,
@@ -67,7 +63,7 @@ def test_the_file_is_what_the_pipeline_returns(
         num_inference_steps=2,
         guidance_scale=4.0,
         num_waveforms_per_prompt=2,
-        generator=torch.Generator().manual_seed(7),
+        generator=seeded(7),
     ).audios
     np.testing.assert_array_equal(waveform[0].numpy(), audio[0])
 
@@ -242,23 +238,24 @@ def test_a_failed_write_keeps_the_old_file(
 
 def test_ctrl_c_leaves_no_file(random_checkpoint: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "audioldm2", HAMMER, "--model", str(random_checkpoint), "--steps", "900"]
-    root = ROOT
     process = subprocess.Popen(
         command,
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(root)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A background job ignores SIGINT, and its child processes inherit that.
+        # A job in the background ignores SIGINT, and its child processes inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
-    seen, deadline = "", time.monotonic() + 120
-    while not re.search(r"Denoising: +[1-9]", seen) and time.monotonic() < deadline:  # 1 % may never be shown
-        seen += process.stderr.read(1)
+    seen = ""
+    while not re.search(r"Denoising: +[1-9]", seen):
+        character = process.stderr.read(1)
+        assert character, f"it ended before it was interrupted: {seen}"
+        seen += character
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=HANGS_AFTER)
     assert process.returncode == 1
     assert out == ""
     assert "Traceback" not in err

@@ -1,11 +1,9 @@
-"""The package is light: what its imports load, told by the modules of a fresh process, and by its source."""
+"""The package is light: which modules its imports load in a fresh process, and what its source imports."""
 
 from __future__ import annotations
 
 import ast
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from scripts.random_checkpoint import write_random_checkpoint
-from tests.helpers import ROOT
+from tests.helpers import ROOT, load_pipeline, run_python, sound
 
 PACKAGE = ROOT / "audioldm2"
 # tqdm comes with huggingface_hub and with transformers.
 RUNTIME = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "einops", "tqdm")
-# Installed beside the package in development, and by users who do other things too.
+# Packages that are installed in development, and by many users, but that this one does not need.
 FOREIGN = (
     *("diffusers", "accelerate", "librosa", "scipy", "soundfile", "soxr", "matplotlib", "torchaudio"),
     *("torchvision", "sentencepiece", "audioread", "numba", "sklearn", "pandas", "PIL", "onnx", "peft"),
@@ -26,22 +24,14 @@ FOREIGN = (
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
-def run_python(code: str, *arguments: str | Path, cwd: Path = ROOT) -> str:
-    """Run code in a fresh process that sees this checkout's package; its standard output."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
 def loaded_by(code: str) -> set[str]:
-    """All modules that a fresh process holds after running some code."""
+    """All modules that a fresh process has loaded after running some code."""
     report = "\nimport json, sys\nprint('\\n' + json.dumps(sorted(sys.modules)))"
-    return set(json.loads(run_python(code + report).splitlines()[-1]))
+    return set(json.loads(run_python("-c", code + report).stdout.splitlines()[-1]))
 
 
 def tops(modules: set[str]) -> set[str]:
+    """The packages that modules belong to."""
     return {name.partition(".")[0] for name in modules}
 
 
@@ -54,9 +44,9 @@ def test_importing_the_package_loads_no_third_party_package():
     assert third_party == set()
 
 
-def test_importing_the_pipeline_loads_what_its_packages_load_and_no_more():
+def test_importing_the_pipeline_loads_only_the_packages_it_needs():
     light = [name for name in RUNTIME if name != "transformers"]
-    # What the code imports of them by name, so that what those bring themselves is counted with them.
+    # With the submodules that the package imports, so that what these load is part of the baseline.
     baseline = loaded_by(f"import {', '.join(light)}, safetensors.torch, tqdm.auto")
     loaded = loaded_by("from audioldm2 import AudioLDM2Pipeline; assert AudioLDM2Pipeline.from_pretrained")
     extra = tops(loaded) - tops(baseline) - set(sys.stdlib_module_names) - {"audioldm2"}
@@ -76,7 +66,7 @@ def test_every_public_name_is_loaded_without_transformers():
 def test_help_and_version_load_no_third_party_package(argument: str):
     code = f"""
 import contextlib, io, runpy, sys
-before = {{name.partition(".")[0] for name in sys.modules}}  # what site-packages' .pth files loaded
+before = {{name.partition(".")[0] for name in sys.modules}}  # loaded by site-packages' .pth files
 sys.argv = ["audioldm2", {argument!r}]
 out = io.StringIO()
 try:
@@ -91,10 +81,10 @@ after = {{name.partition(".")[0] for name in sys.modules}}
 extra = after - before - set(sys.stdlib_module_names) - {{"audioldm2"}}
 assert not extra, extra
 """
-    run_python(code)
+    run_python("-c", code)
 
 
-def test_a_wrong_argument_is_told_without_torch():
+def test_a_wrong_argument_is_refused_without_loading_torch():
     code = """
 import sys
 from audioldm2.cli import main
@@ -104,17 +94,17 @@ except SystemExit as stopped:
     assert stopped.code == 2, stopped.code
 assert "torch" not in sys.modules and "numpy" not in sys.modules
 """
-    run_python(code)
+    run_python("-c", code)
 
 
-# --- a generation with nothing but what the package needs
+# --- a generation with only the packages that are needed
 
 BLOCK = """
 import sys
 from importlib.machinery import PathFinder
 FOREIGN = set(sys.argv[1].split(","))
 class Without(PathFinder):
-    # As if FOREIGN were not installed, for an import and for a package that only looks whether it is there.
+    # As if FOREIGN were not installed, also for packages that only look whether they could import it.
     @classmethod
     def find_spec(cls, name, path=None, target=None):
         return None if name.partition(".")[0] in FOREIGN else PathFinder.find_spec(name, path, target)
@@ -143,42 +133,36 @@ print("models:" + ",".join(sorted(models)))
 
 @pytest.fixture(scope="module")
 def own_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that the package makes alone, with nothing of what the tests compare with."""
+    """A checkpoint that is made without diffusers and transformers' models."""
     folder = tmp_path_factory.mktemp("own") / "random checkpoint"
     write_random_checkpoint(folder)
     return folder
 
 
-def test_a_generation_needs_no_other_package_and_none_of_transformers_models(
+def test_a_generation_needs_no_other_package_and_no_models_of_transformers(
     own_checkpoint: Path, tmp_path: Path
 ):
-    shown = run_python(BLOCK + GENERATE, ",".join(FOREIGN), own_checkpoint, cwd=tmp_path)
+    shown = run_python("-c", BLOCK + GENERATE, ",".join(FOREIGN), own_checkpoint, cwd=tmp_path).stdout
     (line,) = [line for line in shown.splitlines() if line.startswith("models:")]
     assert line == "models:", f"transformers' model code is loaded: {line}"
     assert (tmp_path / "dog.wav").stat().st_size > 2 * 16000
 
 
-def test_a_package_taken_away_cannot_be_imported():
+def test_a_blocked_package_cannot_be_imported():
     code = BLOCK + "\ntry:\n    import scipy.linalg\nexcept ModuleNotFoundError as e:\n    print(e.name)"
-    assert run_python(code, "scipy").strip() == "scipy"
-    assert "scipy" in loaded_by("import scipy.linalg"), "it is not installed: taking it away says nothing"
+    assert run_python("-c", code, "scipy").stdout.strip() == "scipy"
+    assert "scipy" in loaded_by("import scipy.linalg"), "it is not installed, so blocking it proves nothing"
 
 
 # --- the script that makes a random checkpoint
 
 
 def test_the_random_checkpoint_is_audible_and_its_seed_decides(own_checkpoint: Path, tmp_path: Path):
-    import torch
-
-    from audioldm2 import AudioLDM2Pipeline
-
     sounds = []
     for seed in (0, 1):
         write_random_checkpoint(tmp_path / str(seed), seed=seed)
-        pipe = AudioLDM2Pipeline.from_pretrained(tmp_path / str(seed))
-        pipe.set_progress_bar_config(disable=True)
-        generator = torch.Generator().manual_seed(0)
-        sounds.append(pipe("Rain", num_inference_steps=3, audio_length_in_s=1.0, generator=generator).audios)
+        pipe = load_pipeline(tmp_path / str(seed))
+        sounds.append(sound(pipe, "Rain", num_inference_steps=3, audio_length_in_s=1.0))
         assert 0.02 < sounds[-1].std() < 0.4
         assert abs(sounds[-1]).max() < 0.99, "the sound clips"
     assert abs(sounds[0] - sounds[1]).max() > 0.02
@@ -187,10 +171,7 @@ def test_the_random_checkpoint_is_audible_and_its_seed_decides(own_checkpoint: P
 
 
 def test_the_random_checkpoint_script_runs_from_a_checkout_and_is_honest(tmp_path: Path):
-    command = [sys.executable, "-I", str(ROOT / "scripts" / "random_checkpoint.py")]
-    done = subprocess.run(
-        [*command, "made here"], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True
-    )
+    done = run_python("-I", ROOT / "scripts" / "random_checkpoint.py", "made here", cwd=tmp_path)
     assert "random" in done.stdout
     assert (tmp_path / "made here" / "model_index.json").exists()
 
@@ -199,13 +180,13 @@ def test_the_random_checkpoint_script_runs_from_a_checkout_and_is_honest(tmp_pat
 
 
 def imports(path: Path, top_only: bool) -> Iterator[str]:
-    """Full names of the modules that a file imports: at its top level, or anywhere in it."""
+    """Full names of the modules that a file imports, at its top level or anywhere in it."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in tree.body if top_only else ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports inside the package are absolute"
+            assert node.level == 0, f"{path}: imports inside the package should be absolute"
             yield str(node.module)
 
 
@@ -219,7 +200,7 @@ def test_a_module_imports_only_the_runtime_packages(path: Path):
     at_the_top, anywhere = set(imports(path, True)), set(imports(path, False))
     assert tops(at_the_top) <= allowed
     assert "transformers" not in tops(at_the_top), "only where a tokenizer is read"
-    # Drawing is an extra of the package, and is asked for by name.
+    # Plotting is an optional extra.
     assert tops(anywhere) <= allowed | {"matplotlib"}
     assert not {name for name in anywhere if name.startswith("transformers.models")}
 
@@ -229,7 +210,7 @@ def test_a_module_imports_only_the_runtime_packages(path: Path):
     [path for path in MODULES if path.parent.name == "models" and path.stem != "__init__"],
     ids=lambda path: path.stem,
 )
-def test_a_stage_stands_alone(path: Path):
+def test_a_stage_imports_no_other_stage(path: Path):
     imported = set(imports(path, False))
     assert tops(imported) <= {*sys.stdlib_module_names, "torch", "einops", "audioldm2"}
     helpers = {f"audioldm2.models.{name}" for name in ("config", "layers", "stage")}
@@ -249,7 +230,7 @@ def test_a_stage_stands_alone(path: Path):
     [path for path in MODULES if path.parent.name == "schedulers"],
     ids=lambda path: path.stem,
 )
-def test_a_sampler_needs_torch_and_numpy_alone(path: Path):
+def test_a_sampler_imports_only_torch_and_numpy(path: Path):
     imported = set(imports(path, False))
     assert tops(imported) <= {*sys.stdlib_module_names, "torch", "numpy", "audioldm2"}
     assert all(name.startswith("audioldm2.schedulers") for name in imported if name.startswith("audioldm2"))

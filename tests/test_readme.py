@@ -1,4 +1,4 @@
-"""Every snippet of the README runs as it stands."""
+"""Every snippet of the README runs as it is printed."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTA
 
 @pytest.fixture(scope="module")
 def folder(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the Hub's cvssp/audioldm2 is a small checkpoint with random weights."""
+    """A working directory where cvssp/audioldm2 is a small checkpoint with random weights."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(random_checkpoint, folder / "cvssp" / "audioldm2")
     return folder
 
 
-def test_python_and_audioldm2_commands(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the order of the page: later snippets use the names and files of earlier ones."""
+def test_python_snippets_and_audioldm2_commands_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the README, as later snippets use names and files of earlier ones."""
     monkeypatch.chdir(folder)
     matplotlib.use("Agg")
     names: dict[str, object] = {}
@@ -47,14 +47,14 @@ def test_python_and_audioldm2_commands(folder: Path, monkeypatch: pytest.MonkeyP
     assert len(names["seen"]) == 5
 
 
-def test_scripts_exist() -> None:
+def test_the_scripts_that_are_named_exist() -> None:
     named = {word for _, code in BLOCKS for word in code.split() if word.startswith("scripts/")}
     assert len(named) >= 4
     for name in named:
         assert (ROOT / name).is_file(), name
 
 
-def test_links_lead_somewhere() -> None:
+def test_files_that_are_linked_exist() -> None:
     targets = re.findall(r"\]\(([^)#]+)\)", TEXT)
     assert len(targets) > 15
     for target in targets:

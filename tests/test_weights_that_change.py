@@ -1,6 +1,6 @@
-"""However weights change, the next sound is that of the new ones: nothing computed from them is kept.
+"""However weights change, the next sound is that of the new weights: nothing computed from them is kept.
 
-The checkpoint here is wide enough that a CPU's fast convolutions are used, which keep kernels of their own
+The checkpoint is wide enough for the fast convolutions on a CPU, which precompute kernels from the weights
 while a stage runs.
 """
 
@@ -11,6 +11,7 @@ import gc
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from torch import nn
 
 from audioldm2 import AudioLDM2Pipeline
 from scripts.random_checkpoint import changed
+from tests import helpers
+from tests.helpers import load_pipeline
 from tests.reference import SMALL, make_checkpoint
 
 WIDE = changed(
@@ -34,34 +37,26 @@ WIDE = changed(
 )
 
 
-def load(folder: Path) -> AudioLDM2Pipeline:
-    pipe = AudioLDM2Pipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Written by this package, so that what is saved and loaded again lies in memory in the same way."""
+    """Written by this package, so that weights that are saved and loaded again have the same alignment."""
     folder = tmp_path_factory.mktemp("wide")
-    load(make_checkpoint(folder / "theirs", WIDE)).save_pretrained(folder / "ours")
+    load_pipeline(make_checkpoint(folder / "theirs", WIDE)).save_pretrained(folder / "ours")
     return folder / "ours"
 
 
 @pytest.fixture
 def pipe(folder: Path) -> AudioLDM2Pipeline:
-    return load(folder)
+    return load_pipeline(folder)
 
 
-def sound(pipe: AudioLDM2Pipeline, prompt: str = "Rain falls", **arguments: object) -> np.ndarray:
-    arguments = {"num_inference_steps": 2, "audio_length_in_s": 1.28, **arguments}
-    generator = torch.Generator().manual_seed(0)
-    audio: np.ndarray = pipe(prompt, negative_prompt="Low", generator=generator, **arguments).audios
-    return audio
+def sound(pipe: AudioLDM2Pipeline, **arguments: Any) -> Any:
+    """Long enough for the fast convolutions."""
+    return helpers.sound(pipe, "Rain falls", audio_length_in_s=1.28, **arguments)
 
 
 def layers(pipe: AudioLDM2Pipeline) -> list[nn.Module]:
-    """A layer of every stage: convolutions, for which kernels are prepared, and linear maps."""
+    """A layer of every stage: convolutions, for which kernels are precomputed, and linear layers."""
     return [
         pipe.unet.down[0].resnets[0].conv_2,
         pipe.unet.down[1].transformers[1].blocks[0].cross_attention.kv,
@@ -80,7 +75,7 @@ def write_data(pipe: AudioLDM2Pipeline) -> None:
 
 
 def add_a_delta(pipe: AudioLDM2Pipeline) -> None:
-    """As PEFT merges an adapter."""
+    """As PEFT does to merge an adapter."""
     for layer in layers(pipe):
         layer.weight.data += 0.3 * layer.weight.data.flip(0)
 
@@ -146,43 +141,43 @@ CHANGES = [
 
 @pytest.fixture(scope="module")
 def unchanged(folder: Path) -> np.ndarray:
-    return sound(load(folder))
+    return sound(load_pipeline(folder))
 
 
-@pytest.mark.parametrize("when", ["before the first generation", "between two"])
+@pytest.mark.parametrize("when", ["before the first generation", "between two generations"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_a_change_of_weights_is_heard(
+def test_the_next_sound_is_the_one_of_the_changed_weights(
     pipe: AudioLDM2Pipeline,
     unchanged: np.ndarray,
     tmp_path: Path,
     change: Callable[[AudioLDM2Pipeline], None],
     when: str,
 ) -> None:
-    """Bit for bit the sound of the same weights, saved and loaded fresh."""
-    if when == "between two":
+    """Bit for bit the sound of the same weights saved and loaded again."""
+    if when == "between two generations":
         np.testing.assert_array_equal(sound(pipe), unchanged)
     change(pipe)
     after = sound(pipe)
     assert np.abs(after - unchanged).max() > 0.01
     pipe.save_pretrained(tmp_path)
-    np.testing.assert_array_equal(after, sound(load(tmp_path)))
+    np.testing.assert_array_equal(after, sound(load_pipeline(tmp_path)))
 
 
 def test_a_change_in_a_callback_counts_from_the_next_step(folder: Path) -> None:
-    """Compared with PyTorch's own convolutions, and conditions that are computed again at every step."""
+    """Compared with PyTorch's own convolutions, and contexts that are computed again at every step."""
 
     def halve_at_the_first_step(pipe: AudioLDM2Pipeline) -> Callable[..., None]:
-        of_the_unet = layers(pipe)[:2]
+        layers_of_the_unet = layers(pipe)[:2]
 
         def callback(step: int, t: torch.Tensor, latents: torch.Tensor) -> None:
             if step == 0:
-                for layer in of_the_unet:
+                for layer in layers_of_the_unet:
                     layer.weight.data.mul_(0.5)
 
         return callback
 
     class Plain(nn.Module):
-        """Hides a UNet: nothing is prepared for its weights, and no contexts are computed ahead."""
+        """Hides a UNet: no kernels are precomputed from its weights, and no contexts."""
 
         def __init__(self, unet: nn.Module):
             super().__init__()
@@ -194,7 +189,7 @@ def test_a_change_in_a_callback_counts_from_the_next_step(folder: Path) -> None:
 
     results = {}
     for name in ("ours", "plain", "changed before"):
-        pipe = load(folder)
+        pipe = load_pipeline(folder)
         callback = halve_at_the_first_step(pipe)
         if name == "plain":
             pipe.unet = Plain(pipe.unet)
@@ -207,7 +202,7 @@ def test_a_change_in_a_callback_counts_from_the_next_step(folder: Path) -> None:
     assert (results["ours"] - results["changed before"]).abs().max().item() > 1e-3 * scale
 
 
-def test_memory_returns_after_a_generation(pipe: AudioLDM2Pipeline) -> None:
+def test_a_generation_leaves_no_tensors_behind(pipe: AudioLDM2Pipeline) -> None:
     sound(pipe)
     gc.collect()
     before = sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
@@ -216,7 +211,7 @@ def test_memory_returns_after_a_generation(pipe: AudioLDM2Pipeline) -> None:
     assert sum(isinstance(x, torch.Tensor) for x in gc.get_objects()) <= before
 
 
-def test_a_generation_leaves_the_stages_as_they_were(pipe: AudioLDM2Pipeline) -> None:
+def test_a_generation_does_not_change_the_stages(pipe: AudioLDM2Pipeline) -> None:
     def description() -> list[tuple]:
         return [
             (name, type(module), sorted(module.__dict__), [p.stride() for p in module.parameters()])
@@ -231,8 +226,10 @@ def test_a_generation_leaves_the_stages_as_they_were(pipe: AudioLDM2Pipeline) ->
 
 
 @pytest.mark.parametrize("used", [False, True], ids=["new", "used"])
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])
-def test_a_copy_is_a_pipeline_of_its_own(
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))], ids=["deepcopy", "pickle"]
+)
+def test_a_copy_has_weights_of_its_own(
     pipe: AudioLDM2Pipeline, unchanged: np.ndarray, duplicate: Callable, used: bool
 ) -> None:
     if used:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, ParamSpec, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -36,22 +37,25 @@ class StageRunner:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._offload: Offload | None = None
-        self._compiled: dict[str, nn.Module] = {}  # the stages that were compiled
+        self._compiled: WeakSet[nn.Module] = WeakSet()
         self._fast: FastConvolutions | None = None
-        self._working: nn.Module | None = None
+        self._working: tuple[str, nn.Module] | None = None
         self._depth = 0
         self._progress: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # A lock and a CUDA stream belong to a process, compiled code to a module: a copy starts without them.
-        offload = None if self._offload is None else self._offload.device
-        idle: dict[str, Any] = {"_lock": None, "_fast": None, "_working": None, "_depth": 0, "_compiled": {}}
-        return {**self.__dict__, **idle, "_offload": offload}
+        state = {**vars(self), "_offload": None if self._offload is None else self._offload.device}
+        # A copy is not in the middle of a generation, and PyTorch does not copy what it compiled.
+        for name in ("_lock", "_compiled", "_fast", "_working", "_depth"):
+            del state[name]
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.RLock(), _offload=None)
-        if state["_offload"] is not None:
-            self.enable_model_cpu_offload(device=state["_offload"])
+        StageRunner.__init__(self)
+        offload = state.pop("_offload")
+        vars(self).update(state)
+        if offload is not None:
+            self.enable_model_cpu_offload(device=offload)
 
     @property
     def stages(self) -> dict[str, nn.Module]:
@@ -127,7 +131,7 @@ class StageRunner:
                 self._offload.release()
                 self._offload = None
             self.to("cpu")
-            self._offload = Offload(device, lambda: [*self.stages.values()])
+            self._offload = Offload(device)
 
     def compile(self, mode: str | None = None, stages: Sequence[str] | None = None) -> None:
         """Compile stages, each as one graph, when they are first called: minutes on a small machine.
@@ -150,7 +154,7 @@ class StageRunner:
             for name in check_stage_names(stages):
                 stage = getattr(self, name)
                 compile_stage(name, stage, mode)
-                self._compiled[name] = stage
+                self._compiled.add(stage)
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """Set options for the progress bars.
@@ -169,11 +173,10 @@ class StageRunner:
         """The stage `name`, ready to be called: on its device, and as fast as this machine allows."""
         stage: Any = getattr(self, name)
         outer = self._working, self._fast
-        self._working = stage
-        if self._offload is not None:
-            self._offload.take(stage)
+        self._working = (name, stage)
         try:
-            if name in self._compiled and self._compiled[name] is stage:
+            self._place(name, stage)
+            if stage in self._compiled:
                 self._fast = None
                 yield compiled(name, stage)
             else:
@@ -181,6 +184,12 @@ class StageRunner:
                     yield stage
         finally:
             self._working, self._fast = outer
+
+    def _place(self, name: str, stage: nn.Module) -> None:
+        """With offload, move a stage to the device; a GPU copies the next one while it works."""
+        if self._offload is not None:
+            following = self.stage_names[self.stage_names.index(name) + 1 :]
+            self._offload.take(stage, getattr(self, following[0]) if following else None)
 
     def refreshing(self, callback: Callable[P, R] | None) -> Callable[P, R] | None:
         """Wrap a caller's callback, which may change weights or run the pipeline again.
@@ -192,12 +201,16 @@ class StageRunner:
             return None
 
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            # Before the callback too: if it runs the pipeline, stages that it changed leave the device.
+            if self._offload is not None:
+                self._offload.may_have_changed()
             result = callback(*args, **kwargs)
             if self._fast is not None:
                 self._fast.forget()
-            if self._offload is not None and self._working is not None:
-                self._offload.take(self._working)
+            if self._offload is not None:
                 self._offload.may_have_changed()
+            if self._working is not None:
+                self._place(*self._working)
             return result
 
         return call

@@ -29,7 +29,7 @@ from torch import nn
 
 from audioldm2 import AudioLDM2Pipeline
 from audioldm2.checkpoints.formats import PARTS
-from tests.helpers import ROOT
+from tests.helpers import HANGS_AFTER, ROOT
 
 WHOLE = "owner/tiny"  # every part, as safetensors, as .bin and as a variant; and files that are not needed
 BINARY = "owner/binary"  # .bin only
@@ -90,7 +90,7 @@ def load_all(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 result["error"] = str(error)
         result["warnings"] = [str(warning.message) for warning in caught if "Hub" in str(warning.message)]
         with contextlib.suppress(OSError):  # the server is stopped in some tests
-            urllib.request.urlopen(f"{os.environ['HF_ENDPOINT']}/next", timeout=5).close()
+            urllib.request.urlopen(f"{os.environ['HF_ENDPOINT']}/next", timeout=HANGS_AFTER).close()
         results.append(result)
     return results
 
@@ -182,7 +182,7 @@ class LocalHub:
     def stop(self) -> None:
         self.server.shutdown()
         self.server.server_close()
-        self.thread.join(timeout=10)
+        self.thread.join()
 
     def outcomes(self, steps: dict[str, dict[str, Any]], home: Path) -> dict[str, Outcome]:
         """Run the steps in a process that uses this server as the Hub; returns the outcomes by step."""
@@ -193,6 +193,9 @@ class LocalHub:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            # The client's own 10 s can be too short on a busy machine.
+            "HF_HUB_ETAG_TIMEOUT": str(HANGS_AFTER),
+            "HF_HUB_DOWNLOAD_TIMEOUT": str(HANGS_AFTER),
             "NO_PROXY": "127.0.0.1",
         }
         self.requests[:] = [[]]
@@ -200,7 +203,7 @@ class LocalHub:
             [sys.executable, "-m", __name__, json.dumps(list(steps.values()))],
             capture_output=True,
             text=True,
-            timeout=180,
+            timeout=HANGS_AFTER,
             cwd=ROOT,
             env=environment,
             check=False,

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,7 +33,7 @@ from tests.checkpoints.files import (
     write_bin,
     write_safetensors,
 )
-from tests.helpers import ROOT
+from tests.helpers import run_python
 from tests.reference import assert_close, randomize
 
 WEIGHT_NAMES = {  # of one part of each library
@@ -393,15 +391,7 @@ def big_unet(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc to measure")
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_loading_peaks_at_the_size_of_the_stage(big_unet, random_checkpoint, dtype):
-    result = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(big_unet), str(random_checkpoint / "unet"), dtype],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=ROOT,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    result = run_python("-c", MEASURE, big_unet, random_checkpoint / "unet", dtype)
     loading, peak, size = map(int, result.stdout.split())
     file = (big_unet / "diffusion_pytorch_model.safetensors").stat().st_size // 1024
     assert file > 150 * 1024, "too small to be meaningful"
