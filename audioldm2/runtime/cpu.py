@@ -195,12 +195,12 @@ class FastConvolutions(TorchFunctionMode):
         tensors = (x, weight) if bias is None else (x, weight, bias)
         return (
             id(weight) in self._weights
+            and not torch._C._get_tracing_state()
             and all(map(_is_plain, tensors))
             and x.dim() == weight.dim() == dim
             and x.numel() > 0
             and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
             and not torch.is_autocast_enabled("cpu")
-            and not torch._C._get_tracing_state()
             and not torch._C._are_functorch_transforms_active()
             and torch._C._len_torch_dispatch_stack() == 0
             and all(unpack_dual(t).tangent is None for t in tensors)
