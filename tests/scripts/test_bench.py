@@ -10,10 +10,10 @@ from tests.scripts.helpers import run_script
 
 def test_it_measures_both_and_writes_figures_and_a_chart(tmp_path: Path):
     stages = ["--stage", "language_model", "--stage", "clip"]
-    sizes = ["--model", "tiny", "--seconds", "0.64", "--steps", "2", "--repeat", "1"]
+    sizes = ["--model", "small", "--seconds", "0.64", "--steps", "2", "--repeat", "1"]
     done = run_script("bench", *sizes, *stages, "--out", tmp_path / "figures", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    path = tmp_path / "figures" / "bench-cpu-tiny-language_model-clip.json"
+    path = tmp_path / "figures" / "bench-cpu-small-language_model-clip.json"
     written = json.loads(path.read_text())
     assert written["about"]["dtype"] == "float32"
     rows = written["rows"]
