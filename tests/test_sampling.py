@@ -22,7 +22,7 @@ from audioldm2.models.unet import UNet
 from audioldm2.sampling import denoise, exclusive
 from tests.helpers import HAMMER, RAIN, assert_same_sound, noise, seeded, sound
 from tests.reference import Both, assert_close
-from tests.schedulers.test_schedulers import NoReading
+from tests.schedulers.helpers import NoReading
 
 # --- the initial noise
 

@@ -119,13 +119,13 @@ class StageRunner:
             device: where stages work.
 
         Raises:
-            ValueError: the device is not available, or stages are compiled already.
+            ValueError: the device is not available, or it is a GPU and stages are compiled already.
         """
         device = available_device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", gpu_id)
         with self._lock:
-            if self._compiled:
+            if self._compiled and device.type == "cuda":  # CUDA graphs hold on to where weights are
                 raise ValueError("call enable_model_cpu_offload() before compile()")
             if self._offload is not None:
                 self._offload.release()
