@@ -149,4 +149,7 @@ def _same_memory(one: Tensor, other: Tensor) -> bool:
 
 def _version(tensor: Tensor) -> int | None:
     """A tensor's version counter; None if it was made in inference mode and does not count."""
-    return None if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:
+        return None
