@@ -160,7 +160,8 @@ def exclusive(scheduler: Any) -> Iterator[Any]:
     with _in_use_lock:
         in_use = _schedulers_in_use.get(id(scheduler))
         if in_use is None:
-            _schedulers_in_use[id(scheduler)] = (scheduler, copy.deepcopy(scheduler))
+            # A shallow copy first, so that attributes that are set meanwhile do not disturb deepcopy.
+            _schedulers_in_use[id(scheduler)] = (scheduler, copy.deepcopy(copy.copy(scheduler)))
         else:
             scheduler = copy.deepcopy(in_use[1])
     try:

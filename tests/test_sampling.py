@@ -112,7 +112,7 @@ def test_by_default_there_are_as_many_steps_as_the_scheduler_needs(
 ) -> None:
     steps: list[int] = []
 
-    def count(unet: UNet, scheduler: Any, latents: Tensor, *arguments: Any) -> Tensor:
+    def count(unet: UNet, scheduler: Any, latents: Tensor, *arguments: Any, **options: Any) -> Tensor:
         steps.append(len(scheduler.timesteps))
         return latents
 
