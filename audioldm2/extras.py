@@ -10,6 +10,6 @@ def install_hint(extra: str) -> str:
 
     Example:
         >>> install_hint("plot")
-        'pip install "audioldm2[plot]"'
+        'pip install "audioldm2-torch[plot]"'
     """
     return f'pip install "{DISTRIBUTION}[{extra}]"'

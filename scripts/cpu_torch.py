@@ -71,10 +71,17 @@ def _compile(library: Path, versions: dict[str, set[str]], unversioned: set[str]
     nodes = [f"{version} {{ {' '.join(f'{f};' for f in sorted(fs))} }};" for version, fs in versions.items()]
     with tempfile.TemporaryDirectory() as folder:
         source, script = Path(folder, "stub.c"), Path(folder, "versions")
-        source.write_text("".join(f"int {name}(void) {{ return {NO_DEVICE}; }}\n" for name in names))
+        source.write_text("".join(f"{_stub(name)}\n" for name in names))
         script.write_text("\n".join(nodes) or "{ *; };")
         flags = ["-shared", "-fPIC", "-w", "-fno-builtin", f"-Wl,-soname,{library.name}"]
         _output("cc", *flags, f"-Wl,--version-script={script}", "-o", library, source)
+
+
+def _stub(name: str) -> str:
+    """The C definition of a function: it returns an error or, if its result is a text, says that there is one."""
+    if name.endswith(("ErrorString", "ErrorName")):
+        return f'const char *{name}(void) {{ return "no CUDA: this function is a stub"; }}'
+    return f"int {name}(void) {{ return {NO_DEVICE}; }}"
 
 
 def _output(*command: str | Path) -> str:
