@@ -78,7 +78,7 @@ def _compile(library: Path, versions: dict[str, set[str]], unversioned: set[str]
 
 
 def _stub(name: str) -> str:
-    """The C definition of a function: it returns an error or, if its result is a text, says that there is one."""
+    """The C definition of a function that returns an error or, for texts, says that it is a stub."""
     if name.endswith(("ErrorString", "ErrorName")):
         return f'const char *{name}(void) {{ return "no CUDA: this function is a stub"; }}'
     return f"int {name}(void) {{ return {NO_DEVICE}; }}"

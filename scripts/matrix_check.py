@@ -41,8 +41,8 @@ PROMPTS = {  # prompt -> Hz in which most of the energy has to be
     "A high steady tone": (1500, 8000),
 }
 SAME_STAGE = 1e-4  # greatest difference, as a fraction of the greatest value
-# Root mean square of the difference, as a fraction of the sound's. After saving and loading, equal weights were
-# seen to differ by up to 8.7e-7 in the sound; the cause was not established.
+# Root mean square of the difference, as a fraction of the sound's. After saving and loading, sounds of equal
+# weights were seen to differ by up to 8.7e-7; the cause was not established.
 SAME_SAVED = 1e-4
 SAME_SOUND = 0.01
 
