@@ -56,7 +56,7 @@ examples:
   .venv/bin/python scripts/evaluate_tiny --trade --pictures --write  # everything that the documents show"""
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/evaluate_tiny",
         description=__doc__,
@@ -107,7 +107,7 @@ def parse_arguments() -> argparse.Namespace:
         help=f"update the scores in {CARD}, the trade in {README} and the pictures in {DOCS}/ of a checkout "
         "(default: this one)",
     )
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     for name in ("clips", "steps", "batch"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, not {getattr(options, name)}")
@@ -194,8 +194,8 @@ def write_documents(checkout: Path, texts: dict[str, str], pictures: Sequence[Pa
         shutil.copyfile(path, checkout / DOCS / path.name)
 
 
-def main() -> None:
-    options = parse_arguments()
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
     if options.trade or options.pictures:
         try:
             check_can_draw()

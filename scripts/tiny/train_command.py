@@ -103,9 +103,9 @@ def missing_parts(stages: Sequence[Stage], present: set[str]) -> str:
     return ""
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser()
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     for name in ("sounds", "steps", "batch", "threads"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, not {getattr(options, name)}")

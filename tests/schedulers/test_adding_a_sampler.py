@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import diffusers
 import pytest
 
 from audioldm2.schedulers import DDIMScheduler
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run_python
 from tests.schedulers.helpers import AUDIOLDM2, NOISE, assert_close, network
 
 PAGE = (ROOT / "docs" / "adding-a-sampler.md").read_text(encoding="utf-8")
@@ -63,16 +61,7 @@ assert pipe.scheduler.config.beta_end == 0.0195
 assert pipe.scheduler.num_inference_steps == 20
 assert audio.std() > 0.001
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script + checks],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_python("-c", script + checks, cwd=tmp_path, path=checkout)
     assert (tmp_path / "bell.wav").stat().st_size > 10_000
 
 

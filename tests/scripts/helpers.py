@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import nn
 
 from scripts.tiny.loop import Run
-from tests.helpers import ROOT
+from tests.helpers import HANGS_AFTER, ROOT
 
 SHIPPED = ROOT / "audioldm2" / "tiny"
 
@@ -21,7 +24,26 @@ def run_script(name: str, *arguments: str | Path, cwd: Path = ROOT) -> subproces
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
     command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500)
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=HANGS_AFTER
+    )
+
+
+def call_main(
+    main: Callable[[Sequence[str]], None], *arguments: str | Path
+) -> subprocess.CompletedProcess[str]:
+    """Call a script's `main` in this process, which saves the script's start-up."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    words = [str(word) for word in arguments]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(words)
+        except SystemExit as stop:
+            # As the interpreter does: a message goes to the standard error, and the exit code is 1.
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+            if isinstance(stop.code, str):
+                print(stop.code, file=err)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def run_without(parts: Path, folder: Path, *missing: str) -> Run:

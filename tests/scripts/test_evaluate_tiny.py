@@ -12,6 +12,7 @@ from PIL import Image
 
 from audioldm2 import AudioLDM2Pipeline, DPMSolverMultistepScheduler
 from scripts.random_checkpoint import write_random_checkpoint
+from scripts.tiny import evaluate_command
 from scripts.tiny.data.sounds import ALL_SOUNDS, CLIP_SAMPLES, KINDS
 from scripts.tiny.evaluate.evaluation import (
     by_row,
@@ -25,7 +26,7 @@ from scripts.tiny.evaluate.generation import equal_length_batches, generate
 from scripts.tiny.evaluate.pictures import draw_spectrograms
 from scripts.tiny.evaluate.prompts import TWO_SOUNDS, draw_prompts, shuffled
 from scripts.tiny.evaluate.trade import SETTINGS, Setting, draw_trade, measure_trade, trade_table
-from tests.scripts.helpers import run_script
+from tests.scripts.helpers import call_main, run_script
 
 # Some captions are longer than the 32 tokens that the random checkpoint reads.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is longer than")
@@ -49,6 +50,11 @@ def loaded(checkpoint: Path, dtype: torch.dtype = torch.float32) -> AudioLDM2Pip
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def width(picture: Path) -> int:
+    with Image.open(picture) as image:
+        return image.size[0]
 
 
 # --- prompts
@@ -124,7 +130,7 @@ def test_the_parts_are_measured(pipe: AudioLDM2Pipeline):
 
 def test_samplers_and_precisions_are_compared(checkpoint: Path, tmp_path: Path):
     prompts = draw_prompts(1, 0, two=0)[:2]
-    settings = (Setting("DDIM", 3), Setting("DPM-Solver++", 3), Setting("DPM-Solver++", 3, "bfloat16"))
+    settings = (Setting("DDIM", 3), Setting("DPM-Solver++", 3), Setting("DPM-Solver++", 3, "float64"))
     results = measure_trade(
         lambda dtype: loaded(checkpoint, dtype), prompts, guidance=2.0, batch=2, settings=settings
     )
@@ -133,7 +139,7 @@ def test_samplers_and_precisions_are_compared(checkpoint: Path, tmp_path: Path):
     assert all(result.distance > 0 and result.seconds > 0 for result in results[1:])
     assert trade_table(results).count("\n") == 4
     draw_trade(results, tmp_path / "trade.png")
-    assert Image.open(tmp_path / "trade.png").size[0] > 500
+    assert width(tmp_path / "trade.png") > 500
     assert SETTINGS[0] == Setting("DDIM", 200)
 
 
@@ -141,10 +147,16 @@ def test_the_picture_is_wide_and_its_file_small(tmp_path: Path):
     sounds = [prompt.real() for prompt in draw_prompts(1, 0, two=0)]
     draw_spectrograms([f"{sound.kind} {sound.trait}" for sound in ALL_SOUNDS], sounds, tmp_path / "kinds.png")
     assert (tmp_path / "kinds.png").stat().st_size < 200_000
-    assert Image.open(tmp_path / "kinds.png").size[0] > 800
+    assert width(tmp_path / "kinds.png") > 800
 
 
 # --- the command
+
+
+def test_help_shows_examples():
+    done = run_script("evaluate_tiny", "--help")
+    assert done.returncode == 0
+    assert evaluate_command.EXAMPLES in done.stdout
 
 
 def test_the_command_updates_documents_and_writes_figures(checkpoint: Path, tmp_path: Path):
@@ -154,7 +166,7 @@ def test_the_command_updates_documents_and_writes_figures(checkpoint: Path, tmp_
     readme.write_text("<!-- tiny: trade -->\n<!-- /tiny: trade -->\n")
     size = ["--clips", "1", "--steps", "1", "--quick", "--batch", "25", "--guidance", "1"]
     writing = ["--pictures", "--write", tmp_path, "--json", tmp_path / "x.json", "--out", tmp_path / "out"]
-    done = run_script("evaluate_tiny", "--model", checkpoint, *size, *writing, cwd=tmp_path)
+    done = call_main(evaluate_command.main, "--model", checkpoint, *size, *writing)
     assert done.returncode == 0, done.stderr
     scores = next(line for line in done.stdout.splitlines() if line.startswith("| all | 29 |"))
     assert card.read_text().startswith("before\n<!-- scores -->\n\n| sound | prompts |")
@@ -177,7 +189,7 @@ def test_the_command_updates_documents_and_writes_figures(checkpoint: Path, tmp_
     ],
 )
 def test_invalid_arguments_are_refused(arguments: list[str], message: str, tmp_path: Path):
-    done = run_script("evaluate_tiny", *arguments, cwd=tmp_path)
+    done = call_main(evaluate_command.main, *arguments, "--out", tmp_path)
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr
