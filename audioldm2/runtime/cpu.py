@@ -154,7 +154,7 @@ class FastConvolutions(TorchFunctionMode):
         if not self._answers(x, weight, bias, dim=4):
             return None
         keeps_size = (stride, padding, dilation) == ((1, 1), (1, 1), (1, 1))
-        if keeps_size and groups == 1 and bias is not None and _is_wide(weight):
+        if keeps_size and groups == 1 and _is_wide(weight) and bias is not None and _match(x, weight, bias):
             pixels = x.shape[0] * x.shape[2] * x.shape[3]
             if self._min_pixels_2d is not None and pixels >= self._min_pixels_2d:
                 return winograd.conv_2d(x, self._kernel(weight, winograd.kernel_2d), bias)
@@ -174,7 +174,9 @@ class FastConvolutions(TorchFunctionMode):
         groups: int = 1,
     ) -> Tensor | None:
         """`torch.conv1d`, (B, C, L) -> (B, O, L), channels last; None where it is left to PyTorch."""
-        if not self._answers(x, weight, bias, dim=3) or bias is None or not _is_wide(weight):
+        if not self._answers(x, weight, bias, dim=3) or not _is_wide(weight):
+            return None
+        if bias is None or not _match(x, weight, bias):
             return None
         taps = weight.shape[2]
         if (stride, groups) != ((1,), 1) or padding != (dilation[0] * (taps // 2),):
@@ -248,6 +250,11 @@ def _is_plain(tensor: Any) -> bool:
 def _can_be_watched(weight: Tensor) -> bool:
     """Whether this can be a convolution's weight, and tells when it changes (inference tensors do not)."""
     return _is_plain(weight) and weight.dim() in (3, 4) and not weight.is_inference()
+
+
+def _match(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """Whether the channels match; if they do not, PyTorch's convolution says so."""
+    return x.shape[1] == weight.shape[1] and bias.shape == weight.shape[:1]
 
 
 def _is_wide(weight: Tensor) -> bool:

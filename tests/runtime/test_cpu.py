@@ -11,19 +11,18 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 from audioldm2.models.hifigan import HifiGan, HifiGanConfig
 from audioldm2.models.unet import UNet, UNetConfig
 from audioldm2.models.vae import VAE, VAEConfig
 from audioldm2.runtime import cpu, winograd
 from audioldm2.runtime.cpu import fast_convolutions
+from tests.helpers import noise
 from tests.reference import SMALL, assert_close, randomize
 
 TOLERANCE = 1e-5
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def conv_2d(channels_in: int = 64, channels_out: int = 72) -> nn.Module:
@@ -325,7 +324,7 @@ def test_other_modules_are_left_alone(answered: list[str]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_other_dtypes(dtype: torch.dtype, answered: list[str]) -> None:
-    layer, x = conv_2d().to(dtype), noise(1, 64, 64, 64).to(dtype)
+    layer, x = conv_2d().to(dtype), noise(1, 64, 8, 8).to(dtype)
     with torch.no_grad():
         assert torch.equal(within(layer, x), layer(x))
     assert not answered
@@ -362,6 +361,50 @@ def test_inference_mode(answered: list[str]) -> None:
     assert answered == ["conv_2d"]
     with torch.no_grad():
         assert_close(result, layer(x), TOLERANCE)
+
+
+def test_forward_mode_derivatives(answered: list[str]) -> None:
+    layer, x, tangent = conv_2d(), noise(1, 64, 64, 64), noise(1, 64, 64, 64, seed=1)
+    with torch.no_grad(), fast_convolutions(layer), forward_ad.dual_level():
+        found = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent))).tangent
+    assert not answered
+    assert_close(found, layer(tangent) - layer(0 * tangent), TOLERANCE)
+
+
+@torch.no_grad()
+def test_tensor_subclasses(answered: list[str]) -> None:
+    class Mine(Tensor):
+        pass
+
+    layer, x = conv_2d(), noise(1, 64, 64, 64)
+    result = within(layer, x.as_subclass(Mine))
+    assert not answered
+    assert type(result) is Mine
+    assert torch.equal(result.as_subclass(Tensor), layer(x))
+
+
+@torch.no_grad()
+def test_dispatch_modes_see_the_convolution() -> None:
+    layer, x, counts = conv_2d(), noise(1, 64, 64, 64), []
+    for stage in (layer, conv_2d()):  # in a block of its own, and in that of another layer
+        with fast_convolutions(stage), FlopCounterMode(display=False) as counter:
+            layer(x)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+@torch.no_grad()
+def test_wrong_shapes_raise_what_pytorch_raises() -> None:
+    layer = conv_2d()
+    with fast_convolutions(layer):
+        with pytest.raises(RuntimeError, match="to have 64 channels, but got 63"):
+            layer(noise(1, 63, 20, 16))
+        layer.bias.data = noise(1)
+        with pytest.raises(RuntimeError, match="expected bias to be 1-dimensional with 72 elements"):
+            layer(noise(1, 64, 20, 16))
+        layer.bias.data = noise(72)
+        assert layer(noise(64, 20, 16)).shape == (72, 20, 16)  # without a batch
+        assert layer(noise(0, 64, 20, 16)).shape == (0, 72, 20, 16)
 
 
 @torch.no_grad()
