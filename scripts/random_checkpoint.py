@@ -25,6 +25,7 @@ from torch import nn
 
 from audioldm2 import AudioLDM2Pipeline, ClapFeatureExtractor, DDIMScheduler
 from audioldm2.audio.log_mel import ClapFeatureExtractorConfig
+from audioldm2.checkpoints.folder import load_tokenizer
 from audioldm2.checkpoints.formats import PARTS
 from scripts.random_tokenizers import write_roberta_tokenizer, write_t5_tokenizer
 
@@ -209,8 +210,6 @@ def write_random_checkpoint(
     Returns:
         The number of weights.
     """
-    import transformers
-
     folder = Path(folder)
     generator = torch.Generator(device).manual_seed(seed)
     stages = {}
@@ -224,10 +223,8 @@ def write_random_checkpoint(
     write_t5_tokenizer(folder / "tokenizer_2", max_length=limits[1])
     AudioLDM2Pipeline(
         **stages,
-        tokenizer=transformers.RobertaTokenizerFast.from_pretrained(folder / "tokenizer"),
-        tokenizer_2=transformers.T5TokenizerFast.from_pretrained(  # type: ignore[attr-defined, unused-ignore]
-            folder / "tokenizer_2"
-        ),
+        tokenizer=load_tokenizer(folder / "tokenizer", "RobertaTokenizer"),
+        tokenizer_2=load_tokenizer(folder / "tokenizer_2", "T5Tokenizer"),
         feature_extractor=ClapFeatureExtractor(
             ClapFeatureExtractorConfig.from_dict(BASE["feature_extractor"])
         ),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import audioldm2
 from audioldm2.checkpoints.fill import TensorDict, fill
+from audioldm2.checkpoints.folder import load_tokenizer
 from audioldm2.checkpoints.weight_map import weight_map
 from scripts.random_checkpoint import BASE, changed
 from scripts.random_tokenizers import write_roberta_tokenizer, write_t5_tokenizer
@@ -242,7 +243,7 @@ def make_checkpoint(folder: str | Path, sizes: dict[str, dict] = SMALL, seed: in
         text_encoder_2 = transformers.VitsModel(transformers.VitsConfig(**second))
     else:
         write_t5_tokenizer(folder / "tokenizer_2")
-        tokenizer_2 = transformers.T5TokenizerFast.from_pretrained(folder / "tokenizer_2")
+        tokenizer_2 = load_tokenizer(folder / "tokenizer_2", "T5Tokenizer")
         text_encoder_2 = transformers.T5EncoderModel(transformers.T5Config(**second))
     text = sizes["text_encoder"]
     parts = {
@@ -264,7 +265,7 @@ def make_checkpoint(folder: str | Path, sizes: dict[str, dict] = SMALL, seed: in
         randomize(part, seed=100 * seed + number)
     pipe = diffusers.AudioLDM2Pipeline(
         **parts,
-        tokenizer=transformers.RobertaTokenizerFast.from_pretrained(folder / "tokenizer"),
+        tokenizer=load_tokenizer(folder / "tokenizer", "RobertaTokenizer"),
         tokenizer_2=tokenizer_2,
         feature_extractor=transformers.ClapFeatureExtractor(**sizes["feature_extractor"]),
         scheduler=diffusers.DDIMScheduler(**sizes["scheduler"]),

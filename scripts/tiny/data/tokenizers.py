@@ -11,8 +11,10 @@ import string
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from audioldm2.checkpoints.folder import load_tokenizer
 from audioldm2.checkpoints.formats import TOKENIZERS
 from scripts.random_tokenizers import write_roberta_tokenizer, write_t5_tokenizer
 from scripts.tiny.data.library import Library
@@ -49,21 +51,17 @@ def write_tokenizers(library: Library, run: Run) -> None:
 
 def read_tokenizers(run: Run) -> tuple[Any, Any]:
     """CLAP's and T5's tokenizers of a run's checkpoint, as the pipeline reads them."""
-    import transformers
-
     return (
-        transformers.RobertaTokenizerFast.from_pretrained(run.checkpoint / "tokenizer"),
-        transformers.T5TokenizerFast.from_pretrained(  # type: ignore[attr-defined, unused-ignore]
-            run.checkpoint / "tokenizer_2"
-        ),
+        load_tokenizer(run.checkpoint / "tokenizer", "RobertaTokenizer"),
+        load_tokenizer(run.checkpoint / "tokenizer_2", "T5Tokenizer"),
     )
 
 
-def tokenize(tokenizer: Any, texts: list[str], device: str) -> tuple[Tensor, Tensor]:
+def tokenize(tokenizer: Any, texts: list[str], device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Token ids and mask, both (B, N), padded to the longest text as in the pipeline."""
     limit = tokenizer.model_max_length
-    tokens = tokenizer(texts, padding=True, max_length=limit, truncation=True, return_tensors="pt")
-    return tokens.input_ids.to(device), tokens.attention_mask.to(device)
+    tokens = tokenizer(texts, padding=True, max_length=limit, truncation=True)
+    return torch.tensor(tokens.input_ids, device=device), torch.tensor(tokens.attention_mask, device=device)
 
 
 def vary_caption(caption: str, rng: np.random.Generator) -> str:

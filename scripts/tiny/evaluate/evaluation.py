@@ -19,6 +19,7 @@ from audioldm2.audio.log_mel import LogMel, LogMelConfig
 from audioldm2.audio.resample import resample
 from scripts.tiny.data.captions import caption
 from scripts.tiny.data.sounds import BACKGROUNDS, KINDS, SAMPLING_RATE, draw_scene, loudest_level, render
+from scripts.tiny.data.tokenizers import tokenize
 from scripts.tiny.evaluate.criteria import matches
 from scripts.tiny.evaluate.generation import generate
 from scripts.tiny.evaluate.measures import measure
@@ -123,12 +124,11 @@ def clap_retrieval(pipe: AudioLDM2Pipeline, rounds: int, seed: int) -> float:
         rng = np.random.default_rng([seed, HELD_OUT_SEED, 4, number])
         scenes = [draw_scene(rng, kind) for kind in KINDS]
         texts = [caption(scene, rng, held_out=True) for scene in scenes]
-        tokens = pipe.tokenizer(texts, padding=True, return_tensors="pt")
         waveforms = torch.from_numpy(np.stack([render(scene, rng) for scene in scenes]))
         if rate != SAMPLING_RATE:
             waveforms = resample(waveforms, SAMPLING_RATE, rate)
         sound = clap.audio_features(extract(waveforms, rate))  # (kinds, P)
-        text = clap.text_features(tokens.input_ids, tokens.attention_mask)
+        text = clap.text_features(*tokenize(pipe.tokenizer, texts))
         right += ((text @ sound.T).argmax(1) == torch.arange(len(KINDS))).tolist()
     return sum(right) / len(right)
 
