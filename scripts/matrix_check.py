@@ -7,8 +7,7 @@ With the checkpoint in the package it checks that
 
 - every public name imports, and the command runs;
 - prompts are encoded as stored here (a tokenizer that fails silently gives another sound);
-- a prompt gives the sound that it names, bit for bit the same twice, and the same within rounding after
-  saving and loading;
+- a prompt gives the sound that it names, bit for bit the same twice, and again after saving and loading;
 - stages equal transformers' (T5, CLAP, GPT-2, HiFi-GAN) and diffusers' (UNet, VAE) within 1e-4 of the
   output's scale, where these are installed and support the installed PyTorch;
 - the sound equals `reference.npy`, which another environment wrote, within 1 % in root mean square.
@@ -41,10 +40,7 @@ PROMPTS = {  # prompt -> Hz in which most of the energy has to be
     "A high steady tone": (1500, 8000),
 }
 SAME_STAGE = 1e-4  # greatest difference, as a fraction of the greatest value
-# Root mean square of the difference, as a fraction of the sound's. After saving and loading, sounds of equal
-# weights were seen to differ by up to 8.7e-7; the cause was not established.
-SAME_SAVED = 1e-4
-SAME_SOUND = 0.01
+SAME_SOUND = 0.01  # root mean square of the difference, as a fraction of the sound's
 
 # Ids with transformers 5.24 and tokenizers 0.23: CLAP's, then T5's.
 ENCODED = {
@@ -104,11 +100,25 @@ def check_sound(sounds: np.ndarray) -> None:
         assert share > 0.7, f"{prompt}: {share:.0%} of the energy in {low} to {high} Hz"
 
 
-def check_saved(pipe: AudioLDM2Pipeline, sounds: np.ndarray) -> None:
+def check_saved(pipe: AudioLDM2Pipeline) -> None:
+    """Saving and loading changes no bit of the sound."""
     with tempfile.TemporaryDirectory() as folder:
         pipe.save_pretrained(folder)
-        change = difference(generate(load(folder)), sounds)
-    assert change < SAME_SAVED, f"saving and loading changes the sound by {change:.1e}"
+        saved = load(folder)
+        align(pipe)
+        align(saved)
+        assert np.array_equal(generate(saved), generate(pipe)), "another sound after saving and loading"
+
+
+def align(pipe: AudioLDM2Pipeline) -> None:
+    """Move all weights to memory of PyTorch's own, which begins at multiples of 64 bytes.
+
+    Weights that are mapped from a file begin anywhere, and how a matrix product rounds depends on that: it
+    changes a sound by about 1e-6 in root mean square.
+    """
+    for stage in pipe.stages.values():
+        for parameter in stage.parameters():
+            parameter.data = parameter.data.clone()
 
 
 def difference(sound: np.ndarray, reference: np.ndarray) -> float:
@@ -173,7 +183,7 @@ def main(sound: str, reference: str | None = None) -> None:
     sounds = generate(pipe)
     check_sound(sounds)
     assert np.array_equal(generate(pipe), sounds), "another sound from the same seed"
-    check_saved(pipe, sounds)
+    check_saved(pipe)
     compared = []
     with torch.inference_mode():
         if transformers.is_torch_available():  # false where transformers does not support this PyTorch
