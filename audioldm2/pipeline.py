@@ -48,13 +48,8 @@ class AudioPipelineOutput(NamedTuple):
 class AudioLDM2Pipeline(StageRunner):
     """The seven stages of AudioLDM 2 and what joins them.
 
-    Any part can be replaced by one with the same methods, `pipe.unet = mine`; the UNet and the scheduler also
-    by diffusers'.
-
-    Example:
-
-        pipe = AudioLDM2Pipeline.from_pretrained("cvssp/audioldm2")
-        audio = pipe("A hammer hits a wooden surface").audios[0]  # numpy, (samples,), 16 kHz
+    Any part can be replaced with one that has the same methods, as in `pipe.unet = mine`. The UNet and the
+    scheduler can also be those of diffusers.
 
     Args:
         vae: log-mel spectrogram <-> latents.
@@ -68,6 +63,10 @@ class AudioLDM2Pipeline(StageRunner):
         unet: the denoiser.
         scheduler: the sampler.
         vocoder: log-mel spectrogram -> waveform.
+
+    Example:
+        >>> pipe = AudioLDM2Pipeline.from_pretrained("cvssp/audioldm2")
+        >>> audio = pipe("A hammer hits a wooden surface").audios[0]  # numpy, (samples,), 16 kHz
     """
 
     # In the order in which they work.

@@ -11,8 +11,8 @@ and scaled to the lower of the two Nyquist frequencies, is a low-pass filter h, 
 only L values, so there are L short filters, the phases: output n uses phase n mod L. This polyphase form is a
 strided convolution with L output channels.
 
-The passband ends at 0.9 of the lower Nyquist frequency. The stopband begins at 1.0, attenuated by
-100 dB.
+The passband ends at 0.9 times the lower Nyquist frequency. The stopband begins at that frequency and is
+attenuated by 100 dB.
 """
 
 from __future__ import annotations

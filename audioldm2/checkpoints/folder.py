@@ -1,8 +1,7 @@
 """Loading and saving checkpoint folders: one stage, or all parts of a pipeline.
 
     load_pretrained_stage, load_stage, save_stage    a folder with config.json and weights <-> a `Stage`
-    load_parts, save_parts                           a folder with model_index.json <-> a pipeline's parts, by
-    name
+    load_parts, save_parts                           a folder with model_index.json <-> parts by name
 
 Loading checks before it allocates: a stage is built from its config on the meta device, all shapes and types
 of the checkpoint are compared with it, and only then are tensors read. All errors name the file.
@@ -156,8 +155,7 @@ def save_stage(stage: Stage[Any], folder: Path) -> None:
     """Write a stage's config.json and weights such that diffusers or transformers can load them.
 
     Tensors of the reference that the stage does not have are not written: buffers that are computed here
-        (CLAP's
-    position_ids, for example) and weights that the pipeline never uses (GPT-2's word embeddings).
+    (CLAP's position_ids, for example) and weights that the pipeline never uses (GPT-2's word embeddings).
     transformers initializes those when it loads the folder, and reports it.
 
     Raises:

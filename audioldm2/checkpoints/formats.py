@@ -3,12 +3,11 @@
 A checkpoint is a folder with one subfolder per part and a model_index.json that names the class of each part:
 
     model_index.json
-    text_encoder/  text_encoder_2/  projection_model/  language_model/  unet/  vae/  vocoder/
-                          config.json and weights: the stages, see PARTS
-    tokenizer/  tokenizer_2/
-                          transformers' tokenizers, see TOKENIZERS
-    feature_extractor/    preprocessor_config.json
-    scheduler/            scheduler_config.json
+    text_encoder/, text_encoder_2/, projection_model/, language_model/, unet/, vae/, vocoder/
+                                the stages, see PARTS: config.json and weights
+    tokenizer/, tokenizer_2/    transformers' tokenizers, see TOKENIZERS
+    feature_extractor/          preprocessor_config.json
+    scheduler/                  scheduler_config.json
 
 `PARTS` is the one table that connects a stage (`audioldm2.models`) to its checkpoints. A new stage gets one
 line there; see docs/adding-a-stage.md.

@@ -192,8 +192,18 @@ class ClapAudioTower(HTSAT):
 class ClapModel(Stage[ClapConfig]):
     """CLAP: features of texts and of sounds in one space, and their similarity.
 
-    The features have unit length: the dot product of a text's and a sound's features is their cosine
-        similarity.
+    The features have unit length: the dot product of a text's and a sound's is their cosine similarity.
+
+    Args:
+        config: sizes, kept as `clap.config`. `ClapConfig()` has transformers' defaults, smaller than
+            AudioLDM 2's.
+
+    Attributes:
+        text: the text tower.
+        audio: the audio tower.
+        logit_scale_t: logarithm of the learned scale (inverse temperature) of the contrastive loss over
+            texts.
+        logit_scale_a: the same for the loss over sounds.
 
     Example:
         >>> clap = ClapModel.from_pretrained("tiny", subfolder="text_encoder")  # or "cvssp/audioldm2"
@@ -204,16 +214,6 @@ class ClapModel(Stage[ClapConfig]):
         >>> text.shape, sound.shape
         (torch.Size([2, 64]), torch.Size([3, 64]))
         >>> similarity = text @ sound.T  # 2 texts, 3 sounds; from -1 to 1
-
-    Args:
-        config: sizes; `ClapConfig()` is the smaller CLAP that transformers defaults to.
-
-    Attributes:
-        text: the text tower.
-        audio: the audio tower.
-        logit_scale_t: logarithm of the learned scale (inverse temperature) of the contrastive loss over
-            texts.
-        logit_scale_a: the same for the loss over sounds.
     """
 
     def __init__(self, config: ClapConfig):

@@ -157,14 +157,15 @@ class GPT2(Stage[GPT2Config]):
     """The language model of AudioLDM 2: a sequence of vectors (B, T, C) -> new vectors (B, 8, C).
 
     Args:
-        config: the sizes; kept as `gpt2.config`.
+        config: sizes, kept as `gpt2.config`.
 
     Example:
-
-        gpt2 = GPT2.from_pretrained("cvssp/audioldm2", subfolder="language_model")
-        sequence = torch.randn(1, 25, 768)  # from `ProjectionModel`
-        vectors = gpt2.generate(sequence)   # (1, 8, 768)
-        states = gpt2(sequence)             # (1, 25, 768): one pass, nothing generated
+        >>> gpt2 = GPT2.from_pretrained("tiny", subfolder="language_model")  # or "cvssp/audioldm2"
+        >>> sequence = torch.randn(1, 25, gpt2.config.n_embd)  # from a ProjectionModel
+        >>> gpt2.generate(sequence).shape  # the new vectors
+        torch.Size([1, 8, 128])
+        >>> gpt2(sequence).shape  # one pass, without generation
+        torch.Size([1, 25, 128])
     """
 
     def __init__(self, config: GPT2Config):

@@ -114,6 +114,9 @@ class ResidualBlock(nn.Module):
 class HifiGan(Stage[HifiGanConfig]):
     """The vocoder: log-mel spectrograms to waveforms.
 
+    Args:
+        config: sizes, kept as `vocoder.config`.
+
     Example:
         >>> vocoder = HifiGan.from_pretrained("tiny", subfolder="vocoder")  # or "cvssp/audioldm2"
         >>> mel = torch.randn(2, 10, vocoder.config.model_in_dim)  # from a VAE, without its channel axis
@@ -121,9 +124,6 @@ class HifiGan(Stage[HifiGanConfig]):
         (512, 16000)
         >>> vocoder(mel).shape  # (batch, samples)
         torch.Size([2, 5120])
-
-    Args:
-        config: sizes, kept as `vocoder.config`.
     """
 
     mean: Tensor

@@ -198,8 +198,10 @@ class PatchMerging(nn.Module):
 
 
 class SwinLevel(nn.Module):
-    """The blocks of one level, every second one shifted; patch merging follows, except after the last
-    level."""
+    """The blocks of one level, every second one shifted, then patch merging (except on the last level).
+
+    (B, H, W, C) -> (B, H/2, W/2, 2C), or the input's shape on the last level.
+    """
 
     def __init__(self, config: HTSATConfig, level: int):
         super().__init__()

@@ -234,8 +234,8 @@ class ResNetBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut: (B, C_in, H, W) -> (B, C_out, H, W).
 
     GroupNorm and the activation precede each convolution (He et al. 2016, full pre-activation). The time
-    embedding, if there is one, is projected and added after the first convolution (Ho et al. 2020, appendix
-    B).
+    embedding, if there is one, is projected and added after the first convolution (Ho et al. 2020,
+    appendix B).
 
     Args:
         channels_in: C_in.

@@ -78,6 +78,9 @@ def _check(name: str, states: Tensor, width: int, mask_name: str, mask: Tensor |
 class ProjectionModel(Stage[ProjectionConfig]):
     """Joins two sequences of states into one, with a learned vector before and after each.
 
+    Args:
+        config: sizes, kept as `projection.config`.
+
     Example:
         >>> projection = ProjectionModel.from_pretrained("tiny", subfolder="projection_model")
         >>> clap = torch.randn(2, 1, projection.config.text_encoder_dim)  # text_features[:, None]
@@ -85,9 +88,6 @@ class ProjectionModel(Stage[ProjectionConfig]):
         >>> states, mask = projection(clap, t5, torch.ones(2, 1), torch.ones(2, 6))
         >>> states.shape, mask.shape  # 1 + 6 tokens and 4 learned vectors
         (torch.Size([2, 11, 128]), torch.Size([2, 11]))
-
-    Args:
-        config: sizes, kept as `projection.config`.
     """
 
     def __init__(self, config: ProjectionConfig):

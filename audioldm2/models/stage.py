@@ -1,4 +1,4 @@
-"""`Stage`, the base class of the pipeline's neural networks: how one is loaded, saved and placed.
+"""`Stage`, the base class of the pipeline's neural networks: loading, saving, device and dtype.
 
 A stage is a plain `nn.Module` that takes and returns tensors. It is built from a config dataclass (see
 `models/config.py`) and adds four things to a module: its config, its device and dtype, and `from_pretrained`
@@ -25,6 +25,11 @@ class Stage(nn.Module, Generic[ConfigT]):
     A stage is called with tensors on its own device and in its own dtype, and returns tensors. Loading puts
     it in eval mode; `stage.train()` prepares it for training.
 
+    Attributes:
+        config: sizes and options, a frozen dataclass.
+        float32_parameters: name patterns (fnmatch) of parameters that stay in float32 when the stage runs
+            in float16, because their results exceed float16's range.
+
     Example:
         >>> from audioldm2 import VAE
         >>> vae = VAE.from_pretrained("cvssp/audioldm2", subfolder="vae", torch_dtype=torch.float16)
@@ -32,11 +37,6 @@ class Stage(nn.Module, Generic[ConfigT]):
         (8, torch.float16, device(type='cpu'))
         >>> vae.save_pretrained("my-vae")
         >>> vae = VAE.from_pretrained("my-vae")
-
-    Attributes:
-        config: sizes and options, a frozen dataclass.
-        float32_parameters: name patterns (fnmatch) of parameters that stay float32 where float16 is asked
-            for, because their results exceed float16's range.
     """
 
     config: ConfigT

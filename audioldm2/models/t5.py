@@ -230,14 +230,14 @@ class T5Encoder(Stage[T5Config]):
 
     Works in float32, bfloat16 or float16; the hidden states have the dtype of the weights.
 
+    Args:
+        config: sizes, kept as `t5.config`.
+
     Example:
         >>> t5 = T5Encoder.from_pretrained("tiny", subfolder="text_encoder_2")  # or "cvssp/audioldm2"
         >>> input_ids = torch.tensor([[37, 12, 5, 1], [8, 1, 0, 0]])  # from T5's tokenizer
         >>> t5(input_ids, attention_mask=input_ids != 0).shape  # (batch, tokens, d_model)
         torch.Size([2, 4, 96])
-
-    Args:
-        config: sizes, kept as `t5.config`.
     """
 
     # The last matrix of each feed-forward produces numbers beyond float16's range; transformers keeps it too.

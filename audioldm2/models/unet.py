@@ -272,21 +272,23 @@ def up_levels(config: UNetConfig) -> list[UpLevel]:
 class UNet(Stage[UNetConfig]):
     """The denoiser of AudioLDM 2: noisy latents, a timestep and two conditions -> the noise in the latents.
 
+    In a loop over timesteps, the keys and values of the cross-attentions need to be computed only once, with
+    `contexts`.
+
     Args:
-        config: the sizes; kept as `unet.config`.
+        config: sizes, kept as `unet.config`.
 
     Example:
-
-        unet = UNet.from_pretrained("cvssp/audioldm2", subfolder="unet")
-        latents = torch.randn(1, 8, 256, 16)         # 10.24 s of noise
-        gpt2_vectors = torch.randn(1, 8, 768)        # from `GPT2.generate`
-        t5_states = torch.randn(1, 20, 1024)         # from `T5Encoder`
-        noise = unet(latents, 999, gpt2_vectors, t5_states)  # (1, 8, 256, 16)
-
-    In a loop over timesteps the keys and values of the cross-attentions can be computed once:
-
-        contexts = unet.contexts(gpt2_vectors, t5_states)
-        noise = unet(latents, 999, contexts=contexts)
+        >>> unet = UNet.from_pretrained("tiny", subfolder="unet")  # or "cvssp/audioldm2"
+        >>> latents = torch.randn(1, unet.config.in_channels, 40, 16)  # (B, channels, T/4, F/4)
+        >>> gpt2_vectors = torch.randn(1, 8, 128)  # from GPT2.generate; 768 wide in cvssp/audioldm2
+        >>> t5_states = torch.randn(1, 20, 96)  # from a T5Encoder; 1024 wide in cvssp/audioldm2
+        >>> noise = unet(latents, 999, gpt2_vectors, t5_states)
+        >>> noise.shape
+        torch.Size([1, 8, 40, 16])
+        >>> contexts = unet.contexts(gpt2_vectors, t5_states)  # once
+        >>> torch.equal(unet(latents, 999, contexts=contexts), noise)  # at each timestep
+        True
     """
 
     down: Sequence[DownLevel]

@@ -323,6 +323,9 @@ def _resnet_in_chunks(resnet: ResNetBlock, x: Tensor, rows: int) -> Tensor:
 class VAE(Stage[VAEConfig]):
     """The autoencoder: `encode` spectrograms into latents, `decode` latents into spectrograms.
 
+    Args:
+        config: sizes, kept as `vae.config`.
+
     Example:
         >>> vae = VAE.from_pretrained("tiny", subfolder="vae")  # or "cvssp/audioldm2"
         >>> mel = torch.randn(2, 1, 64, 64)  # log-mel spectrograms, from a LogMel
@@ -331,9 +334,6 @@ class VAE(Stage[VAEConfig]):
         torch.Size([2, 8, 16, 16])
         >>> vae.decode(latents / vae.config.scaling_factor).shape
         torch.Size([2, 1, 64, 64])
-
-    Args:
-        config: sizes, kept as `vae.config`.
     """
 
     def __init__(self, config: VAEConfig):
@@ -388,9 +388,8 @@ class VAE(Stage[VAEConfig]):
 
         A chunk cannot be decoded on its own, because the norms' statistics and the attention on the lowest
         level extend over the whole length. Instead, each layer is computed in chunks, with one extra row on
-        either side
-        for the 3x3 convolutions. At most three feature maps of the whole length are in memory at once: a
-        layer's input, the result of its first convolution, and its output.
+        either side for the 3x3 convolutions. At most three feature maps of the whole length are in memory at
+        once: a layer's input, the result of its first convolution, and its output.
 
         Args:
             latents: (B, latent_channels, T/4, F/4), divided by scaling_factor.

@@ -98,8 +98,8 @@ class RelativeAttention(nn.Module):
         batch, heads, length, _ = q.shape
         position = torch.arange(length, device=x.device)
 
-        # Scores by distance, (B, h, N, 2w+1), gathered into scores by position, (B, h, N, N), 0 beyond the
-        # window.
+        # Scores by distance, (B, h, N, 2w+1), are gathered into scores by position, (B, h, N, N), which are 0
+        # beyond the window.
         distance = rearrange(position, "m -> 1 m") - rearrange(position, "n -> n 1")  # (N, N)
         within = distance.abs() <= self.window
         column = (distance + self.window).clamp(0, 2 * self.window).expand(batch, heads, length, length)
@@ -159,14 +159,14 @@ class Layer(nn.Module):
 class VitsTextEncoder(Stage[VitsTextConfig]):
     """The text encoder of VITS: phoneme ids to one hidden state per phoneme.
 
+    Args:
+        config: sizes, kept as `vits.config`.
+
     Example:
         >>> vits = VitsTextEncoder(VitsTextConfig()).eval()  # with random weights
         >>> input_ids = torch.tensor([[19, 4, 7, 7, 11]])  # from VITS's tokenizer
         >>> vits(input_ids, attention_mask=torch.ones(1, 5)).shape  # (batch, phonemes, hidden_size)
         torch.Size([1, 5, 192])
-
-    Args:
-        config: sizes, kept as `vits.config`.
     """
 
     def __init__(self, config: VitsTextConfig):

@@ -9,8 +9,8 @@ eq. 4):
 `beta_t` is the variance added at training step t. abar falls from nearly 1 (almost no noise) to nearly 0
 (almost only noise).
 
-The noise-to-signal ratio sqrt((1 - abar) / abar) is called `sigma`, as in Karras et al. 2022; it grows with
-t.
+The noise-to-signal ratio sqrt((1 - abar) / abar) is called `sigma`, as in Karras et al. 2022, and grows
+with t.
 
 Betas and abar are computed in float32 by the same operations as in training, so that they are the values the
 network was trained with.

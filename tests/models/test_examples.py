@@ -13,6 +13,8 @@ STAGES = {
     "t5": "T5Encoder",
     "vits": "VitsTextEncoder",
     "projection": "ProjectionModel",
+    "gpt2": "GPT2",
+    "unet": "UNet",
     "vae": "VAE",
     "hifigan": "HifiGan",
 }

@@ -3,9 +3,9 @@
 The loss is the symmetric contrastive one (Wu et al. 2023, eq. 1, as in CLIP) over a batch of scenes with one
 rendering and one caption each. There are so few kinds of sound that a batch contains the same scene several
 times; all captions and sounds of the same scene count as positives, with equal weight (Yang et al. 2022,
-UniCL, eq. 3). Kinds are soon told apart. Traits and loudness are harder, so for each sound the negatives
-include captions of its scene with another trait and with another loudness (Yuksekgonul et al. 2023, section
-4).
+UniCL, eq. 3). The kinds are soon told apart. Traits and loudness are harder, so for each sound the negatives
+include captions of its scene with another trait and with another loudness (Yuksekgonul et al. 2023,
+section 4).
 
 CLAP will rank generated sounds, which are slightly blurred and never quite silent. Spectrograms are therefore
 corrupted in training: blurred, made noisy, their silence filled, stripes of time and frequency blanked. Their

@@ -38,8 +38,8 @@ from torch import Tensor, nn
 from audioldm2.audio.log_mel import LogMelConfig, mel_filter_bank
 from audioldm2.models.hifigan import HifiGan
 
-# Ramps (b, slope) whose sum is exp(x) within 4 dB for x = -5.2 ... 2.5, the range of sounds; below is
-# silence.
+# Ramps (b, slope) whose sum is exp(x) within 4 dB for x = -5.2 ... 2.5, the range of sounds. Anything below
+# is silence.
 RAMPS = ((-5.417, 0.01642), (-2.625, 0.1984), (-0.062, 2.584))
 LINE_GAIN = 10 ** (-45.5 / 20)  # makes the sum of all lines as loud as the sound the mels were computed from
 

@@ -173,9 +173,9 @@ def train_unet(library: Library, run: Run) -> None:
         text_rows = caption_rows[rows, column]
         uncond = torch.rand(batch, generator=generator) < UNCOND_PROBABILITY
         text_rows = torch.where(uncond, conditions.uncond[text_rows], text_rows)
-        # Timesteps are spread evenly, so every step has all levels of noise (Kingma et al. 2021, appendix
-        # I.1): `spread` runs from 0 to 1 over the low-noise examples, from 1 to 2 over the others, then pure
-        # noise.
+        # Timesteps are spread evenly, so every step has all levels of noise (Kingma et al. 2021,
+        # appendix I.1). `spread` runs from 0 to 1 over the low-noise examples and from 1 to 2 over the
+        # others; the rest are pure noise.
         noisy_count = batch - batch // PURE_NOISE_EVERY
         spread = 2 * (torch.arange(batch) + torch.rand(1, generator=generator)) / noisy_count
         timesteps = torch.where(spread < 1, LOW_NOISE_TIMESTEPS * spread, len(abar) * (spread - 1))

@@ -23,8 +23,8 @@ from scripts.tiny.sizes import TINY
 from scripts.tiny.stages.latents import encode_modes
 
 INAUDIBLE_WEIGHT = 0.1  # of inaudible cells, in the last round
-# Steps, learning rate and weight of inaudible cells; each round starts from the averaged weights of the one
-# before.
+# Steps, learning rate and weight of inaudible cells. Each round starts from the averaged
+# weights of the previous one.
 TRAINING_ROUNDS = ((1200, 2e-3, 1.0), (1300, 2e-3, 1.0), (2400, 2e-3, INAUDIBLE_WEIGHT))
 TRAINING_STEPS = sum(steps for steps, _, _ in TRAINING_ROUNDS)
 FRAMES_PER_STEP = 640  # in segments of one length
