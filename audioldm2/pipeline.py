@@ -33,9 +33,10 @@ from audioldm2.models.t5 import T5Encoder
 from audioldm2.models.unet import UNet
 from audioldm2.models.vae import VAE
 from audioldm2.models.vits import VitsTextEncoder
+from audioldm2.noise import Generators
 from audioldm2.ranking import best_first, score
 from audioldm2.runtime.stages import StageRunner
-from audioldm2.sampling import Callback, Generator, denoise, exclusive, initial_latents
+from audioldm2.sampling import Callback, denoise, exclusive, initial_latents
 from audioldm2.schedulers.base import Scheduler
 
 
@@ -238,7 +239,7 @@ class AudioLDM2Pipeline(StageRunner):
         batch: int,
         frames: int,
         dtype: torch.dtype,
-        generator: Generator = None,
+        generator: Generators = None,
         latents: Tensor | None = None,
     ) -> Tensor:
         """The noise that denoising starts from: drawn, or `latents` scaled.
@@ -274,7 +275,7 @@ class AudioLDM2Pipeline(StageRunner):
             return vocode(vocoder, mel, self.progress)
 
     @torch.no_grad()
-    def rank(self, audio: Tensor, text_embeddings: Tensor, generator: Generator = None) -> Tensor:
+    def rank(self, audio: Tensor, text_embeddings: Tensor, generator: Generators = None) -> Tensor:
         """Order the candidates of each prompt by CLAP's score, best first.
 
         Args:
@@ -303,7 +304,7 @@ class AudioLDM2Pipeline(StageRunner):
         negative_prompt: Text | None = None,
         num_waveforms_per_prompt: int = 1,
         eta: float = 0.0,
-        generator: Generator = None,
+        generator: Generators = None,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
@@ -329,7 +330,7 @@ class AudioLDM2Pipeline(StageRunner):
         negative_prompt: Text | None = None,
         num_waveforms_per_prompt: int = 1,
         eta: float = 0.0,
-        generator: Generator = None,
+        generator: Generators = None,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
@@ -356,7 +357,7 @@ class AudioLDM2Pipeline(StageRunner):
         negative_prompt: Text | None = None,
         num_waveforms_per_prompt: int = 1,
         eta: float = 0.0,
-        generator: Generator = None,
+        generator: Generators = None,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,

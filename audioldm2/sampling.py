@@ -20,17 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from audioldm2.conditioning import Conditioning
+from audioldm2.noise import Generators, randn
 from audioldm2.runtime.precision import stage_dtype
-from audioldm2.schedulers.noise_schedule import randn
 
-Generator = torch.Generator | Sequence[torch.Generator] | None
 Callback = Callable[[int, Tensor, Tensor], None]
 
 
 def initial_latents(
     shape: tuple[int, int, int, int],
     scheduler: Any,
-    generator: Generator,
+    generator: Generators,
     device: torch.device,
     dtype: torch.dtype,
     latents: Tensor | None = None,
@@ -67,7 +66,7 @@ def denoise(
     latents: Tensor,
     conditioning: Conditioning,
     guidance_scale: float,
-    generator: Generator = None,
+    generator: Generators = None,
     eta: float = 0.0,
     callback: Callback | None = None,
     callback_steps: int = 1,

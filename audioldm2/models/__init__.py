@@ -9,8 +9,8 @@
     hifigan.py          vocoder            log-mel spectrogram -> waveform
 
 A stage's file imports torch, einops and three small modules: layers.py (shared blocks), config.py (helpers of
-config dataclasses) and stage.py (the base class). It knows nothing of checkpoints; what joins the two is
-`audioldm2.checkpoints.formats.PARTS`.
+config dataclasses) and stage.py (the base class); the VAE also imports `audioldm2.noise`. A stage knows
+nothing about checkpoints: `audioldm2.checkpoints.formats.PARTS` connects the two.
 """
 
 from __future__ import annotations

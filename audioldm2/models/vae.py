@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from audioldm2.models.config import known_fields, refuse_unsupported
 from audioldm2.models.layers import ResNetBlock, SelfAttention, Upsample, activation
 from audioldm2.models.stage import Stage
+from audioldm2.noise import Generators, randn
 
 EPS = 1e-6  # of all GroupNorms; the configs have no key for it
 
@@ -102,36 +103,22 @@ class DiagonalGaussian:
         """The most likely latents, the mean, (B, C, H, W)."""
         return self.mean
 
-    def sample(self, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
+    def sample(self, generator: Generators = None) -> Tensor:
         """Draw latents, mean + std · noise (Kingma and Welling 2014, eq. 10).
 
         Args:
-            generator: one for the whole batch, or a list of one per example. Noise is drawn on the
-                generator's device, so a CPU generator gives the same latents on every device.
+            generator: draws the noise; a list has one generator for each example. A CPU generator gives the
+                same noise on every device.
 
         Returns:
             (B, C, H, W).
 
         Raises:
-            ValueError: the list's length is neither 1 nor the batch size.
+            ValueError: the list's length is neither 1 nor the batch size, or a generator belongs to another
+                accelerator.
         """
-        return self.mean + torch.exp(0.5 * self.log_variance) * self._noise(generator)
-
-    def _noise(self, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
-        shape, dtype, device = self.mean.shape, self.mean.dtype, self.mean.device
-        if isinstance(generator, Sequence):
-            if len(generator) == 1:
-                return self._noise(generator[0])
-            if len(generator) != shape[0]:
-                raise ValueError(
-                    f"{len(generator)} generators for a batch of {shape[0]}; pass one per example"
-                )
-            one = (1, *shape[1:])
-            return torch.cat(
-                [torch.randn(one, generator=g, dtype=dtype, device=g.device).to(device) for g in generator]
-            )
-        source = device if generator is None else generator.device
-        return torch.randn(shape, generator=generator, dtype=dtype, device=source).to(device)
+        noise = randn(self.mean.shape, generator, self.mean.device, self.mean.dtype)
+        return self.mean + torch.exp(0.5 * self.log_variance) * noise
 
     def kl(self) -> Tensor:
         """The KL divergence from the unit Gaussian, in nats, (B,) (Kingma and Welling 2014, appendix B)."""

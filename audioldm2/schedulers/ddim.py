@@ -31,9 +31,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from audioldm2.noise import Generators, randn
 from audioldm2.schedulers.base import Scheduler
 from audioldm2.schedulers.config import records_settings
-from audioldm2.schedulers.noise_schedule import Generators, randn
 from audioldm2.schedulers.prediction import dynamic_threshold, x0_and_eps
 
 

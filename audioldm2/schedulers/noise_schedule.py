@@ -19,7 +19,6 @@ network was trained with.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -30,8 +29,6 @@ from audioldm2.schedulers.config import SchedulerConfig
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
-
-Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 # ---------------------------------------------------------------- training
@@ -84,51 +81,6 @@ def mix_noise(original: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor
     """x_t = sqrt(abar) x_0 + sqrt(1 - abar) noise; `original`, `noise` (B, ...); `alphas_cumprod` (B,)."""
     abar = alphas_cumprod.reshape(-1, *[1] * (original.dim() - 1))  # (B, 1, ...)
     return abar.sqrt().to(original.dtype) * original + (1 - abar).sqrt().to(original.dtype) * noise
-
-
-def randn(
-    shape: Sequence[int],
-    generator: Generators = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Gaussian noise, the same numbers that diffusers draws from the same generator.
-
-    A CPU generator draws on the CPU and the result is moved to `device`, so a seed gives the same noise on
-    every device.
-
-    Args:
-        shape: (B, ...).
-        generator: one generator for the batch, or a list with one generator for each item.
-        device: where the noise is returned; the CPU by default.
-        dtype: PyTorch's default dtype by default.
-
-    Raises:
-        ValueError: if the list has the wrong length, or a generator belongs to another accelerator.
-    """
-    device = torch.device("cpu" if device is None else device)
-    if generator is None or isinstance(generator, torch.Generator):
-        return _draw(shape, generator, device, dtype)
-    if len(generator) == 1:
-        return _draw(shape, generator[0], device, dtype)
-    if len(generator) != shape[0]:
-        raise ValueError(
-            f"got a list of {len(generator)} generators for a batch of {shape[0]}; pass one generator, "
-            "or one for each item"
-        )
-    return torch.cat([_draw((1, *shape[1:]), one, device, dtype) for one in generator])
-
-
-def _draw(
-    shape: Sequence[int], generator: torch.Generator | None, device: torch.device, dtype: torch.dtype | None
-) -> Tensor:
-    if generator is None or generator.device.type == device.type:
-        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
-    if generator.device.type != "cpu":
-        raise ValueError(
-            f"a generator on {generator.device.type} cannot draw noise for {device}; create it on the CPU"
-        )
-    return torch.randn(shape, generator=generator, device="cpu", dtype=dtype).to(device)
 
 
 # ---------------------------------------------------------------- sampling

@@ -10,8 +10,8 @@ import diffusers
 import pytest
 import torch
 
+from audioldm2.noise import randn
 from audioldm2.schedulers import DDIMScheduler, DPMSolverMultistepScheduler
-from audioldm2.schedulers.noise_schedule import randn
 from audioldm2.schedulers.prediction import dynamic_threshold
 from tests.schedulers.helpers import (
     AUDIOLDM2,
