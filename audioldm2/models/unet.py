@@ -1,16 +1,17 @@
 """UNet: the denoiser, with two cross-attentions.
 
 In: noisy latents x_t (B, 8, T/4, F/4) with T frames and F mel bands, the timestep t, and two conditions:
-GPT-2's vectors (B, N, 768) and T5's states (B, M, 1024) with their mask. Out: what the scheduler wants
-predicted, for AudioLDM 2 the noise epsilon(x_t, t, conditions), with the shape of x_t.
+GPT-2's vectors (B, N, 768) and T5's states (B, M, 1024) with their mask. Out: the prediction that the
+scheduler expects, for AudioLDM 2 the noise epsilon(x_t, t, conditions), with the shape of x_t.
 
 This is the "transformer UNet" of AudioLDM 2 (Liu et al. 2023, arXiv:2308.05734): a U-Net (Ronneberger et al.
 2015) of ResNet blocks conditioned on the timestep (Ho et al. 2020, appendix B), most of them followed by
 transformers that attend to the conditions (Rombach et al. 2022, section 3.3).
 
-It differs from the textbook in one way: a ResNet block is followed not by one transformer but by a run of
-them, one for each entry of `cross_attention_dim`. A null entry attends only to the feature map itself, twice;
-any other attends to GPT-2's vectors if it is the first or second of the run, and to T5's states otherwise.
+It differs from the textbook in one way: a ResNet block is followed not by one transformer but by several, one
+for each entry of `cross_attention_dim`. Together they are called a layer here, as in `layers_per_block`. The
+transformer of a null entry attends only to the feature map itself, twice. Any other attends to GPT-2's
+vectors if it is the first or second of its layer, and to T5's states otherwise.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from audioldm2.models.layers import (
 )
 from audioldm2.models.stage import Stage
 
-MASKED = -10_000.0  # added to the scores of padding; finite, so that a row of padding alone gives no NaN
+# Added to the attention scores of padding; finite, so that a row of padding alone gives no NaN.
+PADDING_BIAS = -10_000.0
 DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
 UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
 # Keys of diffusers' config that would change the result, and the values supported here.
@@ -60,7 +62,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The keys of the Hub's unet/config.json that matter, with diffusers' defaults.
+    """The keys of the Hub's unet/config.json that change the result, with diffusers' defaults.
 
     `attention_head_dim` is the *number* of heads: the key was misnamed when it was introduced. Keys that hold
     one value or one per level are kept as they are, and read through `per_level` and `attends_to`.
@@ -108,7 +110,10 @@ class UNetConfig:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> UNetConfig:
-        """From a Hub config; keys that make no difference here are ignored.
+        """The config from a config.json.
+
+        Args:
+            content: the JSON object; keys that do not change the result are ignored.
 
         Raises:
             ValueError: a value that is not supported; the message names the key.
@@ -123,7 +128,7 @@ class UNetConfig:
         return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
     def attends_to(self, level: int) -> tuple[int | None, ...] | None:
-        """The width of what each transformer of a run attends to, at a level; None without attention."""
+        """The width of what each transformer of a layer attends to, at a level; None without attention."""
         widths = self.cross_attention_dim
         entry = widths[level] if isinstance(widths, tuple) else widths
         return (entry,) if isinstance(entry, int) else entry
@@ -146,14 +151,14 @@ class Contexts(NamedTuple):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution: ResNet blocks, each followed by a run of transformers or by none.
+    """The layers of one resolution. A layer is a ResNet block and the transformers after it, if any.
 
     Args:
         config: the UNet's.
         level: which entry of the config's per-level values to read.
         channels_in: the input channels of each ResNet block, skip connection included.
-        runs: how many of the ResNet blocks, from the first, are followed by transformers.
-        resample: the layer that leads to the next resolution, or None.
+        attention_layers: how many of the layers, counted from the first, have transformers.
+        resample: the module that leads to the next resolution, or None.
     """
 
     resnets: Sequence[ResNetBlock]
@@ -164,42 +169,47 @@ class Level(nn.Module):
         config: UNetConfig,
         level: int,
         channels_in: Sequence[int],
-        runs: int,
+        attention_layers: int,
         resample: nn.Module | None = None,
     ):
         super().__init__()
         channels, groups = config.block_out_channels[level], config.norm_num_groups
         heads = config.per_level("attention_head_dim")[level]
         depth = config.per_level("transformer_layers_per_block")[level]
-        widths = (config.attends_to(level) or ()) if runs else ()
-        self.run = len(widths)
+        widths = (config.attends_to(level) or ()) if attention_layers else ()
+        self.transformers_per_layer = len(widths)
         resnets = (
             ResNetBlock(c_in, channels, groups, config.norm_eps, config.act_fn, config.time_width)
             for c_in in channels_in
         )
         self.resnets = nn.ModuleList(resnets)  # type: ignore[assignment]
-        transformers = (Transformer(channels, heads, depth, groups, w) for _ in range(runs) for w in widths)
+        transformers = (
+            Transformer(channels, heads, depth, groups, width)
+            for _ in range(attention_layers)
+            for width in widths
+        )
         self.transformers = nn.ModuleList(transformers)  # type: ignore[assignment]
         self.resample = resample
 
     def contexts(self, gpt2: Condition, t5: Condition) -> LevelContexts:
-        """What each transformer attends to: the first two of a run to GPT-2's vectors, later ones to T5."""
+        """What each transformer attends to: the first two of a layer to GPT-2's vectors, the others to T5."""
         return [
-            transformer.contexts(gpt2 if index % self.run <= 1 else t5)
+            transformer.contexts(gpt2 if index % self.transformers_per_layer <= 1 else t5)
             for index, transformer in enumerate(self.transformers)
         ]
 
     def layer(self, index: int, x: Tensor, time: Tensor, contexts: LevelContexts) -> Tensor:
-        """One ResNet block and its run of transformers: (B, C_in, H, W) -> (B, C, H, W)."""
+        """Run one layer, a ResNet block and its transformers: (B, C_in, H, W) -> (B, C, H, W)."""
         x = self.resnets[index](x, time)
-        run = slice(index * self.run, (index + 1) * self.run)
-        for transformer, context in zip(self.transformers[run], contexts[run], strict=True):
+        count = self.transformers_per_layer
+        own = slice(index * count, (index + 1) * count)
+        for transformer, context in zip(self.transformers[own], contexts[own], strict=True):
             x = transformer(_one_row_per_context(x, context), context)
         return x
 
 
 class DownLevel(Level):
-    """A level on the way down, which ends in a halving of the resolution (the last one does not)."""
+    """A level of the downsampling path. All but the last end by halving the resolution."""
 
     def forward(self, x: Tensor, time: Tensor, contexts: LevelContexts) -> tuple[Tensor, list[Tensor]]:
         """(B, C_in, H, W) -> (B, C, H/2, W/2), and each layer's output for the skip connections."""
@@ -214,7 +224,7 @@ class DownLevel(Level):
 
 
 class MiddleLevel(Level):
-    """The narrowest point: (B, C, H, W) -> (B, C, H, W)."""
+    """The level between the two paths, of the lowest resolution: (B, C, H, W) -> (B, C, H, W)."""
 
     def forward(self, x: Tensor, time: Tensor, contexts: LevelContexts) -> Tensor:
         for index in range(len(self.resnets)):
@@ -223,7 +233,7 @@ class MiddleLevel(Level):
 
 
 class UpLevel(Level):
-    """A level on the way up, which ends in a doubling of the resolution (the last one does not)."""
+    """A level of the upsampling path. All but the last end by doubling the resolution."""
 
     def forward(
         self,
@@ -240,7 +250,7 @@ class UpLevel(Level):
 
 
 def down_levels(config: UNetConfig) -> list[DownLevel]:
-    """From the widest feature map to the narrowest."""
+    """The levels of the downsampling path, from the highest resolution to the lowest."""
     channels = config.block_out_channels
     layers = config.per_level("layers_per_block")
     levels = []
@@ -248,24 +258,24 @@ def down_levels(config: UNetConfig) -> list[DownLevel]:
         # The first layer takes the output of the level above, every other one that of the layer before it.
         channels_in = [channels[max(i - 1, 0)]] + [channels[i]] * (layers[i] - 1)
         halve = nn.Conv2d(channels[i], channels[i], 3, stride=2, padding=1) if i + 1 < len(channels) else None
-        runs = len(channels_in) if "CrossAttn" in kind else 0
-        levels.append(DownLevel(config, i, channels_in, runs, halve))
+        attention_layers = len(channels_in) if "CrossAttn" in kind else 0
+        levels.append(DownLevel(config, i, channels_in, attention_layers, halve))
     return levels
 
 
 def up_levels(config: UNetConfig) -> list[UpLevel]:
-    """From the narrowest feature map to the widest."""
+    """The levels of the upsampling path, from the lowest resolution to the highest."""
     channels = config.block_out_channels
     layers = config.per_level("layers_per_block")
     levels = []
     for i, kind in zip(reversed(range(len(channels))), config.up_block_types, strict=True):
-        # The way down left one feature map per layer of this level, and before those the level's input.
+        # The downsampling path left one feature map per layer of this level and, before those, its input.
         skips = [channels[i]] * layers[i] + [channels[max(i - 1, 0)]]
         before = [channels[min(i + 1, len(channels) - 1)]] + [channels[i]] * layers[i]
         channels_in = [x + skip for x, skip in zip(before, skips, strict=True)]
         double = None if i == 0 else Upsample(channels[i])
-        runs = len(channels_in) if "CrossAttn" in kind else 0
-        levels.append(UpLevel(config, i, channels_in, runs, double))
+        attention_layers = len(channels_in) if "CrossAttn" in kind else 0
+        levels.append(UpLevel(config, i, channels_in, attention_layers, double))
     return levels
 
 
@@ -303,7 +313,7 @@ class UNet(Stage[UNetConfig]):
         self.time_2 = nn.Linear(width, width)
         self.conv_in = _conv(config.in_channels, first, config.conv_in_kernel)
         self.down = nn.ModuleList(down_levels(config))  # type: ignore[assignment]
-        self.middle = MiddleLevel(config, -1, [last, last], runs=1)
+        self.middle = MiddleLevel(config, -1, [last, last], attention_layers=1)
         self.up = nn.ModuleList(up_levels(config))  # type: ignore[assignment]
         self.norm_out = nn.GroupNorm(config.norm_num_groups, first, config.norm_eps)
         self.conv_out = _conv(first, config.out_channels, config.conv_out_kernel)
@@ -330,7 +340,19 @@ class UNet(Stage[UNetConfig]):
     ) -> Contexts:
         """Keys and values of every cross-attention, which are the same at every step of a generation.
 
-        Arguments and errors are those of `forward`. The result belongs to the weights as they are now.
+        Compute them again after the weights have changed.
+
+        Args:
+            encoder_hidden_states: GPT-2's vectors, (B, N, 768).
+            encoder_hidden_states_1: T5's states, (B, M, 1024); GPT-2's vectors by default.
+            encoder_attention_mask_1: (B, M), 1 for T5's tokens and 0 for padding; None attends to all.
+            encoder_attention_mask: (B, N), the same for GPT-2's vectors.
+
+        Returns:
+            The argument `contexts` of `forward`.
+
+        Raises:
+            ValueError: a shape that does not fit.
         """
         rows = len(encoder_hidden_states)
         if encoder_hidden_states_1 is None:
@@ -404,7 +426,7 @@ class UNet(Stage[UNetConfig]):
         x = self.middle(x, time, middle)
         for up_level, context in zip(self.up, up, strict=True):
             last_first = [skips.pop() for _ in up_level.resnets]
-            # An odd size was rounded up on the way down, so doubling would overshoot.
+            # Halving rounds odd sizes up, so doubling may be one too many.
             size = tuple(skips[-1].shape[2:]) if skips else None
             x = up_level(x, last_first, time, context, size)
         x = self.conv_out(self.act(self.norm_out(x)))
@@ -426,12 +448,12 @@ def _conv(channels_in: int, channels_out: int, kernel: int) -> nn.Conv2d:
 
 
 def _repeated(x: Tensor, rows: int) -> Tensor:
-    """The batch again and again until it has `rows` rows."""
+    """Repeat a batch until it has `rows` rows, of which len(x) is a divisor."""
     return x if len(x) == rows else x.repeat(rows // len(x), *[1] * (x.dim() - 1))
 
 
 def _one_row_per_context(x: Tensor, contexts: Sequence[Context | None]) -> Tensor:
-    """A feature map repeated until it has one row for each row of the contexts, if there are any."""
+    """Repeat a feature map to have one row for each row of the contexts, if there are any."""
     return _repeated(x, next((len(context.kv) for context in contexts if context is not None), len(x)))
 
 
@@ -443,4 +465,4 @@ def _condition(states: Tensor, mask: Tensor | None) -> Condition:
             f"the attention mask has shape {tuple(mask.shape)} and its states {tuple(states.shape)}; "
             f"the mask should be {tuple(states.shape[:2])}"
         )
-    return Condition(states, mask_bias(mask, states.dtype, MASKED))
+    return Condition(states, mask_bias(mask, states.dtype, PADDING_BIAS))
