@@ -24,12 +24,15 @@ from einops import repeat
 from torch import Tensor
 
 from audioldm2.arguments import as_negatives, as_texts
+from audioldm2.models.clap import max_text_tokens
 from audioldm2.runtime.precision import stage_dtype
 
 Text = str | Sequence[str]
 
 # VITS's tokenizer writes no end of sequence; the speech checkpoints were trained with this token there.
 VITS_END_TOKEN = 182
+# What the projection model puts beside the second encoder's states: CLAP's vector and four learned ones.
+VECTORS_BESIDE_STATES = 5
 
 
 class Encoders(Protocol):
@@ -309,11 +312,10 @@ def token_limit(pipe: Encoders, tokenizer: Any) -> int:
     """The most tokens a text may have: the tokenizer's limit, or the number of positions if that is less."""
     limit: int = tokenizer.model_max_length
     if tokenizer is pipe.tokenizer:
-        text = pipe.text_encoder.config.text_config
-        limit = min(limit, text.max_position_embeddings - text.pad_token_id - 1)
-    elif not speaks(pipe):
-        # T5 has no last position, but GPT-2 has. CLAP's vector, the four learned ones and all generated ones
-        # but the last take positions too.
+        return min(limit, max_text_tokens(pipe.text_encoder.config.text_config))
+    if not speaks(pipe):
+        # T5 takes any length, but GPT-2 has a fixed number of positions. All generated vectors but the last
+        # take one, too.
         gpt2 = pipe.language_model.config
-        limit = min(limit, gpt2.n_positions - 5 - (gpt2.max_new_tokens - 1))
+        return min(limit, gpt2.n_positions - VECTORS_BESIDE_STATES - (gpt2.max_new_tokens - 1))
     return limit

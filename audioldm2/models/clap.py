@@ -96,6 +96,16 @@ class ClapConfig:
         return cls(**{**known_fields(cls, content), "text_config": text, "audio_config": audio})
 
 
+def max_text_tokens(config: Any) -> int:
+    """The most tokens that a text may have: positions are counted from pad_token_id + 1.
+
+    Args:
+        config: a `ClapTextConfig`, or transformers' class of that name.
+    """
+    limit: int = config.max_position_embeddings - config.pad_token_id - 1
+    return limit
+
+
 class Projection(nn.Module):
     """A tower's pooled state (B, C) -> features of unit length (B, P): two linear layers, then x / |x|."""
 
@@ -145,7 +155,7 @@ class ClapTextTower(nn.Module):
         text = config.text_config
         width = text.hidden_size
         self.pad_token_id = text.pad_token_id
-        self.max_tokens = text.max_position_embeddings - text.pad_token_id - 1
+        self.max_tokens = max_text_tokens(text)
         self.words = nn.Embedding(text.vocab_size, width, padding_idx=text.pad_token_id)
         self.positions = nn.Embedding(text.max_position_embeddings, width, padding_idx=text.pad_token_id)
         self.token_types = nn.Embedding(text.type_vocab_size, width)

@@ -108,10 +108,10 @@ class CompiledClap(CompiledStage):
     """CLAP; texts are padded to a multiple of `TOKEN_BUCKET`."""
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        text = self.stage.config.text_config
-        longest = text.max_position_embeddings - text.pad_token_id - 1
-        added = (0, min(rounded_up(input_ids.shape[1], TOKEN_BUCKET), longest) - input_ids.shape[1])
-        ids = F.pad(input_ids, added, value=text.pad_token_id)
+        tower = self.stage.text
+        length = min(rounded_up(input_ids.shape[1], TOKEN_BUCKET), tower.max_tokens)
+        added = (0, length - input_ids.shape[1])
+        ids = F.pad(input_ids, added, value=tower.pad_token_id)
         features: Tensor = self.stage.text_features(ids, F.pad(attention_mask, added))
         return features.clone()
 
