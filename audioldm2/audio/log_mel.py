@@ -238,8 +238,9 @@ class ClapFeatureExtractor:
         """
         config = self.config
         _check_waveforms(waveforms, sampling_rate, config.sampling_rate)
-        # In float32, rounding errors of loud bands would drown quiet ones. MPS has no float64.
-        waveforms = waveforms.to(torch.float32 if waveforms.device.type == "mps" else torch.float64)
+        # In float32, rounding errors of loud bands would drown quiet ones. Not every accelerator has float64.
+        has_float64 = waveforms.device.type in ("cpu", "cuda")
+        waveforms = waveforms.to(torch.float64 if has_float64 else torch.float32)
         energy = mel_spectrogram(
             self._window(waveforms, generator),
             self.filters,

@@ -282,11 +282,13 @@ def _in_chunks(f: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
 
 def _normalized(norm: nn.GroupNorm, x: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
     """GroupNorm as a function of chunks of x, with the statistics of the whole of x."""
+    # float64, because the variance is a difference of nearly equal numbers. Not every accelerator has it.
+    accumulated = torch.float64 if x.device.type in ("cpu", "cuda") else torch.float32
     total = square = torch.zeros(())
     for part in torch.split(x, rows, dim=2):
         groups = rearrange(part, "b (g c) h w -> b g c h w", g=norm.num_groups).float()
-        total = total + groups.sum((2, 3, 4)).double()
-        square = square + groups.square().sum((2, 3, 4)).double()
+        total = total + groups.sum((2, 3, 4)).to(accumulated)
+        square = square + groups.square().sum((2, 3, 4)).to(accumulated)
     channels = x.shape[1] // norm.num_groups
     mean = total / (channels * x.shape[2] * x.shape[3])
     variance = square / (channels * x.shape[2] * x.shape[3]) - mean.square()
