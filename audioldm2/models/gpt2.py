@@ -116,7 +116,7 @@ class CausalAttention(nn.Module):
         return out
 
 
-class Block(nn.Module):
+class GPT2Block(nn.Module):
     """One layer, (B, N, C) -> (B, N, C)."""
 
     def __init__(self, config: GPT2Config, layer: int):
@@ -172,7 +172,7 @@ class GPT2(Stage[GPT2Config]):
         super().__init__()
         self.config = config
         self.position_embedding = nn.Embedding(config.n_positions, config.n_embd)
-        self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
+        self.blocks = nn.ModuleList([GPT2Block(config, layer) for layer in range(config.n_layer)])
         self.norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
     def forward(

@@ -148,7 +148,7 @@ class RelativePositionBias(nn.Module):
         return bias
 
 
-class SelfAttention(nn.Module):
+class T5Attention(nn.Module):
     """Self-attention without scaling: (B, N, C), bias broadcast to (B, heads, N, N) -> (B, N, C)."""
 
     def __init__(self, width: int, heads: int, head_width: int):
@@ -163,7 +163,7 @@ class SelfAttention(nn.Module):
         return out
 
 
-class GatedFeedForward(nn.Module):
+class T5GatedFeedForward(nn.Module):
     """(GELU(x W_gate) * (x W_gated)) W_down: (B, N, C) -> (B, N, C) in the dtype of W_down."""
 
     def __init__(self, width: int, hidden: int):
@@ -179,7 +179,7 @@ class GatedFeedForward(nn.Module):
         return out
 
 
-class FeedForward(nn.Module):
+class T5FeedForward(nn.Module):
     """ReLU(x W_up) W_down, as in T5 version 1.0: (B, N, C) -> (B, N, C) in the dtype of W_down."""
 
     def __init__(self, width: int, hidden: int):
@@ -198,7 +198,7 @@ def _dtype_of(linear: nn.Module) -> torch.dtype:
     return weight.dtype if isinstance(weight, Tensor) else torch.float32
 
 
-class Block(nn.Module):
+class T5Block(nn.Module):
     """Self-attention and feed-forward, pre-norm with residual connections: (B, N, C) -> (B, N, C).
 
     Input and output, the residual stream, are float32.
@@ -208,9 +208,9 @@ class Block(nn.Module):
         super().__init__()
         gated = FEED_FORWARDS[config.feed_forward_proj][1]
         self.attention_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
-        self.attention = SelfAttention(config.d_model, config.num_heads, config.d_kv)
+        self.attention = T5Attention(config.d_model, config.num_heads, config.d_kv)
         self.feed_forward_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
-        self.feed_forward = (GatedFeedForward if gated else FeedForward)(config.d_model, config.d_ff)
+        self.feed_forward = (T5GatedFeedForward if gated else T5FeedForward)(config.d_model, config.d_ff)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         x = x + _finite(self.attention(self.attention_norm(x), bias))
@@ -218,7 +218,7 @@ class Block(nn.Module):
 
 
 def _finite(x: Tensor) -> Tensor:
-    """Replace infinities in float16, which come from overflow, by its largest number."""
+    """Replace infinities in float16, which come from overflow, with its largest number."""
     if x.dtype != torch.float16:
         return x
     largest = torch.finfo(x.dtype).max
@@ -240,7 +240,8 @@ class T5Encoder(Stage[T5Config]):
         torch.Size([2, 4, 96])
     """
 
-    # The last matrix of each feed-forward produces numbers beyond float16's range; transformers keeps it too.
+    # The last matrix of each feed-forward has outputs beyond float16's range. In transformers it stays
+    # in float32, too.
     float32_parameters: ClassVar[tuple[str, ...]] = ("*.down.weight",)
 
     def __init__(self, config: T5Config):
@@ -250,7 +251,7 @@ class T5Encoder(Stage[T5Config]):
         self.position_bias = RelativePositionBias(
             config.relative_attention_num_buckets, config.relative_attention_max_distance, config.num_heads
         )
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(T5Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

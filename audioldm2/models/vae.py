@@ -138,7 +138,7 @@ class Downsample(nn.Module):
         return out
 
 
-class Level(nn.Module):
+class ResNetLevel(nn.Module):
     """The ResNet blocks of one level of resolution: (B, C_in, H, W) -> (B, C_out, H, W)."""
 
     resnets: Sequence[ResNetBlock]
@@ -200,7 +200,7 @@ class Encoder(nn.Module):
         before = (channels[0], *channels[:-1])
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.levels = nn.ModuleList(
-            Level(config, c_in, c_out, config.layers_per_block)
+            ResNetLevel(config, c_in, c_out, config.layers_per_block)
             for c_in, c_out in zip(before, channels, strict=True)
         )
         # One between each two levels.
@@ -221,7 +221,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents to spectrograms: (B, C, T/4, F/4) -> (B, 1, T, F), with one ResNet block more per level."""
 
-    levels: Sequence[Level]
+    levels: Sequence[ResNetLevel]
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -230,7 +230,7 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
         self.middle = Middle(config)
         levels = (
-            Level(config, c_in, c_out, config.layers_per_block + 1)
+            ResNetLevel(config, c_in, c_out, config.layers_per_block + 1)
             for c_in, c_out in zip(before, channels, strict=True)
         )
         self.levels = nn.ModuleList(levels)  # type: ignore[assignment]
