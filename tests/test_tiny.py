@@ -96,7 +96,7 @@ def test_what_is_no_checkpoint_does_not_stand_in_its_way(
 
 
 def test_an_installation_without_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "SHIPPED_FOLDER", tmp_path / "gone")
+    monkeypatch.setattr(hub, "TINY_FOLDER", tmp_path / "gone")
     with pytest.raises(CheckpointError, match=r"gone is missing .*reinstall audioldm2-torch"):
         AudioLDM2Pipeline.from_pretrained("tiny")
     with pytest.raises(CheckpointError, match=r"gone is missing .*reinstall"):

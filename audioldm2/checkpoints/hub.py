@@ -11,7 +11,8 @@ import errno
 import glob
 import re
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -20,10 +21,10 @@ from audioldm2 import DISTRIBUTION
 from audioldm2.checkpoints.errors import CheckpointError
 from audioldm2.checkpoints.tensors import shard_names, weights_file
 
-SHIPPED = "tiny"
-SHIPPED_FOLDER = Path(__file__).resolve().parents[1] / SHIPPED
+TINY = "tiny"
+TINY_FOLDER = Path(__file__).resolve().parents[1] / TINY
 
-_TINY_HINT = f'; "{SHIPPED}" is included in the package and needs no download'
+_TINY_HINT = f'; "{TINY}" is included in the package and needs no download'
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SMALL = (".json", ".txt", ".model")  # configs, tokenizers and their vocabularies
 _SHARD_INDEX = re.compile(r".*\.index(\.[^.]+)?\.json")
@@ -92,22 +93,94 @@ def checkpoint_folder(
     name = str(repo_or_folder)
     local = Path(name).expanduser()
     first = PurePosixPath(folders[0], first_file)
-    if name and local.is_dir() and (name != SHIPPED or (local / first).is_file()):
+    if name and local.is_dir() and (name != TINY or (local / first).is_file()):
         return local
-    if name == SHIPPED:
-        if not SHIPPED_FOLDER.is_dir():
+    if name == TINY:
+        if not TINY_FOLDER.is_dir():
             raise CheckpointError(
-                f"{SHIPPED_FOLDER} is missing from this installation; reinstall {DISTRIBUTION}"
+                f"{TINY_FOLDER} is missing from this installation; reinstall {DISTRIBUTION}"
             )
-        return SHIPPED_FOLDER
+        return TINY_FOLDER
     if name and local.exists():
         raise CheckpointError(f"{name} is a file; pass the folder that contains it")
-    not_found = f"{name!r} is neither a local folder nor a repository on the Hub (owner/name)"
     if not _REPOSITORY.fullmatch(name):
-        raise CheckpointError(f"{not_found}{_TINY_HINT}")
+        raise CheckpointError(f"{_not_found(name)}{_TINY_HINT}")
 
+    cache = None if cache_dir is None else Path(cache_dir).expanduser()
+    if local_files_only:
+        with _client_errors(name, revision):
+            folder = _downloaded(name, first, revision, cache)
+        if folder is None:
+            raise CheckpointError(
+                f"{name} has not been downloaded; run once without local_files_only{_TINY_HINT}"
+            )
+        return folder
+    try:
+        return _download(name, folders, first, check, variant, revision, cache, token)
+    except _HubError as error:
+        folder = _downloaded(name, first, revision, cache)
+        if folder is not None:
+            warnings.warn(f"the Hub cannot be reached; using an earlier download of {name}", stacklevel=3)
+            return folder
+        raise CheckpointError(
+            f"{name} is not a local folder, and the Hub cannot be reached ({error}); "
+            f"pass the path of a folder with the checkpoint{_TINY_HINT}"
+        ) from error.__cause__
+
+
+def _download(
+    name: str,
+    folders: Sequence[str],
+    first: PurePosixPath,
+    check: Callable[[Path], object],
+    variant: str | None,
+    revision: str | None,
+    cache: Path | None,
+    token: str | bool | None,
+) -> Path:
+    """Download what is needed of a repository, its `first` file before all others; see `checkpoint_folder`.
+
+    Raises:
+        CheckpointError: the Hub does not give access to the checkpoint, or it cannot be saved to the disk.
+        _HubError: the Hub did not answer as it should.
+    """
     # The Hub's client is slow to import, and local folders do not need it.
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    with _client_errors(name, revision):
+        info = HfApi(token=token).model_info(name, revision=revision)
+
+    def fetch(file: str) -> Path:
+        with _client_errors(name, revision):
+            return Path(hf_hub_download(name, file, revision=info.sha, cache_dir=cache, token=token))
+
+    files = needed_files([entry.rfilename for entry in info.siblings or []], folders, variant)
+    if str(first) in files:
+        check(fetch(str(first)).parents[len(first.parts) - 1])
+    # The shard index lists the shards, so it is downloaded before them.
+    for index in filter(_SHARD_INDEX.fullmatch, list(files)):
+        parent = PurePosixPath(index).parent
+        files += sorted({str(parent / shard) for shard in shard_names(fetch(index)).values()})
+    patterns = [glob.escape(file) for file in files]
+    with _client_errors(name, revision):
+        # Pass the branch and not its commit: the client then records which commit the branch was at, and
+        # finds the snapshot again when the Hub cannot be reached.
+        folder = snapshot_download(
+            name, revision=revision, cache_dir=cache, token=token, allow_patterns=patterns
+        )
+    return Path(folder)
+
+
+class _HubError(Exception):
+    """The Hub did not answer as it should. The cause is the error of its client."""
+
+
+@contextmanager
+def _client_errors(name: str, revision: str | None) -> Iterator[None]:
+    """Turn errors of the Hub's client into CheckpointErrors, or into `_HubError` if the Hub did not answer.
+
+    The block should contain nothing but calls of the client: any error in it is taken for the client's.
+    """
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -115,61 +188,28 @@ def checkpoint_folder(
         RevisionNotFoundError,
     )
 
-    cache = None if cache_dir is None else Path(cache_dir).expanduser()
     try:
-        if local_files_only:
-            folder = _downloaded(name, first, revision, cache)
-            if folder is None:
-                raise CheckpointError(
-                    f"{name} has not been downloaded; run once without local_files_only{_TINY_HINT}"
-                )
-            return folder
-        info = HfApi(token=token).model_info(name, revision=revision)
-        files = needed_files([entry.rfilename for entry in info.siblings or []], folders, variant)
-        if str(first) in files:
-            path = hf_hub_download(name, str(first), revision=info.sha, cache_dir=cache, token=token)
-            check(Path(path).parents[len(first.parts) - 1])
-        # The shard index lists the shards, so it is downloaded before them.
-        for index in filter(_SHARD_INDEX.fullmatch, list(files)):
-            path = hf_hub_download(name, index, revision=info.sha, cache_dir=cache, token=token)
-            parent = PurePosixPath(index).parent
-            files += sorted({str(parent / shard) for shard in shard_names(Path(path)).values()})
-        # Pass the branch and not its commit: the client then records which commit the branch was at, and
-        # finds the snapshot again when the Hub cannot be reached.
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                cache_dir=cache,
-                token=token,
-                allow_patterns=[glob.escape(file) for file in files],
-            )
-        )
+        yield
     except HFValidationError as error:
-        raise CheckpointError(f"{not_found}{_TINY_HINT}") from error
+        raise CheckpointError(f"{_not_found(name)}{_TINY_HINT}") from error
     except GatedRepoError as error:
         raise CheckpointError(
             f"{name} is gated on the Hub; request access there and log in (hf auth login)"
         ) from error
     except RepositoryNotFoundError as error:
-        raise CheckpointError(f"{not_found}; private ones need a token{_TINY_HINT}") from error
+        raise CheckpointError(f"{_not_found(name)}; private ones need a token{_TINY_HINT}") from error
     except RevisionNotFoundError as error:
         raise CheckpointError(f"{name} has no revision {revision!r} on the Hub") from error
-    except CheckpointError:
-        raise
     except Exception as error:
         # The client's HTTP library depends on its release (requests, httpx), and so do the errors. Whatever
-        # fails here, except for the disk, means that the Hub did not answer as it should.
+        # else fails, except for the disk, means that the Hub did not answer as it should.
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             raise CheckpointError(f"{name} cannot be saved to this disk: {error}") from error
-        folder = _downloaded(name, first, revision, cache)
-        if folder is not None:
-            warnings.warn(f"the Hub cannot be reached; using an earlier download of {name}", stacklevel=3)
-            return folder
-        raise CheckpointError(
-            f"{name} is not a local folder, and the Hub cannot be reached ({_first_line(error)}); "
-            f"pass the path of a folder with the checkpoint{_TINY_HINT}"
-        ) from error
+        raise _HubError((str(error).strip() or type(error).__name__).splitlines()[0]) from error
+
+
+def _not_found(name: str) -> str:
+    return f"{name!r} is neither a local folder nor a repository on the Hub (owner/name)"
 
 
 def default_dtype(folder: Path) -> torch.dtype | None:
@@ -179,20 +219,16 @@ def default_dtype(folder: Path) -> torch.dtype | None:
         None, which keeps the dtype of the checkpoint's weights; float32 for the tiny checkpoint, which is
         stored in float16 only to make the package smaller.
     """
-    return torch.float32 if folder.resolve() == SHIPPED_FOLDER else None
+    return torch.float32 if folder.resolve() == TINY_FOLDER else None
 
 
 def _downloaded(name: str, first: PurePosixPath, revision: str | None, cache: Path | None) -> Path | None:
     """The folder of an earlier download that has the file which loading reads first, or None.
 
-    The client's own search (`snapshot_download(local_files_only=True)`) cannot be used: it takes a snapshot
-    without the files that are not needed for an interrupted download, and refuses it.
+    The client's own search, `snapshot_download(local_files_only=True)`, cannot be used: it takes a snapshot
+    that lacks files of the repository, even ones that are not needed, for an interrupted download.
     """
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(name, str(first), cache_dir=cache, revision=revision)
     return Path(found).parents[len(first.parts) - 1] if isinstance(found, str) else None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -6,13 +6,16 @@ import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 
 from audioldm2 import AudioLDM2Pipeline
+from audioldm2.checkpoints import hub
 from audioldm2.checkpoints.folder import load_stage
 from audioldm2.checkpoints.formats import PARTS
 from audioldm2.checkpoints.hub import needed_files
@@ -175,6 +178,17 @@ def test_another_pipeline_is_refused_before_its_weights_are_downloaded(reached):
     outcome = reached["another pipeline"]
     assert "is for a StableDiffusionPipeline" in (outcome.error or "")
     assert outcome.downloads == ["model_index.json"]
+
+
+def test_an_error_of_this_package_is_not_taken_for_the_hubs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any) -> list[str]:
+        raise TypeError("a mistake")
+
+    info = SimpleNamespace(siblings=[], sha="0" * 40)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, name, revision: info)
+    monkeypatch.setattr(hub, "needed_files", broken)
+    with pytest.raises(TypeError, match="a mistake"):
+        hub.checkpoint_folder("owner/name", [""])
 
 
 def test_no_hub_but_an_earlier_download(unreached, digests):
