@@ -29,14 +29,14 @@ from audioldm2.runtime.precision import stage_dtype
 
 Text = str | Sequence[str]
 
-# VITS's tokenizer writes no end of sequence; the speech checkpoints were trained with this token there.
+# VITS's tokenizer adds no end-of-sequence token; the speech checkpoints were trained with this one.
 VITS_END_TOKEN = 182
 # What the projection model puts beside the second encoder's states: CLAP's vector and four learned ones.
 VECTORS_BESIDE_STATES = 5
 
 
 class Encoders(Protocol):
-    """What is needed of a pipeline: its tokenizers, and its stages ready to run."""
+    """What `condition` needs from a pipeline: its tokenizers, and its stages ready to run."""
 
     tokenizer: Any
     tokenizer_2: Any
@@ -54,7 +54,7 @@ class Encoders(Protocol):
 
 
 class Encoded(NamedTuple):
-    """What the encoders made of some texts."""
+    """The outputs of the encoders for B texts."""
 
     states: Tensor  # T5's, (B, M, 1024)
     mask: Tensor  # (B, M), 1 for tokens and 0 for padding
@@ -63,7 +63,7 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the denoising loop and the ranking need to know of the prompts.
+    """What denoising and ranking need from the encoded prompts.
 
     With guidance, the first half of the rows is unconditional (from the negative prompts).
 
@@ -83,7 +83,7 @@ class Conditioning:
 
     @property
     def batch(self) -> int:
-        """How many sounds this conditions."""
+        """The number of sounds to generate."""
         return len(self.t5_states) // (2 if self.guided else 1)
 
 
@@ -147,7 +147,10 @@ def condition(
         uncond: the negative prompts; None for no guidance.
         transcription: the words to speak, for the speech checkpoints.
         max_new_tokens: how many vectors GPT-2 generates; its config's number by default.
-        waveforms: how often each prompt's rows are repeated.
+        waveforms: number of times that each prompt's rows are repeated.
+
+    Returns:
+        The conditioning of prompts times `waveforms` sounds.
 
     Raises:
         ValueError, TypeError: texts or embeddings that cannot be used; the message names the argument.
@@ -213,7 +216,7 @@ def _encode(
                     torch.cat([tokens.ids for tokens in spoken if tokens.ids is not None]),
                     torch.cat([tokens.mask for tokens in spoken]),
                 )
-            # Silent rows are unconditional ones, which come first.
+            # The rows without words are the unconditional ones, which come first.
             states = torch.cat([states[: len(states) - len(encoded)].to(encoded), encoded])
         bar.update()
         with pipe.running("projection_model") as projection:
@@ -248,7 +251,7 @@ def _aligned(uncond: Encoded, cond: Encoded) -> list[Encoded]:
 
 
 class _SecondTokens(NamedTuple):
-    """Texts as the second encoder reads them, (B, M); ids are None where nothing is spoken."""
+    """Texts as the second encoder reads them, (B, M); ids are None for texts without words."""
 
     ids: Tensor | None
     mask: Tensor
@@ -292,7 +295,7 @@ def tokenize(
         ids = tokenizer(text, verbose=False).input_ids
         if len(ids) > limit:
             kept = tokenizer(text, max_length=limit, truncation=True).input_ids
-            # The end token, if there is one, is kept, so the removed tokens lie before it.
+            # The end token, if there is one, is kept, so the removed tokens are before it.
             start = next((i for i, (a, b) in enumerate(zip(ids, kept, strict=False)) if a != b), limit)
             removed = tokenizer.decode(ids[start : len(ids) - (limit - start)])
             most = f"the prompt's {limit} tokens" if length else f"the {limit} tokens that are read"
@@ -303,7 +306,7 @@ def tokenize(
         max_length=limit,
         truncation=True,
     )
-    # transformers makes no tensors with a PyTorch that is older than it supports.
+    # Not return_tensors="pt", which fails where transformers does not support the installed PyTorch.
     ids = torch.tensor(tokens.input_ids, device=pipe.device)
     return ids, torch.tensor(tokens.attention_mask, device=pipe.device)
 

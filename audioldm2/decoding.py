@@ -1,7 +1,8 @@
 """Latents to sound: the VAE's decoder and the vocoder, long sounds in chunks to bound the memory.
 
 The result is that of decoding at once, up to rounding (see `VAE.decode_in_chunks` and `HifiGan.in_chunks`).
-Only three of the VAE's feature maps grow with the sound. Batches are decoded in groups of equal size.
+Of the VAE's feature maps, at most three have the full length at a time. Batches are decoded in groups of
+equal size.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from audioldm2.arguments import check_length
 from audioldm2.runtime.precision import stage_dtype
 
-# Mel frames (10 ms each in AudioLDM 2) that are decoded at once: of one long sound or of several short ones.
+# Mel frames (10 ms each in AudioLDM 2) that are decoded at once, in all sounds of a group together.
 FRAMES_AT_ONCE = 4096
 
 ProgressBar = Callable[[str, int], Any]  # from a description and a total to tqdm's bar
@@ -38,7 +39,7 @@ def decode(vae: Any, latents: Tensor, progress: ProgressBar) -> Tensor:
 
 
 def vocode(vocoder: Any, mel: Tensor, progress: ProgressBar) -> Tensor:
-    """Log-mel spectrogram (B, 1, T, F) -> waveform (B, samples), float32, in main memory."""
+    """Log-mel spectrogram (B, 1, T, F) -> waveform (B, samples), float32, on the CPU."""
     mel = rearrange(mel, "b 1 t f -> b t f").to(stage_dtype(vocoder))
     groups = equal_groups(mel, FRAMES_AT_ONCE, axis=1)
     waveforms = []
@@ -59,7 +60,7 @@ def equal_groups(x: Tensor, longest: int, axis: int) -> tuple[Tensor, ...]:
 
 
 def frames_and_samples(unet: Any, vae: Any, vocoder: Any, audio_length_in_s: float | None) -> tuple[int, int]:
-    """Seconds -> mel frames, a multiple of the VAE's factor, and how many of their samples are kept.
+    """Convert a duration to mel frames, a multiple of the VAE's factor, and to samples.
 
     Args:
         unet: its config's `sample_size` is the length of the sounds it was trained on, in latents.

@@ -70,7 +70,7 @@ class AudioLDM2Pipeline(StageRunner):
         >>> audio = pipe("A hammer hits a wooden surface").audios[0]  # numpy, (samples,), 16 kHz
     """
 
-    # In the order in which they work.
+    # In the order in which they run.
     stage_names: ClassVar[tuple[str, ...]] = (
         "text_encoder",
         "text_encoder_2",
@@ -129,7 +129,7 @@ class AudioLDM2Pipeline(StageRunner):
                 of which only the needed files are downloaded. An existing folder takes precedence; one named
                 "tiny" only if it holds a checkpoint.
             torch_dtype: the checkpoint's own by default; float32 for "tiny", whose weights are stored in
-                float16 only to be small.
+                float16 only to save space.
             device: where the parts go; the CPU by default.
             variant: weights of a variant, such as "fp16".
             revision: branch, tag or commit on the Hub.
@@ -138,8 +138,8 @@ class AudioLDM2Pipeline(StageRunner):
             local_files_only: use an earlier download, without asking the Hub.
 
         Raises:
-            CheckpointError: the checkpoint cannot be found, read, trusted or fitted; the message names the
-                file.
+            CheckpointError: the checkpoint cannot be found or read, is not safe to read, or does not fit;
+                the message names the file.
             ValueError: `torch_dtype` or `device` is not supported or not available.
         """
         parts = load_parts(
@@ -155,7 +155,7 @@ class AudioLDM2Pipeline(StageRunner):
         return cls(**parts)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write all parts into `folder`, so that diffusers and this package load them.
+        """Write all parts into `folder`, in a format that diffusers and this package can load.
 
         Args:
             folder: created if it does not exist.
@@ -192,7 +192,7 @@ class AudioLDM2Pipeline(StageRunner):
         Args:
             prompt: one or several; None if embeddings are given.
             device: where the results go; the pipeline's by default.
-            num_waveforms_per_prompt: how often each prompt's rows are repeated.
+            num_waveforms_per_prompt: number of times that each prompt's rows are repeated.
             do_classifier_free_guidance: put the negative prompts' rows before the prompts'.
             transcription: the words to speak, for the speech checkpoints.
             negative_prompt: what to steer away from, one for all prompts or one for each; "" by default. It
@@ -256,7 +256,7 @@ class AudioLDM2Pipeline(StageRunner):
 
         Raises:
             ValueError: a list of generators or latents that do not fit the batch, or latents with another
-                number of channels or mel bands. Their length is free.
+                number of channels or mel bands. Any length in time is accepted.
         """
         return initial_latents(
             self._latent_shape(batch, frames), self.scheduler, generator, self.device, dtype, latents
@@ -264,13 +264,33 @@ class AudioLDM2Pipeline(StageRunner):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, 8, T/4, F/4) -> log-mel spectrogram (B, 1, T, F); long sounds in chunks."""
+        """Decode latents into log-mel spectrograms, long ones in chunks.
+
+        Args:
+            latents: as a generation with `output_type="latent"` returns them, (B, 8, T/4, F/4).
+
+        Returns:
+            (B, 1, T, F), for T frames and F mel bands.
+
+        Raises:
+            ValueError: `latents` has another shape.
+        """
         with self.generation(), self.running("vae") as vae:
             return decode(vae, latents, self.progress)
 
     @torch.no_grad()
     def vocode(self, mel: Tensor) -> Tensor:
-        """Log-mel spectrogram (B, 1, T, F) -> waveform (B, samples), float32, in main memory."""
+        """Turn log-mel spectrograms into waveforms, long ones in chunks.
+
+        Args:
+            mel: as `decode` returns them, (B, 1, T, F).
+
+        Returns:
+            (B, samples) in [-1, 1], float32, on the CPU.
+
+        Raises:
+            ValueError: `mel` has another number of mel bands.
+        """
         with self.generation(), self.running("vocoder") as vocoder:
             return vocode(vocoder, mel, self.progress)
 
@@ -279,9 +299,9 @@ class AudioLDM2Pipeline(StageRunner):
         """Order the candidates of each prompt by CLAP's score, best first.
 
         Args:
-            audio: (prompts * n, samples), those of one prompt together.
-            text_embeddings: CLAP's of the prompts, (prompts, 512), of unit length.
-            generator: draws the excerpt of sounds longer than CLAP's window; the first one of a list.
+            audio: n candidates per prompt, those of one prompt together, (prompts * n, samples).
+            text_embeddings: CLAP's embeddings of the prompts, (prompts, 512), of unit length.
+            generator: draws the excerpt of sounds longer than CLAP's window; of a list, the first is used.
 
         Returns:
             `audio` in the new order.
@@ -376,18 +396,19 @@ class AudioLDM2Pipeline(StageRunner):
         Args:
             prompt: one or several descriptions; None if embeddings are given (see `encode_prompt`).
             transcription: the words to speak, for the speech checkpoints.
-            audio_length_in_s: seconds; by default what the checkpoint was trained on (10.24).
+            audio_length_in_s: seconds; by default the length of the clips that the checkpoint was trained on
+                (10.24).
             num_inference_steps: by default what the scheduler needs: 200 for DDIM, 20 for DPM-Solver++.
             guidance_scale: the weight w of classifier-free guidance (Ho and Salimans 2021), in noise =
-                uncond + w (cond - uncond); 1 or less is no guidance, in half the time.
+                uncond + w (cond - uncond); 1 or less disables guidance, which halves the time.
             negative_prompt: what to steer away from, one for all prompts or one for each; "" by default.
-            num_waveforms_per_prompt: candidates per prompt. If `prompt` is given and they are decoded, CLAP
-                puts the one that fits best first.
+            num_waveforms_per_prompt: candidates per prompt. Unless `prompt` is None or `output_type` is
+                "latent", they are ordered by CLAP's score, best first.
             eta: how much noise a DDIM step adds (Song et al. 2021, eq. 16); other samplers ignore it.
             generator: the source of random numbers; a list has one for each of the B waveforms.
             latents: the initial noise, (B, channels, frames/4, mels/4), instead of drawing it. The sound is
-                cut to `audio_length_in_s`; pass the one that fits.
-            prompt_embeds: this and the next five, see `encode_prompt`.
+                cut to `audio_length_in_s`; pass the duration that the latents have.
+            prompt_embeds: see `encode_prompt`.
             negative_prompt_embeds: see `encode_prompt`.
             generated_prompt_embeds: see `encode_prompt`.
             negative_generated_prompt_embeds: see `encode_prompt`.
@@ -398,8 +419,8 @@ class AudioLDM2Pipeline(StageRunner):
             callback: called as callback(step, timestep, latents) after steps 0, `callback_steps`,
                 2 `callback_steps` and so on.
             callback_steps: see `callback`.
-            output_type: "np" or "pt" for waveforms, (B, samples), 16 kHz, float32, in main memory; "latent"
-                for the latents before decoding.
+            output_type: "np" or "pt" for waveforms, (B, samples), 16 kHz, float32, on the CPU; "latent" for
+                the latents before decoding.
 
         Returns:
             `.audios`: B waveforms, those of one prompt together, the best of ranked candidates first.

@@ -1,7 +1,7 @@
-"""Scoring sounds with CLAP and ordering the candidates of each prompt by it.
+"""Scoring sounds with CLAP, and ordering the candidates of each prompt by score.
 
-CLAP maps text and sound into one space (Wu et al. 2023); the score of a sound is the cosine between its
-embedding and the prompt's. diffusers ranks over the whole batch, where a prompt can be handed another
+CLAP maps text and sound into a shared space (Wu et al. 2023). The score of a sound is the cosine similarity
+of its embedding and the prompt's. diffusers ranks over the whole batch, where a prompt can be handed another
 prompt's sound; here candidates stay with their prompt.
 """
 
@@ -25,18 +25,18 @@ def score(
     sampling_rate: int,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """How well sounds fit their prompts.
+    """Score how well sounds match their prompts.
 
     Args:
         text_encoder: CLAP.
         feature_extractor: its log-mel front end.
-        text_embeddings: CLAP's embeddings of the prompts, (prompts, P), of length 1.
-        audio: n candidates a prompt, those of one prompt together, (prompts * n, samples).
+        text_embeddings: CLAP's embeddings of the prompts, (prompts, P), of unit length.
+        audio: n candidates per prompt, those of one prompt together, (prompts * n, samples).
         sampling_rate: of `audio`, in Hz.
-        generator: decides which part is listened to of sounds longer than CLAP's window.
+        generator: draws the excerpt of sounds longer than CLAP's window.
 
     Returns:
-        Cosines, (prompts, n).
+        Cosine similarities, (prompts, n).
     """
     rate = feature_extractor.config.sampling_rate
     resampled = resample(audio.to(stage_device(text_encoder)), sampling_rate, rate)

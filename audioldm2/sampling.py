@@ -1,7 +1,7 @@
 """From noise to latents: the initial noise, classifier-free guidance, and the loop over the sampler's steps.
 
 At each step the UNet predicts the noise in the latents twice: with the prompt (cond) and with an empty or
-negative one (uncond). Guidance extrapolates from the second to the first (Ho and Salimans 2021, eq. 6, whose
+negative prompt (uncond). Guidance extrapolates from uncond past cond (Ho and Salimans 2021, eq. 6, whose
 1 + w is the w here):
 
     noise = uncond + w (cond - uncond),     w = guidance_scale
@@ -75,14 +75,15 @@ def denoise(
     """Run the sampler from noise to latents.
 
     Args:
-        unet: predicts the noise; ours, or any module that is called as it is (see `_predictor`).
+        unet: predicts the noise: this package's, or any module that is called like diffusers'.
         scheduler: any sampler with diffusers' interface, after `set_timesteps`.
         latents: noise, (B, channels, T/4, F/4).
         conditioning: what the UNet attends to; with guidance, 2 B rows.
         guidance_scale: the weight w of guidance.
         generator: draws the noise that some samplers add.
         eta: how much of it DDIM adds (Song et al. 2021, eq. 16); other samplers ignore it.
-        callback: called as callback(step, timestep, latents) after every `callback_steps`-th step.
+        callback: called as callback(step, timestep, latents) after steps 0, `callback_steps`,
+            2 `callback_steps` and so on.
         callback_steps: see `callback`.
         progress: called after each step.
 
@@ -109,7 +110,7 @@ def _predictor(unet: nn.Module, conditioning: Conditioning) -> Callable[[Tensor,
     """The UNet as a function of latents (B, ...) and timestep alone; the result has the conditioning's rows.
 
     Our UNet computes the keys and values of the conditions once, here, and takes the latents once for both
-    sides of guidance. Any other module is called as diffusers calls its UNet.
+    uncond and cond. Any other module is called as diffusers calls its UNet.
     """
     dtype = stage_dtype(unet)
     states, vectors = conditioning.t5_states.to(dtype), conditioning.gpt2_vectors.to(dtype)
@@ -118,11 +119,11 @@ def _predictor(unet: nn.Module, conditioning: Conditioning) -> Callable[[Tensor,
         contexts = unet.contexts(vectors, states, mask)  # type: ignore[operator]
         return lambda latents, t: unet(latents.to(dtype), t, contexts=contexts)
 
-    sides = 2 if conditioning.guided else 1
+    copies = 2 if conditioning.guided else 1
 
     def predict(latents: Tensor, t: Tensor) -> Tensor:
         output = unet(
-            torch.cat([latents.to(dtype)] * sides),
+            torch.cat([latents.to(dtype)] * copies),
             t,
             encoder_hidden_states=vectors,
             encoder_hidden_states_1=states,
@@ -135,7 +136,7 @@ def _predictor(unet: nn.Module, conditioning: Conditioning) -> Callable[[Tensor,
 
 
 def _takes_contexts(unet: nn.Module) -> bool:
-    """Whether a UNet, or what wraps one, has `contexts` and passes them on to a forward that takes them."""
+    """Whether a UNet, or a wrapper of one, has the method `contexts` and takes what it returns."""
     if not callable(getattr(unet, "contexts", None)):
         return False
     parameters = inspect.signature(unet.forward).parameters.values()
@@ -144,7 +145,7 @@ def _takes_contexts(unet: nn.Module) -> bool:
 
 # --- schedulers have state
 
-# By id, for as long as a run lasts: the scheduler, and a copy of it from before the run.
+# By id, for the duration of a run: the scheduler, and a copy of it from before the run.
 _schedulers_in_use: dict[int, tuple[Any, Any]] = {}
 _in_use_lock = threading.Lock()
 

@@ -23,7 +23,7 @@ The left side of `=` is a parameter of the stage, the right side the checkpoint 
 * An operation combines or reshapes tensors: `concat` (along the first axis, equal parts: fused q/k/v),
   `squeeze` (a 1x1 convolution used as a linear map), `transpose` (GPT-2's "Conv1D") and
   `fold_weight_norm(g, v)` (w = g v / |v|, Salimans and Kingma 2016). Each has an inverse, used for saving.
-* `ignore NAME : REASON` names a checkpoint tensor that is left unread. `**` matches any rest of a name, dots
+* `ignore NAME : REASON` names a checkpoint tensor that is left unread. `**` matches the rest of a name, dots
   included.
 * `optional_prefix P` says that a checkpoint may have P before every name. It is written outside of sections.
 * `#` begins a comment.
@@ -289,7 +289,7 @@ class WeightMap:
             alternatives = self._recipes(target)
             recipe = next((r for r in alternatives if all(s in spelling for s in r.sources)), None)
             if recipe is None:
-                # Report the alternative of which the most is there.
+                # Report the alternative with the largest share of its tensors present.
                 nearest = max(
                     alternatives, key=lambda r: sum(s in spelling for s in r.sources) / len(r.sources)
                 )

@@ -1,4 +1,4 @@
-"""text_encoder: CLAP, which maps texts and sounds into one space, where those that belong together are close.
+"""text_encoder: CLAP, which maps texts and sounds into a shared space, where matching ones are close.
 
     text:   input_ids (B, N), attention_mask (B, N)   ->  text_features (B, P), unit length
     sound:  log-mel spectrogram (B, 1, frames, mels)  ->  audio_features (B, P), unit length
@@ -200,7 +200,7 @@ class ClapAudioTower(HTSAT):
 
 
 class ClapModel(Stage[ClapConfig]):
-    """CLAP: features of texts and of sounds in one space, and their similarity.
+    """CLAP: features of texts and of sounds in a shared space, and their similarity.
 
     The features have unit length: the dot product of a text's and a sound's is their cosine similarity.
 

@@ -40,8 +40,8 @@ from audioldm2.models.stage import Stage
 class GPT2Config:
     """The sizes, under the names of GPT-2's config.json.
 
-    `reorder_and_upcast_attn` changes nothing here: scaled_dot_product_attention takes its scores and their
-    softmax in float32 anyway. It is kept so that a saved config is whole, as is `vocab_size`.
+    `reorder_and_upcast_attn` changes nothing here, because scaled_dot_product_attention computes scores and
+    softmax in float32 anyway. It is stored, like `vocab_size`, so that a saved config is complete.
     """
 
     vocab_size: int = 50257
@@ -49,7 +49,7 @@ class GPT2Config:
     n_embd: int = 768
     n_layer: int = 12
     n_head: int = 12
-    n_inner: int | None = None  # 4 · n_embd where None
+    n_inner: int | None = None  # 4 · n_embd if None
     activation_function: str = "gelu_new"
     layer_norm_epsilon: float = 1e-5
     scale_attn_weights: bool = True
@@ -64,16 +64,20 @@ class GPT2Config:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> GPT2Config:
-        """From a config.json's content; keys that change nothing are passed over.
+        """The config from a config.json.
+
+        Args:
+            content: the JSON object; keys that do not change the result are ignored.
 
         Raises:
-            ValueError: cross-attention, another activation, or sizes that do not go together.
+            ValueError: cross-attention or another activation, which are not supported, or sizes that do not
+                fit.
         """
         if content.get("add_cross_attention"):
             raise ValueError(
                 "add_cross_attention = True is not supported; GPT-2 attends to its own sequence only"
             )
-        # Some checkpoints carry a null where the default is meant.
+        # In some checkpoints a null stands for the default.
         return cls(**{key: value for key, value in known_fields(cls, content).items() if value is not None})
 
 
@@ -95,7 +99,7 @@ class Cache:
 
 
 class CausalAttention(nn.Module):
-    """Self-attention, (B, N, C) -> (B, N, C); with a cache, over the keys of earlier calls too."""
+    """Causal self-attention, (B, N, C) -> (B, N, C); with a cache, also to the positions of earlier calls."""
 
     def __init__(self, config: GPT2Config, layer: int):
         super().__init__()
@@ -117,7 +121,7 @@ class CausalAttention(nn.Module):
 
 
 class GPT2Block(nn.Module):
-    """One layer, (B, N, C) -> (B, N, C)."""
+    """Attention and feed-forward, pre-norm with residual connections: (B, N, C) -> (B, N, C)."""
 
     def __init__(self, config: GPT2Config, layer: int):
         super().__init__()
@@ -136,7 +140,7 @@ class GPT2Block(nn.Module):
 
 
 def causal_bias(positions: Tensor, visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bias of causal attention: 0 where a query may look, a large negative number elsewhere.
+    """The bias of causal attention: 0 where a query may attend, a large negative number elsewhere.
 
     Args:
         positions: the queries' positions in the sequence, (N,).
@@ -144,11 +148,11 @@ def causal_bias(positions: Tensor, visible: Tensor, dtype: torch.dtype) -> Tenso
         dtype: the queries' dtype.
 
     Returns:
-        (B, 1, N, M): a query sees itself and what lies before it, except padding.
+        (B, 1, N, M): a query attends to itself and to the positions before it, except padding.
     """
     past = torch.arange(visible.shape[1], device=positions.device) <= rearrange(positions, "n -> n 1")
     seen = past & rearrange(visible, "b m -> b 1 1 m")
-    # Half of the lowest number is still finite with a score added, so a row that sees nothing gives no NaN.
+    # Half of the lowest number is still finite with a score added, so a row that is all masked gives no NaN.
     low = torch.finfo(dtype).min / 2
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, low)
 
@@ -189,8 +193,8 @@ class GPT2(Stage[GPT2Config]):
             inputs_embeds: (B, N, C).
             attention_mask: (B, M), 1 for tokens and 0 for padding; None if there is no padding. M is N, or
                 the caches' length.
-            positions: where the inputs stand in the sequence, (N,); 0 to N - 1 by default.
-            caches: one a layer, which the inputs' keys and values are written to.
+            positions: the inputs' positions in the sequence, (N,); 0 to N - 1 by default.
+            caches: one per layer, into which the inputs' keys and values are written.
 
         Returns:
             The states after the final norm, (B, N, C).
@@ -242,7 +246,7 @@ class GPT2(Stage[GPT2Config]):
         caches = [Cache(batch, total, width, like=inputs_embeds) for _ in self.blocks]
         positions = torch.arange(total, device=inputs_embeds.device)
         x = self(inputs_embeds, mask, positions=positions[:length], caches=caches)[:, -1:]
-        # Laid out as the later vectors are: to a compiled stage, strides are part of a shape.
+        # Contiguous like the later vectors: torch.compile would compile again for other strides.
         x = x.clone(memory_format=torch.contiguous_format)
         generated = [x]
         for position in range(length, total):

@@ -70,7 +70,7 @@ class HifiGanConfig:
                 f"resblock_kernel_sizes = {kernels}, and at least one"
             )
         if any(kernel % 2 == 0 for kernel in kernels):
-            raise ValueError(f"resblock_kernel_sizes = {kernels} must be odd, so that the length stays")
+            raise ValueError(f"resblock_kernel_sizes = {kernels} must be odd, to preserve the length")
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> HifiGanConfig:

@@ -4,8 +4,8 @@
 
 HTS-AT (Chen et al. 2022, "HTS-AT: A Hierarchical Token-Semantic Audio Transformer") reads a spectrogram as an
 image. The spectrogram, long in time and low in frequency, is cut into pieces in time, which are stacked in
-frequency to a square image (the paper's section 2.1). On it runs a Swin transformer (Liu et al. 2021): the
-image is embedded in patches; attention is within windows of w x w patches, shifted by w/2 in every second
+frequency to a square image (the paper's section 2.1). The image goes through a Swin transformer (Liu et al.
+2021): it is embedded in patches; attention is within windows of w x w patches, shifted by w/2 in every second
 block; between levels, 2 x 2 patches merge into one of twice the width.
 
 Dropout and stochastic depth, which act in training only, are left out.

@@ -150,7 +150,7 @@ class TransformerBlock(nn.Module):
     Args:
         width: C.
         heads: number of heads; must divide C.
-        context_width: width of the condition's states; None replaces the cross-attention by a second
+        context_width: width of the condition's states; None replaces the cross-attention with a second
             self-attention.
     """
 
@@ -213,7 +213,11 @@ class Transformer(nn.Module):
         self.proj_out = nn.Linear(width, channels)
 
     def contexts(self, condition: Condition) -> list[Context | None]:
-        """What each block attends to. Raises ValueError if the states have the wrong width."""
+        """What each block attends to; None for blocks without cross-attention.
+
+        Raises:
+            ValueError: the states have another width than `context_width`.
+        """
         if self.context_width is None:
             return [None] * len(self.blocks)
         if (width := condition.states.shape[-1]) != self.context_width:

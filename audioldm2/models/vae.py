@@ -32,7 +32,7 @@ from audioldm2.models.layers import ResNetBlock, SelfAttention, Upsample, activa
 from audioldm2.models.stage import Stage
 from audioldm2.noise import Generators, randn
 
-EPS = 1e-6  # of all GroupNorms; the configs have no key for it
+GROUP_NORM_EPS = 1e-6  # the configs have no key for it
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class ResNetLevel(nn.Module):
         super().__init__()
         widths = [channels_in] + [channels_out] * layers
         resnets = (
-            ResNetBlock(before, after, config.norm_num_groups, EPS, config.act_fn)
+            ResNetBlock(before, after, config.norm_num_groups, GROUP_NORM_EPS, config.act_fn)
             for before, after in pairwise(widths)
         )
         self.resnets = nn.ModuleList(resnets)  # type: ignore[assignment]
@@ -166,7 +166,7 @@ class MapAttention(nn.Module):
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, EPS)
+        self.norm = nn.GroupNorm(groups, channels, GROUP_NORM_EPS)
         self.attention = SelfAttention(channels, heads=1, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ class Middle(nn.Module):
         super().__init__()
         channels, groups = config.block_out_channels[-1], config.norm_num_groups
         self.resnets = nn.ModuleList(
-            ResNetBlock(channels, channels, groups, EPS, config.act_fn) for _ in range(2)
+            ResNetBlock(channels, channels, groups, GROUP_NORM_EPS, config.act_fn) for _ in range(2)
         )
         self.attention = MapAttention(channels, groups) if config.mid_block_add_attention else nn.Identity()
 
@@ -203,10 +203,10 @@ class Encoder(nn.Module):
             ResNetLevel(config, c_in, c_out, config.layers_per_block)
             for c_in, c_out in zip(before, channels, strict=True)
         )
-        # One between each two levels.
+        # One between each pair of levels.
         self.downsamples = nn.ModuleList(Downsample(c) for c in channels[:-1])
         self.middle = Middle(config)
-        self.norm_out = nn.GroupNorm(config.norm_num_groups, channels[-1], EPS)
+        self.norm_out = nn.GroupNorm(config.norm_num_groups, channels[-1], GROUP_NORM_EPS)
         self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, mel: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to spectrograms: (B, C, T/4, F/4) -> (B, 1, T, F), with one ResNet block more per level."""
+    """Latents to spectrograms: (B, C, T/4, F/4) -> (B, 1, T, F), with one more ResNet block per level."""
 
     levels: Sequence[ResNetLevel]
 
@@ -234,9 +234,9 @@ class Decoder(nn.Module):
             for c_in, c_out in zip(before, channels, strict=True)
         )
         self.levels = nn.ModuleList(levels)  # type: ignore[assignment]
-        # One between each two levels, with the channels of the level before it.
+        # One between each pair of levels, with the channels of the first of them.
         self.upsamples = nn.ModuleList(Upsample(c) for c in channels[:-1])
-        self.norm_out = nn.GroupNorm(config.norm_num_groups, channels[-1], EPS)
+        self.norm_out = nn.GroupNorm(config.norm_num_groups, channels[-1], GROUP_NORM_EPS)
         self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -255,7 +255,7 @@ def _double(upsample: nn.Module, x: Tensor) -> Tensor:
 
 
 def _in_chunks(f: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
-    """Compute f(x) in chunks of rows, for a function whose outputs depend on one row to either side at most.
+    """Compute f(x) in chunks of rows, for a function whose outputs depend on at most one row to either side.
 
     Each chunk includes one extra row on either side, whose result is discarded.
 

@@ -128,7 +128,7 @@ class ConvFeedForward(nn.Module):
     def __init__(self, config: VitsTextConfig):
         super().__init__()
         kernel = config.ffn_kernel_size
-        self.padding = ((kernel - 1) // 2, kernel // 2)  # left and right, so that the length stays
+        self.padding = ((kernel - 1) // 2, kernel // 2)  # left and right, to keep the length
         self.up = nn.Conv1d(config.hidden_size, config.ffn_dim, kernel)
         self.down = nn.Conv1d(config.ffn_dim, config.hidden_size, kernel)
         self.activation = activation(config.hidden_act)

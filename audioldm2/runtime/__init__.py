@@ -1,1 +1,1 @@
-"""How stages run (precision, offload, compile), never what they compute."""
+"""How stages run (device, precision, offload, compile, fast convolutions), never what they compute."""

@@ -1,15 +1,15 @@
-"""Compiling stages with torch.compile, each as one graph, and calling them in shapes that rarely change.
+"""Compiling stages with torch.compile, each as one graph, and calling them with shapes that rarely change.
 
-torch.compile compiles anew for each set of input shapes. So that few prompts bring new shapes, texts are
-padded to a multiple of `TOKEN_BUCKET` tokens on their way into a compiled stage, and its result is cut back
-(the padding is masked, so no number changes). Another duration, batch size or number of candidates does bring
-new shapes.
+torch.compile compiles again for each new set of input shapes. To keep these few, texts are padded to a
+multiple of `TOKEN_BUCKET` tokens before they enter a compiled stage, and the result is cut back (the padding
+is masked, so it does not change the result). Another duration, batch size or number of candidates does
+compile again.
 
-On a GPU the graphs are recorded and replayed (CUDA graphs), which leaves no gaps between kernels. A replay
-writes its result into the same memory as the one before, so results are copied.
+On a GPU the graphs are recorded and replayed (CUDA graphs), which leaves no gaps between kernels. Every
+replay writes its result into the same buffers, so results are copied.
 
-PyTorch keeps what it compiled on disk (TORCHINDUCTOR_CACHE_DIR, by default a temporary folder), so that the
-next process compiles in a fraction of the time.
+PyTorch caches what it compiled on disk (TORCHINDUCTOR_CACHE_DIR, by default a temporary folder), so the next
+process compiles in a fraction of the time.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
 TOKEN_BUCKET = 16
-# Sets of shapes a function may be compiled for before PyTorch gives up on it; its own limit is 8.
+# Sets of shapes for which a function may be compiled before PyTorch gives up on it; its default is 8.
 MAX_SHAPES = 64
-# The submodule of a stage that is compiled, "" for the whole stage. Of CLAP it is the tower that every
-# generation needs.
+# The submodule of each stage that is compiled, "" for the whole stage. CLAP's audio tower is not: only
+# ranking needs it.
 TARGETS: dict[str, str] = {
     "text_encoder": "text",
     "text_encoder_2": "",
@@ -36,7 +36,7 @@ TARGETS: dict[str, str] = {
     "vae": "decoder",
     "vocoder": "",
 }
-# These take sequences of any length, and GPT-2 writes into its caches: they are not recorded in CUDA graphs.
+# Compiled for sequences of any length and not recorded in CUDA graphs; GPT-2 also writes into its caches.
 DYNAMIC = ("projection_model", "language_model")
 WITHOUT_CUDA_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
@@ -60,7 +60,7 @@ def check_stage_names(stages: Sequence[str] | None) -> list[str]:
 
 
 def compile_stage(name: str, stage: nn.Module, mode: str) -> None:
-    """Have `stage`, or what `TARGETS` names of it, compiled when it is first called (`nn.Module.compile`).
+    """Mark a stage, or its submodule in `TARGETS`, to be compiled at its first call (`nn.Module.compile`).
 
     Args:
         name: which part of the pipeline the stage is.
@@ -68,9 +68,9 @@ def compile_stage(name: str, stage: nn.Module, mode: str) -> None:
         mode: torch.compile's.
     """
     for function in (rearrange, reduce, repeat):
-        # Otherwise the compiler traces through einops itself, which takes longer than everything else.
+        # Otherwise the compiler traces einops' own code, which takes longer than everything else.
         torch.compiler.allow_in_graph(function)
-    # Newer releases call it recompile_limit, and still know this name.
+    # Newer releases call it recompile_limit and still accept this name.
     config = torch._dynamo.config
     config.cache_size_limit = max(config.cache_size_limit, MAX_SHAPES)
     dynamic = name in DYNAMIC
@@ -88,9 +88,9 @@ def rounded_up(count: int, multiple: int) -> int:
 
 
 class CompiledStage:
-    """A stage that was compiled, as the pipeline calls it: its results are copied.
+    """A wrapper through which the pipeline calls a compiled stage; it copies the results.
 
-    Everything that is not a call (`config`, `parameters`, ...) is the stage's own.
+    Attributes (`config`, `parameters`, ...) are those of the stage.
     """
 
     def __init__(self, stage: Any):
@@ -131,7 +131,7 @@ class CompiledUNet(CompiledStage):
 
     @property
     def contexts(self) -> Callable[[Tensor, Tensor, Tensor], Any]:
-        """`UNet.contexts`; an AttributeError for a UNet without it, which is then called without contexts."""
+        """`UNet.contexts`. A property, so that a wrapped UNet without that method has none here either."""
         compute = self.stage.contexts
 
         def padded(vectors: Tensor, states: Tensor, mask: Tensor) -> Any:
@@ -141,14 +141,14 @@ class CompiledUNet(CompiledStage):
         return padded
 
     def __call__(self, sample: Tensor, timestep: Tensor, **kwargs: Any) -> Tensor:
-        # A copy of the timestep: it is a view into a longer tensor, and Inductor compiles for an alignment.
+        # The timestep is copied: it is a view into a longer tensor, and Inductor specializes on alignment.
         result = self.stage(sample, timestep.clone(), **kwargs)
         prediction: Tensor = result if isinstance(result, Tensor) else result[0]
         return prediction.clone()
 
 
 class CompiledVAE(CompiledStage):
-    """The VAE, of which the decoder is compiled."""
+    """The VAE; only the decoder is compiled."""
 
     def decode(self, latents: Tensor) -> Tensor:
         mel: Tensor = self.stage.decode(latents)

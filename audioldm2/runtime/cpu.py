@@ -11,8 +11,8 @@ it does outside.
 
 Kernels are computed from the weights when a convolution is first called in the block, and are freed when it
 ends. No module, parameter or global state changes, so nothing that is computed here can outlive the block or
-become stale: a `torch.overrides.TorchFunctionMode`, which belongs to one thread, answers `conv2d` and its
-relatives. It costs about 3 microseconds for each call of a torch function, 0.4 % of a UNet step.
+become stale: a `torch.overrides.TorchFunctionMode`, which is local to a thread, intercepts `conv2d`, `conv1d`
+and `conv_transpose1d`. It costs about 3 microseconds for each call of a torch function, 0.4 % of a UNet step.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from audioldm2.runtime import winograd
 # and output alike).
 MIN_CHANNELS_2D = 64
 MIN_CHANNELS_1D = 128
-# The same in pixels (batch · height · width), by what `torch.backends.cpu.get_cpu_capability()` says. A
-# kernel is 24/9 times as large as its weight and has to be read for each call, which pays only for maps of
-# many pixels if PyTorch's own convolutions are fast. Other CPUs were not measured: there all is PyTorch's.
+# The same in pixels (batch · height · width), for each `torch.backends.cpu.get_cpu_capability()`. A kernel is
+# 24/9 times as large as its weight and is read at each call. Where PyTorch's own convolutions are fast, that
+# pays off only for large feature maps. Other CPUs were not measured and use PyTorch's own convolutions.
 MIN_PIXELS_2D = {
     "AVX2": 256,
     "AVX512": 4096,
 }
-# With fewer pixels than this, one matrix product is faster than either.
-MIN_PIXELS_CONV = 256
+# Below this number of pixels, one matrix product is faster than either.
+MAX_PIXELS_PRODUCT = 256
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def fast_convolutions(*stages: nn.Module) -> Iterator[FastConvolutions]:
         stages: modules whose convolutions are to run faster. Those of other modules are left alone.
 
     Yields:
-        The mode that answers, for its `forget`.
+        The active mode, which has the method `forget`.
 
     Example:
         >>> with fast_convolutions(vae) as convolutions:
@@ -81,23 +81,23 @@ def fast_convolutions(*stages: nn.Module) -> Iterator[FastConvolutions]:
 class _Kernel(NamedTuple):
     """What Winograd's filtering uses in place of a weight."""
 
-    weight: Tensor  # shares the memory of the weight: held, so that no other tensor gets its address
+    weight: Tensor  # shares the weight's memory, and keeps its address from being given to another tensor
     state: tuple[Any, ...]  # of the weight when the kernel was computed
     kernel: Tensor
 
 
 class FastConvolutions(TorchFunctionMode):
-    """Answers convolutions of some stages while it is active; made by `fast_convolutions`.
+    """Intercepts the convolutions of some stages while it is active; created by `fast_convolutions`.
 
     Args:
-        stages: the modules whose convolutions it answers.
+        stages: the modules whose convolutions it intercepts.
     """
 
     def __init__(self, stages: tuple[nn.Module, ...]):
         super().__init__()
         self._stages = stages
         self._min_pixels_2d = MIN_PIXELS_2D.get(torch.backends.cpu.get_cpu_capability())
-        # By id: a tensor that is held here keeps its own.
+        # By id, which no other tensor can get while this one is referenced here.
         self._weights: dict[int, Tensor] = {}
         self._kernels: dict[int, _Kernel] = {}
         self.forget()
@@ -117,7 +117,7 @@ class FastConvolutions(TorchFunctionMode):
             self._weights |= {id(p): p for p in stage.parameters() if _can_be_watched(p)}
 
     def close(self) -> None:
-        """Free all memory and answer no more."""
+        """Free all memory, and leave every convolution to PyTorch from now on."""
         self._stages = ()
         self.forget()
 
@@ -128,17 +128,17 @@ class FastConvolutions(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        # The mode is off in here, so torch functions that are called from here are PyTorch's own.
+        # The mode is disabled inside this method, so torch functions called from here are PyTorch's own.
         kwargs = kwargs or {}
-        answer = None
+        result = None
         if not torch.compiler.is_compiling():
             if func is torch.conv2d:
-                answer = self._conv_2d(*args, **kwargs)
+                result = self._conv_2d(*args, **kwargs)
             elif func is torch.conv1d:
-                answer = self._conv_1d(*args, **kwargs)
+                result = self._conv_1d(*args, **kwargs)
             elif func is torch.conv_transpose1d:
-                answer = self._conv_transpose_1d(*args, **kwargs)
-        return func(*args, **kwargs) if answer is None else answer
+                result = self._conv_transpose_1d(*args, **kwargs)
+        return func(*args, **kwargs) if result is None else result
 
     def _conv_2d(
         self,
@@ -150,15 +150,15 @@ class FastConvolutions(TorchFunctionMode):
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor | None:
-        """`torch.conv2d`, (B, C, H, W) -> (B, O, H', W') channels last; None where it is left to PyTorch."""
-        if not self._answers(x, weight, bias, dim=4):
+        """`torch.conv2d`, (B, C, H, W) -> (B, O, H', W') channels last; None if it is left to PyTorch."""
+        if not self._intercepts(x, weight, bias, dim=4):
             return None
         keeps_size = (stride, padding, dilation) == ((1, 1), (1, 1), (1, 1))
         if keeps_size and groups == 1 and _is_wide(weight) and bias is not None and _match(x, weight, bias):
             pixels = x.shape[0] * x.shape[2] * x.shape[3]
             if self._min_pixels_2d is not None and pixels >= self._min_pixels_2d:
                 return winograd.conv_2d(x, self._kernel(weight, winograd.kernel_2d), bias)
-            if pixels < MIN_PIXELS_CONV:
+            if pixels < MAX_PIXELS_PRODUCT:
                 return conv_2d_by_product(x, weight, bias)
         x = x.contiguous(memory_format=torch.channels_last)
         return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
@@ -173,8 +173,8 @@ class FastConvolutions(TorchFunctionMode):
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor | None:
-        """`torch.conv1d`, (B, C, L) -> (B, O, L), channels last; None where it is left to PyTorch."""
-        if not self._answers(x, weight, bias, dim=3) or not _is_wide(weight):
+        """`torch.conv1d`, (B, C, L) -> (B, O, L), channels last; None if it is left to PyTorch."""
+        if not self._intercepts(x, weight, bias, dim=3) or not _is_wide(weight):
             return None
         if bias is None or not _match(x, weight, bias):
             return None
@@ -186,14 +186,14 @@ class FastConvolutions(TorchFunctionMode):
     def _conv_transpose_1d(
         self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *options: Any, **more: Any
     ) -> Tensor | None:
-        """`torch.conv_transpose1d`, whose result lies in memory as the convolutions after it want it."""
-        if not self._answers(x, weight, bias, dim=3) or weight.shape[1] < MIN_CHANNELS_1D:
+        """`torch.conv_transpose1d`, (B, C, L) -> (B, O, L'), channels last; None if it is left to PyTorch."""
+        if not self._intercepts(x, weight, bias, dim=3) or weight.shape[1] < MIN_CHANNELS_1D:
             return None
         y = torch.conv_transpose1d(x, weight, bias, *options, **more)
         return rearrange(rearrange(y, "b c l -> b l c").contiguous(), "b l c -> b c l")
 
-    def _answers(self, x: Tensor, weight: Tensor, bias: Tensor | None, dim: int) -> bool:
-        """Whether a call is a plain one with a weight of the stages; what is not is left to PyTorch."""
+    def _intercepts(self, x: Tensor, weight: Tensor, bias: Tensor | None, dim: int) -> bool:
+        """Whether a call is a plain one with a weight of the stages. All others are left to PyTorch."""
         tensors = (x, weight) if bias is None else (x, weight, bias)
         return (
             id(weight) in self._weights
@@ -231,14 +231,15 @@ def conv_2d_by_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     padded = F.pad(rearrange(x, "b c h w -> b h w c"), (0, 0, 1, 1, 1, 1))
     windows = padded.unfold(1, 3, 1).unfold(2, 3, 1)
-    # The order of the weight, channels outermost, in two copies: one alone would take three times as long.
+    # Rearranged to the weight's order, channels outermost, in two copies: a single one takes three times as
+    # long.
     rows = rearrange(windows, "b h w c y x -> b h w (y x) c")
     rows = rearrange(rows, "b h w k c -> b h w (c k)")
     return rearrange(F.linear(rows, weight.flatten(1), bias), "b h w o -> b o h w")
 
 
 def _is_plain(tensor: Any) -> bool:
-    """Whether this is a dense float32 tensor on the CPU, and no subclass of Tensor."""
+    """Whether this is a dense float32 tensor on the CPU, and not of a subclass of Tensor."""
     return (
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.dtype == torch.float32
@@ -248,7 +249,7 @@ def _is_plain(tensor: Any) -> bool:
 
 
 def _can_be_watched(weight: Tensor) -> bool:
-    """Whether this can be a convolution's weight, and tells when it changes (inference tensors do not)."""
+    """Whether this can be a convolution's weight and counts its changes (inference tensors do not)."""
     return _is_plain(weight) and weight.dim() in (3, 4) and not weight.is_inference()
 
 
@@ -258,7 +259,7 @@ def _match(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
 
 
 def _is_wide(weight: Tensor) -> bool:
-    """Whether an algorithm here is for this weight, (O, C, 3, 3) or (O, C, taps)."""
+    """Whether one of the algorithms here applies to this weight, (O, C, 3, 3) or (O, C, taps)."""
     taps, channels = weight.shape[2:], min(weight.shape[:2])
     if len(taps) == 2:
         return taps == (3, 3) and channels >= MIN_CHANNELS_2D

@@ -1,9 +1,9 @@
-"""Running a pipeline whose stages do not all fit on the device: each is there only while it works.
+"""Model offload: running a pipeline whose stages do not all fit on the device, each there only while it runs.
 
-On a GPU the weights wait in page-locked ("pinned") main memory. While one stage works, the next one is copied
-to the GPU. Weights are copied back only if they changed on the device. A change is noticed by the weight's
-version counter; writes through `.data` are not counted, so all weights on the device are copied back after a
-caller's code ran (`may_have_changed`).
+With a GPU, the weights wait in pinned CPU memory, and the next stage is copied to the GPU while the current
+one runs. Weights are copied back only if they changed on the device. Changes are noticed by the weights'
+version counters. Writes through `.data` are not counted, so after a caller's code has run, all weights on the
+device are copied back (`may_have_changed`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 @dataclass
 class _Home:
-    """A tensor's copy in main memory, and the tensor's version when it was last copied to the device."""
+    """A tensor's copy in CPU memory, and the tensor's version when it was last copied to the device."""
 
     copy: Tensor
     version: int | None
@@ -28,11 +28,11 @@ class _Home:
 class Offload:
     """Moves stages to the device, one after the other.
 
-    A stage stays until another one is needed, so one that is called many times (the UNet) moves once. Stages
-    are not held here: one that the caller replaces is freed.
+    A stage stays until another one is needed, so one that is called many times (the UNet) moves once. Weights
+    are referenced weakly, so those of a stage that the caller replaces are freed.
 
     Args:
-        device: where stages work.
+        device: where stages run.
     """
 
     def __init__(self, device: torch.device | str):
@@ -44,11 +44,11 @@ class Offload:
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def take(self, stage: nn.Module, upcoming: nn.Module | None = None) -> None:
-        """Move `stage` to the device and the one before it back to main memory.
+        """Move `stage` to the device, and the previous one back to the CPU.
 
         Args:
-            stage: the stage that works now.
-            upcoming: the stage that works after it, which a GPU copies in the meantime.
+            stage: the stage that runs now.
+            upcoming: the stage that runs next, which is prefetched if the device is a GPU.
         """
         if self._working is stage:
             return
@@ -68,7 +68,7 @@ class Offload:
                 self._coming = (upcoming, self._prefetch(upcoming, self._stream))
 
     def release(self) -> None:
-        """Move everything that is on the device back to main memory."""
+        """Move everything that is on the device back to the CPU."""
         if self._coming is not None:
             (stage, event), self._coming = self._coming, None
             torch.cuda.current_stream(self.device).wait_event(event)
@@ -78,7 +78,7 @@ class Offload:
             self._working = None
 
     def may_have_changed(self) -> None:
-        """Have all weights that are on the device now copied back when they leave it."""
+        """Mark all weights that are on the device to be copied back when they leave it."""
         if self._working is not None:
             self._changed.add(self._working)
         if self._coming is not None:
@@ -94,14 +94,14 @@ class Offload:
         return event
 
     def _bring(self, stage: nn.Module, stream: torch.cuda.Stream | None = None) -> None:
-        """Copy a stage to the device; if that fails, for lack of memory say, none of it stays there."""
+        """Copy a stage to the device. If that fails, such as for lack of memory, none of it stays there."""
         brought = []
         try:
             for tensor in _tensors(stage):
                 home = self._homes.get(tensor)
-                # Weights may have been replaced in main memory since, for example by ones of another dtype.
+                # The weights may have been replaced since then, for example with ones of another dtype.
                 if home is None or not _same_memory(home.copy, tensor):
-                    home = self._homes[tensor] = _Home(self._in_main_memory(tensor), None)
+                    home = self._homes[tensor] = _Home(self._on_cpu(tensor), None)
                 on_device = torch.empty_like(home.copy, device=self.device)
                 if stream is None:
                     on_device.copy_(home.copy, non_blocking=True)
@@ -127,13 +127,13 @@ class Offload:
                 tensor.data = tensor.data.to("cpu")
                 continue
             if (home.copy.shape, home.copy.dtype) != (tensor.shape, tensor.dtype):
-                home.copy = self._in_main_memory(tensor)
+                home.copy = self._on_cpu(tensor)
             elif changed or home.version is None or _version(tensor) != home.version:
-                with torch.inference_mode():  # in which alone copies made in this mode can be written
+                with torch.inference_mode():  # copies made in this mode can only be written in it
                     home.copy.copy_(tensor.data)
             tensor.data = home.copy
 
-    def _in_main_memory(self, tensor: Tensor) -> Tensor:
+    def _on_cpu(self, tensor: Tensor) -> Tensor:
         copy = tensor.data.to("cpu")
         return copy if self._stream is None else copy.pin_memory()
 

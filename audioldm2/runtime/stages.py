@@ -1,8 +1,8 @@
 """Where and how a pipeline's stages run: device, dtype, offload, compiling, and one generation at a time.
 
-`StageRunner` is the base class of the pipeline, which itself only says what a generation computes. It asks
-for a stage by `with self.running("unet") as unet:` and gets it on its device, with the convolutions that are
-fast on this CPU, or behind the wrapper of a compiled stage.
+`StageRunner` is the base class of the pipeline, which itself only says what a generation computes. Inside
+`with self.running("unet") as unet:` the stage is on its device and, unless it is compiled, runs with fast
+convolutions where the CPU has them. A compiled stage is called through its wrapper.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ R = TypeVar("R")
 class StageRunner:
     """The stages of a pipeline, kept as attributes under the names in `stage_names`."""
 
-    stage_names: ClassVar[tuple[str, ...]]  # in the order in which they work
+    stage_names: ClassVar[tuple[str, ...]]  # in the order in which they run
     main_stage: ClassVar[str]  # the one whose device and dtype are the pipeline's
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class StageRunner:
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**vars(self), "_offload": None if self._offload is None else self._offload.device}
-        # A copy is not in the middle of a generation, and PyTorch does not copy what it compiled.
+        # A copy is not in the middle of a generation, and compiled code is not copied.
         for name in ("_lock", "_compiled", "_fast", "_working", "_depth"):
             del state[name]
         return state
@@ -64,12 +64,12 @@ class StageRunner:
 
     @property
     def device(self) -> torch.device:
-        """Where the stages work."""
+        """The device on which the stages run."""
         return self._offload.device if self._offload else stage_device(getattr(self, self.main_stage))
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype the UNet works in."""
+        """The dtype in which the main stage, the UNet, runs."""
         return stage_dtype(getattr(self, self.main_stage))
 
     def to(
@@ -110,13 +110,13 @@ class StageRunner:
         return self
 
     def enable_model_cpu_offload(self, gpu_id: int = 0, device: torch.device | str = "cuda") -> None:
-        """Keep the stages in main memory, and each on the device only while it works.
+        """Keep the stages on the CPU, and move each to the device only while it runs.
 
-        On a GPU the next stage is copied while the current one works.
+        If the device is a GPU, the next stage is copied while the current one runs.
 
         Args:
             gpu_id: index of the GPU; ignored if `device` names one.
-            device: where stages work.
+            device: where stages run.
 
         Raises:
             ValueError: the device is not available, or it is a GPU and stages are compiled already.
@@ -125,7 +125,7 @@ class StageRunner:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", gpu_id)
         with self._lock:
-            if self._compiled and device.type == "cuda":  # CUDA graphs hold on to where weights are
+            if self._compiled and device.type == "cuda":  # CUDA graphs store the addresses of the weights
                 raise ValueError("call enable_model_cpu_offload() before compile()")
             if self._offload is not None:
                 self._offload.release()
@@ -134,11 +134,11 @@ class StageRunner:
             self._offload = Offload(device)
 
     def compile(self, mode: str | None = None, stages: Sequence[str] | None = None) -> None:
-        """Compile stages, each as one graph, when they are first called: minutes on a small machine.
+        """Compile stages with torch.compile, each as one graph, at their first call; this can take minutes.
 
         They are compiled once for each duration, batch size and number of candidates, and for each multiple
-        of 16 tokens that prompts are padded to. PyTorch keeps what it compiled on disk for the next process:
-        see TORCHINDUCTOR_CACHE_DIR in its documentation. A copied or unpickled pipeline has to be compiled
+        of 16 tokens to which prompts are padded. PyTorch caches compiled code on disk for the next process
+        (see TORCHINDUCTOR_CACHE_DIR in its documentation). A copied or unpickled pipeline has to be compiled
         again.
 
         Args:
@@ -186,7 +186,7 @@ class StageRunner:
             self._working, self._fast = outer
 
     def _place(self, name: str, stage: nn.Module) -> None:
-        """With offload, move a stage to the device; a GPU copies the next one while it works."""
+        """With offload, move a stage to the device, and prefetch the next one if it is a GPU."""
         if self._offload is not None:
             following = self.stage_names[self.stage_names.index(name) + 1 :]
             self._offload.take(stage, getattr(self, following[0]) if following else None)
@@ -194,14 +194,14 @@ class StageRunner:
     def refreshing(self, callback: Callable[P, R] | None) -> Callable[P, R] | None:
         """Wrap a caller's callback, which may change weights or run the pipeline again.
 
-        After it, what was computed from the running stage's weights is dropped, and the stage is back on its
-        device.
+        After the callback, everything computed from the running stage's weights is discarded, and the stage
+        is moved back to its device.
         """
         if callback is None:
             return None
 
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            # Before the callback too: if it runs the pipeline, stages that it changed leave the device.
+            # Before the callback, too: if it runs the pipeline, stages that it changed leave the device.
             if self._offload is not None:
                 self._offload.may_have_changed()
             result = callback(*args, **kwargs)
@@ -217,7 +217,7 @@ class StageRunner:
 
     @contextmanager
     def generation(self) -> Iterator[None]:
-        """One generation at a time; in the end, also after an error, nothing is left on an offload device."""
+        """Hold the pipeline's lock; at the end, also after an error, free the offload device."""
         with self._lock:
             self._depth += 1
             try:

@@ -1,14 +1,14 @@
 """Convolutions with fewer multiplications: Winograd's minimal filtering, for float32 on a CPU.
 
-A filter of r taps that gives m outputs looks at n = m + r - 1 inputs x and takes m r multiplications if done
-as written, but n are enough (Winograd 1980; for neural networks Lavin and Gray 2016, arXiv:1509.09308):
+A filter of r taps computes m outputs from n = m + r - 1 inputs x. Done directly this takes m r
+multiplications, but n are enough (Winograd 1980; for neural networks Lavin and Gray 2016, arXiv:1509.09308):
 
     y = A [(G g) · (B x)]      A (m, n), G (n, r), B (n, n);  · is elementwise
 
 G g is computed once for a kernel. A and B are small and fixed, and with C channels the elementwise products
-become n matrix products, over which A and B cost little. Two axes are filtered by both in turn: 3x3 taps for
-4x2 outputs take 24 multiplications in place of 72. Long filters are cut into pieces of 4 taps, which share
-B x: 11 taps for 4 outputs take 21 in place of 44.
+become n matrix products, next to which A and B cost little. Two axes are filtered one after the other: 3x3
+taps for 4x2 outputs take 24 multiplications instead of 72. Long filters are cut into pieces of 4 taps, which
+share B x: 11 taps for 4 outputs take 21 instead of 44.
 
 Results equal those of the convolution up to rounding, about 2e-6 of the output's scale
 (tests/runtime/test_cpu.py).
@@ -30,7 +30,7 @@ TILE = (4, 2)  # outputs of a two-dimensional filter, in time and in frequency
 TILE_1D = 4  # outputs of a one-dimensional filter
 MAX_TAPS_1D = 3  # longer one-dimensional filters are cut into pieces ...
 PIECE_TAPS = 4  # ... of this many taps
-SCRATCH = 2**21  # floats in the largest temporary: more would leave the cache, fewer make small products
+MAX_SCRATCH_FLOATS = 2**21  # in a temporary: more would not fit the cache, fewer make small products
 
 
 @cache
@@ -95,12 +95,12 @@ def conv_2d(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
     y = x.new_empty(batch, tiles_h, m_h, tiles_w, m_w, channels_out)
     # Some tile rows of one image at a time, or some whole images, in temporaries that stay in the cache.
     row_size = points * tiles_w * max(channels, channels_out)
-    rows = max(1, min(tiles_h, SCRATCH // row_size))
-    images = max(1, SCRATCH // (row_size * tiles_h))
+    rows = max(1, min(tiles_h, MAX_SCRATCH_FLOATS // row_size))
+    images = max(1, MAX_SCRATCH_FLOATS // (row_size * tiles_h))
     for image in range(0, batch, images):
         for row in range(0, tiles_h, rows):
             out = y[image : image + images, row : row + rows]
-            first, last = row * m_h - 1, (row + out.shape[1]) * m_h + 1  # of the rows that the tiles look at
+            first, last = row * m_h - 1, (row + out.shape[1]) * m_h + 1  # of the rows that the tiles read
             part = x[image : image + images, max(first, 0) : last]
             above = max(-first, 0)
             below = last - first - above - part.shape[1]
@@ -134,12 +134,12 @@ def conv_1d(x: Tensor, kernel: Tensor, bias: Tensor, taps: int, dilation: int = 
     tiles = -(-length // (TILE_1D * dilation))
     y = x.new_empty(batch, tiles, TILE_1D, dilation, channels_out)
     x = rearrange(x, "b c l -> b l c")
-    rows = max(1, min(tiles, SCRATCH // (points * dilation * max(channels, channels_out))))
+    rows = max(1, min(tiles, MAX_SCRATCH_FLOATS // (points * dilation * max(channels, channels_out))))
     for sequence, result in zip(x, y, strict=True):
         for start in range(0, tiles, rows):
             out = result[start : start + rows]
             count = len(out)
-            # The samples that the tiles look at; those of all pieces but the first lie later.
+            # The samples that the tiles read; those of later pieces are further on.
             first = (start * TILE_1D - taps // 2) * dilation
             last = first + ((count + pieces - 2) * TILE_1D + points) * dilation
             part = sequence[max(first, 0) : max(last, 0)]

@@ -80,11 +80,25 @@ class Scheduler(Configurable, ABC):
 
     @abstractmethod
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
-        """Choose the N timesteps of a sampling run. Whatever an earlier run left behind is dropped."""
+        """Choose the N timesteps of a sampling run, and discard the state of an earlier run.
+
+        Args:
+            num_inference_steps: N, from 1 to T.
+            device: where `timesteps` is placed; the CPU by default.
+        """
 
     @abstractmethod
     def step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor) -> StepOutput:
-        """From the network's output and the sample at `timestep` to the sample at the next noise level."""
+        """Take one step: from the sample at `timestep` to the sample at the next noise level.
+
+        Args:
+            model_output: the network's output for (sample, timestep), (B, C, ...).
+            timestep: an element of `timesteps`, or its value.
+            sample: (B, C, ...).
+
+        Returns:
+            `prev_sample`, (B, C, ...), and whatever else the sampler returns.
+        """
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """The network's input for `sample`: by default `sample` itself, which has the scale of training."""
@@ -153,7 +167,7 @@ class Scheduler(Configurable, ABC):
 
     def _set_timesteps(self, timesteps: list[int], device: torch.device | str | None = None) -> None:
         """Begin a run: set `timesteps` and `num_inference_steps`, and what `_locate` needs."""
-        # In inference mode too, a normal tensor: only those count the writes to them.
+        # A normal tensor even in inference mode: inference tensors have no version counter.
         with torch.inference_mode(False):
             placed = torch.tensor(timesteps, dtype=torch.int64, device=device or "cpu")
         self.timesteps = placed

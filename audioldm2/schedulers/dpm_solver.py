@@ -159,7 +159,7 @@ class DPMSolverMultistepScheduler(Scheduler):
         use_dynamic_shifting: bool = False,
         time_shift_type: str = "exponential",
     ):
-        # A config of DEIS or UniPC names a solver of its own; diffusers reads those names in the same way.
+        # Configs of DEIS and UniPC have solver names of their own. diffusers replaces them in the same way.
         if algorithm_type == "deis":
             self._update_config(algorithm_type="dpmsolver++")
         if solver_type in ("logrho", "bh1", "bh2"):

@@ -1,7 +1,7 @@
 """The noise schedule: how much noise each training step adds, and which noise levels a sampling run visits.
 
-A diffusion model is trained on samples (here: latents) to which noise was added in one jump (Ho et al. 2020,
-eq. 4):
+A diffusion model is trained on samples (here: latents) to which noise was added in a single step (Ho et al.
+2020, eq. 4):
 
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,        eps ~ N(0, 1),  t = 0 .. T-1
     abar_t = prod_{s <= t} (1 - beta_s)                   `alphas_cumprod` in the code, shape (T,)
