@@ -35,7 +35,7 @@ from audioldm2 import AudioLDM2Pipeline, DPMSolverMultistepScheduler
 HOME = Path(audioldm2.__file__).parent
 TINY = HOME / "tiny"
 SAMPLE_RATE = 16000
-PROMPTS = {  # prompt -> Hz in which most of the energy has to be
+PROMPTS = {  # prompt -> range in Hz that most of the energy has to be in
     "A low steady tone": (60, 700),
     "A high steady tone": (1500, 8000),
 }
@@ -67,7 +67,7 @@ def check_import() -> None:
 
 
 def check_tokenizers(pipe: AudioLDM2Pipeline) -> None:
-    """Prompts as ids, as stored."""
+    """Prompts are encoded to the stored ids."""
     for prompt, expected in ENCODED.items():
         for tokenizer, ids in zip((pipe.tokenizer, pipe.tokenizer_2), expected, strict=True):
             encoded = " ".join(map(str, tokenizer(prompt).input_ids))
@@ -82,7 +82,7 @@ def load(folder: str | Path) -> AudioLDM2Pipeline:
 
 
 def generate(pipe: AudioLDM2Pipeline) -> np.ndarray:
-    """One waveform a prompt, (prompts, samples)."""
+    """One waveform per prompt, (prompts, samples)."""
     generator = torch.Generator().manual_seed(0)
     sounds: np.ndarray = pipe(
         [*PROMPTS], num_inference_steps=20, guidance_scale=2, generator=generator

@@ -123,9 +123,9 @@ def test_the_folder_holds_what_is_read_and_is_small() -> None:
 def test_the_model_card_says_what_matters() -> None:
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
     headings = [line.lstrip("# ").lower() for line in card.splitlines() if line.startswith("#")]
-    for heading in ("what it knows", "how it was made", "scores", "licence"):
+    for heading in ("what it knows", "how it was made", "scores", "license"):
         assert any(heading in found for found in headings), f"the card has no heading on {heading}"
-    assert re.search(r"^license: \S+$", card, re.MULTILINE), "the card's front matter names no licence"
+    assert re.search(r"^license: \S+$", card, re.MULTILINE), "the card's front matter names no license"
 
 
 # --- what it gives

@@ -6,7 +6,7 @@ asked for, and with a background if the prompt names one. A prompt is right if a
 columns put the score into perspective:
 
   by chance     the same clips judged by other prompts: the floor
-  real          sounds synthesised for these prompts, as for training: the ceiling
+  real          sounds synthesized for these prompts, as for training: the ceiling
   decoded       the real sounds through the VAE and the vocoder: the most that any denoiser could reach
 
 Further lines give the errors of the VAE and the vocoder, how often CLAP finds a caption's sound among one of

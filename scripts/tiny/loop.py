@@ -1,4 +1,4 @@
-"""The training loop that every stage shares.
+"""The training loop that all stages share.
 
     def loss(generator):                     # of one step, on a batch drawn with the generator
         mel = library.mels(library.draw(run.batch_or(16), generator))
@@ -120,13 +120,13 @@ def train(
 ) -> None:
     """Train a module, resume a training that was killed, or load the result of one that is finished.
 
-    Afterwards the module holds the averaged weights and is in evaluation mode. Optimised with AdamW
+    Afterwards the module holds the averaged weights and is in evaluation mode. Optimized with AdamW
     (Loshchilov and Hutter 2019).
 
     Args:
         name: of the stage, for its saved state, plot and progress bar.
         module: holds all parameters to train.
-        loss: computes one step's losses from a generator on the CPU. "loss" is minimised; all are plotted.
+        loss: computes one step's losses from a generator on the CPU. "loss" is minimized; all are plotted.
         run: where and how.
         steps: unless `run` sets another number.
         rate: the highest learning rate.

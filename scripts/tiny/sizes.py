@@ -77,7 +77,7 @@ TINY: dict[str, dict[str, Any]] = {
         "latent_channels": 8,
         "norm_num_groups": 2,
         "sample_size": 160,
-        "scaling_factor": 1.0,  # the VAE's latents are standardised instead
+        "scaling_factor": 1.0,  # the VAE's latents are standardized instead
     },
     "vocoder": {
         "model_in_dim": 64,

@@ -1,4 +1,4 @@
-"""Train a miniature AudioLDM 2 from random weights, stage by stage, on sounds that are synthesised here.
+"""Train a miniature AudioLDM 2 from random weights, stage by stage, on sounds that are synthesized here.
 
 It takes about five hours on two CPU cores, three of them for the UNet. You can stop it at any time: the same
 command resumes where it stopped and ends with the same weights. Afterwards the folder (--folder) holds
@@ -31,7 +31,7 @@ from audioldm2.runtime.device import available_device
 from scripts.tiny.assemble import assemble, parts_in, take_parts
 from scripts.tiny.data.library import LIBRARY_SIZE, load_library
 from scripts.tiny.loop import Run, RunMismatchError
-from scripts.tiny.stages import STAGES, Stage
+from scripts.tiny.stages import STAGES, TrainingStage
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = """\
@@ -88,7 +88,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def missing_parts(stages: Sequence[Stage], present: set[str]) -> str:
+def missing_parts(stages: Sequence[TrainingStage], present: set[str]) -> str:
     """What the first stage that cannot run lacks, as an error message; "" if all stages can run."""
     available = set(present)
     for stage in stages:

@@ -1,1 +1,1 @@
-"""The training data: synthesised sounds, captions of them, tokenizers trained on the captions."""
+"""The training data: synthesized sounds, captions of them, tokenizers trained on the captions."""

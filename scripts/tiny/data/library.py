@@ -57,12 +57,12 @@ class Library:
 
 
 def make_library(size: int, seed: int) -> Library:
-    """Synthesise a library of `size` sounds. The i-th sound depends on `seed` and i alone."""
+    """Synthesize a library of `size` sounds. The i-th sound depends on `seed` and i alone."""
     log_mel = LogMel(LogMelConfig(hop_length=HOP_LENGTH))
     samples = np.empty((size, CLIP_SAMPLES), np.int16)
     mels = np.empty((size, CLIP_SAMPLES // log_mel.config.hop_length, log_mel.config.n_mels), np.float16)
     scenes, captions = [], []
-    for i in tqdm(range(size), desc="Synthesising sounds", disable=None):
+    for i in tqdm(range(size), desc="Synthesizing sounds", disable=None):
         rng = np.random.default_rng([seed, i])
         scene = draw_scene(rng)
         samples[i] = np.round(render(scene, rng) * INT16_MAX)
@@ -74,7 +74,7 @@ def make_library(size: int, seed: int) -> Library:
 
 
 def load_library(folder: Path, size: int = LIBRARY_SIZE, seed: int = 0) -> Library:
-    """Load a library from disk, making it first if it is missing or if the code that makes it has changed.
+    """Load a library from disk; it is made first if it is missing or if the code that makes it has changed.
 
     The subfolder's name holds a checksum of the source files that decide what is in the library, so another
     version of them gets a subfolder of its own.

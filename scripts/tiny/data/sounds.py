@@ -1,4 +1,4 @@
-"""The sounds that the tiny checkpoint learns: seventeen kinds, synthesised here; nothing is downloaded.
+"""The sounds that the tiny checkpoint learns: seventeen kinds, synthesized here; nothing is downloaded.
 
     rng = np.random.default_rng(0)
     scene = draw_scene(rng)         # what the clip contains
@@ -118,7 +118,7 @@ def loudest_level(waveform: np.ndarray) -> float:
 
 
 def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """Synthesise a scene: (CLIP_SAMPLES,) float32 in [-1, 1], different at every call."""
+    """Synthesize a scene: (CLIP_SAMPLES,) float32 in [-1, 1], different at every call."""
     mixed = np.zeros(CLIP_SAMPLES)
     for i, sound in enumerate(scene.sounds):
         waveform = RENDERERS[sound.kind](rng, sound.trait)

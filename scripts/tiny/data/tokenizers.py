@@ -27,7 +27,7 @@ FUNCTION_WORDS = frozenset(
 )
 DROP_PROBABILITY = 0.1  # of each function word
 INSERT_PROBABILITY = 0.03  # of a meaningless word before each word
-CASE_PROBABILITIES = {"unchanged": 0.4, "lower": 0.3, "capitalised": 0.3}
+CASE_PROBABILITIES = {"unchanged": 0.4, "lower": 0.3, "capitalized": 0.3}
 
 
 def write_tokenizers(library: Library, run: Run) -> None:
@@ -77,7 +77,7 @@ def vary_caption(caption: str, rng: np.random.Generator) -> str:
     case = rng.choice([*CASE_PROBABILITIES], p=[*CASE_PROBABILITIES.values()])
     if case == "lower":
         text = text.lower()
-    elif case == "capitalised":
+    elif case == "capitalized":
         text = text[:1].upper() + text[1:]
     return text.rstrip(".") + str(rng.choice(["", "."]))
 

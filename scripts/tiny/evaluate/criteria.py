@@ -9,7 +9,7 @@ sounds: noise 30 dB below, a time smeared by 20 ms, a pitch that is 2 % off. The
 every other kind.
 
 With two sounds, the foreground is measured in its loudest 13 dB, where the background, 17 to 20 dB below,
-does not interfere. Of the background, only its presence and colour are checked: low (engine, wind), dull
+does not interfere. Of the background, only its presence and color are checked: low (engine, wind), dull
 (waves) or bright (rain, noise), not which of the two it is. If the event masks the background (low under a
 low tone, waves under drums) it is not checked, and "background" is missing from the result.
 """
@@ -104,8 +104,8 @@ TRAIT_BOUNDS: dict[str, tuple[str, Bounds]] = {
 LOUDNESS_BOUNDS = {"loud": (-21.5, inf), "soft": (SILENCE_LEVEL, -25.5)}  # dB of full scale
 # A click is too short to reach that level without clipping; from this peak on, any sound is loud.
 LOUD_PEAK = 0.6
-# The colour that a background is recognised by.
-BACKGROUND_COLOURS = {"engine": "low", "wind": "low", "waves": "dull", "rain": "bright", "noise": "bright"}
+# The color that a background is recognized by.
+BACKGROUND_COLORS = {"engine": "low", "wind": "low", "waves": "dull", "rain": "bright", "noise": "bright"}
 # dB relative to the loudest frame, from which a background counts as present. VAE and vocoder make it softer.
 BACKGROUND_THRESHOLDS = {"low": -35.0, "dull": -36.0, "bright": -36.0}
 
@@ -157,8 +157,8 @@ def _outside(measured: Measured, bounds: Bounds) -> list[str]:
 
 def _background_misses(background: Sound, event: Sound, waveform: np.ndarray) -> list[str] | None:
     """What speaks against a background; None if the event would mask it: low under low, waves under drums."""
-    colour, low_tone = BACKGROUND_COLOURS[background.kind], event == Sound("tone", "low")
-    if (colour == "low" and low_tone) or (colour == "dull" and event.kind == "drums"):
+    color, low_tone = BACKGROUND_COLORS[background.kind], event == Sound("tone", "low")
+    if (color == "low" and low_tone) or (color == "dull" and event.kind == "drums"):
         return None
     bands = noise_bands(waveform)
     (low, _), (dull, dull_loud), (bright, bright_loud) = bands.values()
@@ -166,8 +166,8 @@ def _background_misses(background: Sound, event: Sound, waveform: np.ndarray) ->
         "low": (low, low > bright),
         "dull": (dull_loud, dull_loud > bright_loud and dull_loud > dull + 4),  # waves come and go
         "bright": (bright, bright > low or low_tone),  # a low tone has low noise of its own
-    }[colour]
-    if level >= BACKGROUND_THRESHOLDS[colour] and fits:
+    }[color]
+    if level >= BACKGROUND_THRESHOLDS[color] and fits:
         return []
     found = ", ".join(f"{name} {quiet:.0f} to {loud:.0f} dB" for name, (quiet, loud) in bands.items())
-    return [f"no {colour} background; found {found}"]
+    return [f"no {color} background; found {found}"]

@@ -1,4 +1,4 @@
-"""Measurements of a waveform by plain signal processing, with nothing learnt.
+"""Measurements of a waveform by plain signal processing, with nothing learned.
 
 `measure` computes some twenty quantities: the pitch over time, onsets, decay, the shape of the spectrum.
 `noise_bands` finds what lies behind an event. criteria.py decides from them whether a sound matches a scene.
@@ -135,7 +135,7 @@ def band(low: float, high: float) -> slice:
 
 
 def spectrogram(waveform: np.ndarray) -> np.ndarray:
-    """Power every 10 ms, (frames, STFT_WINDOW // 2 + 1), never 0; frame i is centred on i * STFT_HOP."""
+    """Power every 10 ms, (frames, STFT_WINDOW // 2 + 1), never 0; frame i is centered on i * STFT_HOP."""
     spectrum = torch.stft(
         torch.from_numpy(np.ascontiguousarray(waveform, dtype=np.float32)),
         STFT_WINDOW,

@@ -15,7 +15,7 @@ from audioldm2.audio.spectrogram_image import decibels, show
 from scripts.tiny.data.sounds import SAMPLING_RATE
 
 GRID_COLUMNS = 5
-PALETTE_SIZE = 48  # colours in the file: enough for the eye, and a small file
+PALETTE_SIZE = 48  # colors in the file: enough for the eye, and a small file
 FREQUENCY_TICKS = (0, 500, 1000, 2000, 4000, 8000)  # Hz
 
 
@@ -49,5 +49,5 @@ def draw_spectrograms(titles: Sequence[str], waveforms: Sequence[np.ndarray], pa
     figure.savefig(drawn, format="png")
     drawn.seek(0)
     with replacing(path.resolve()) as temporary:
-        few_colours = Image.open(drawn).convert("RGB").quantize(PALETTE_SIZE, dither=Image.Dither.NONE)
-        few_colours.save(temporary, format="png", optimize=True)
+        few_colors = Image.open(drawn).convert("RGB").quantize(PALETTE_SIZE, dither=Image.Dither.NONE)
+        few_colors.save(temporary, format="png", optimize=True)

@@ -28,7 +28,7 @@ class Prompt:
         return self.scene.sounds[0].kind if len(self.scene.sounds) == 1 else TWO_SOUNDS
 
     def real(self) -> np.ndarray:
-        """A synthesised sound of the scene, (CLIP_SAMPLES,)."""
+        """A synthesized sound of the scene, (CLIP_SAMPLES,)."""
         return render(self.scene, np.random.default_rng([self.seed, HELD_OUT_SEED, 1]))
 
 

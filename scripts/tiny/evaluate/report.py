@@ -34,7 +34,7 @@ def score_report(result: dict[str, Any], *, steps: int, guidance: float, seed: i
     lines += [
         "",
         f"{steps} steps of DPM-Solver++, guidance {guidance:g}, seed {seed}. By chance: the clips judged by "
-        "other prompts. Real: sounds synthesised for the prompts. Decoded: the real sounds through VAE and "
+        "other prompts. Real: sounds synthesized for the prompts. Decoded: the real sounds through VAE and "
         "vocoder.",
         "",
         "| on unseen sounds | |",

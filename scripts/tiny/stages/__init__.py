@@ -13,15 +13,15 @@ from scripts.tiny.stages import clap, decoder, language, ranking, t5, unet, vae,
 
 
 @dataclass(frozen=True)
-class Stage:
+class TrainingStage:
     """A stage of training.
 
     Attributes:
         name: what --stages calls it.
-        train: trains with the run's checkpoint and writes parts into it.
+        train: trains on a library and writes the trained parts into the run's checkpoint.
         needs: the parts of the checkpoint that it reads.
         writes: the parts that it trains.
-        steps: its length.
+        steps: number of training steps.
         help: what it learns, in one line.
     """
 
@@ -38,7 +38,7 @@ _ENCODERS = _TOKENIZERS | {"vae", "text_encoder", "text_encoder_2"}
 _CONDITIONS = _ENCODERS | {"projection_model", "language_model"}
 
 STAGES = (
-    Stage(
+    TrainingStage(
         "tokenizers",
         write_tokenizers,
         needs=frozenset(),
@@ -46,7 +46,7 @@ STAGES = (
         steps=0,
         help="both vocabularies, from the captions",
     ),
-    Stage(
+    TrainingStage(
         "vae",
         vae.train_vae,
         needs=frozenset(),
@@ -54,7 +54,7 @@ STAGES = (
         steps=vae.TRAINING_STEPS,
         help="log-mel spectrograms to latents and back",
     ),
-    Stage(
+    TrainingStage(
         "decoder",
         decoder.train_decoder,
         needs=frozenset({"vae"}),
@@ -62,7 +62,7 @@ STAGES = (
         steps=decoder.TRAINING_STEPS,
         help="the VAE's decoder alone, on noisy latents",
     ),
-    Stage(
+    TrainingStage(
         "clap",
         clap.train_clap,
         needs=frozenset({"tokenizer"}),
@@ -70,7 +70,7 @@ STAGES = (
         steps=clap.TRAINING_STEPS,
         help="which captions and sounds belong together",
     ),
-    Stage(
+    TrainingStage(
         "t5",
         t5.train_t5,
         needs=frozenset({"tokenizer_2"}),
@@ -78,7 +78,7 @@ STAGES = (
         steps=t5.TRAINING_STEPS,
         help="what a caption says, from text alone",
     ),
-    Stage(
+    TrainingStage(
         "language",
         language.train_language,
         needs=_ENCODERS,
@@ -86,7 +86,7 @@ STAGES = (
         steps=language.TRAINING_STEPS,
         help="projection and GPT-2: captions to the language of audio",
     ),
-    Stage(
+    TrainingStage(
         "vocoder",
         vocoder.train_vocoder,
         needs=frozenset({"vae"}),
@@ -94,7 +94,7 @@ STAGES = (
         steps=vocoder.TRAINING_STEPS,
         help="log-mel spectrograms to waveforms",
     ),
-    Stage(
+    TrainingStage(
         "unet",
         unet.train_unet,
         needs=_CONDITIONS,
@@ -102,7 +102,7 @@ STAGES = (
         steps=unet.TRAINING_STEPS,
         help="noisy latents to latents; about three of the five hours",
     ),
-    Stage(
+    TrainingStage(
         "ranking",
         ranking.train_ranking,
         needs=_CONDITIONS | {"vocoder", "unet"},

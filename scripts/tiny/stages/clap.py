@@ -48,7 +48,7 @@ from scripts.tiny.sizes import FEATURE_EXTRACTOR, TINY
 
 TRAINING_STEPS, BATCH_SIZE, LEARNING_RATE = 2000, 32, 1e-3
 RETRIEVAL_ROUNDS = 12  # each measures one sound of every kind
-BLUR_PROBABILITY = 0.25  # that a spectrogram is averaged over neighbouring cells
+BLUR_PROBABILITY = 0.25  # that a spectrogram is averaged over neighboring cells
 MAX_NOISE = 3.0  # dB, the highest standard deviation of the noise
 FLOOR_RANGE = (-100.0, -45.0)  # dB; a spectrogram's silence is filled up to a level drawn from it
 MAX_STRIPE = (24, 6)  # frames and mel bands, the widest stripes that are blanked

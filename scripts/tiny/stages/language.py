@@ -1,7 +1,7 @@
 """Train the projection and GPT-2: from a caption, as both encoders read it, to the "language of audio".
 
 GPT-2 generates eight vectors, each fed back as in the pipeline. Each is trained to describe one eighth of
-the sound's time: the mean of the VAE's latents there, standardised over the library. AudioLDM 2 regresses
+the sound's time: the mean of the VAE's latents there, standardized over the library. AudioLDM 2 regresses
 pooled features of an AudioMAE (Liu et al. 2023, section III); there is no AudioMAE here, and the latents are
 what the UNet has to produce. The loss is the squared error, back-propagated through the whole generation,
 and each channel of the latents is weighted by how audible it is (`latents.channel_weights`).
@@ -92,7 +92,7 @@ def train_language(library: Library, run: Run) -> None:
 
 
 def language_of_audio(latents: Tensor, count: int) -> Tensor:
-    """GPT-2's targets for sounds, not standardised: latents (B, C, T, F) -> (B, count, C · F/2).
+    """GPT-2's targets for sounds, not standardized: latents (B, C, T, F) -> (B, count, C · F/2).
 
     The means of the latents over `count` equal parts of the time and over pairs of frequencies.
     """

@@ -7,7 +7,7 @@ passed through the VAE and the vocoder like the generated one. The caption shoul
 better; the loss is that of a preference between two (Bradley and Terry 1952), added to the contrastive loss.
 Candidates are thus ranked by how little they can be told from the library's sounds (discriminator rejection
 sampling: Azadi et al. 2019, arXiv 1810.06758). The pairs get no noise, because 3 dB of it would hide a level
-that swells by 2 dB. They are shifted slightly in time and level instead, so that fewer are learnt by heart.
+that swells by 2 dB. They are shifted slightly in time and level instead, so that fewer are learned by heart.
 
 The text tower stays as it is: GPT-2 and the UNet were trained on its output.
 """

@@ -6,7 +6,7 @@ embedding serves as the output layer. And the facts of the scene are read from t
 linear maps that are discarded afterwards: the sounds, their traits and the loudness, which is all this T5
 needs to know. Scenes and captions are drawn anew for every batch.
 
-Weights are initialised as T5's (Raffel et al. 2020, in Mesh TensorFlow's code): its attention does not
+Weights are initialized as T5's (Raffel et al. 2020, in Mesh TensorFlow's code): its attention does not
 divide by sqrt(d), so the queries' initial weights are smaller by that factor.
 """
 

@@ -12,7 +12,7 @@
   on average, but slowly, because what is particular to each is noise in the gradient. These examples are
   what teaches the UNet to read captions.
 - **Balance.** The library has as many low, middle and high tones together as bells. Here each kind with each
-  trait is drawn equally often, and the kinds that came out worst are drawn more often.
+  trait is drawn equally often, except for the kinds that came out worst, which are drawn more often.
 - **Little noise.** Half of the other examples have little noise. Steady properties, a pitch or a level, are
   settled there: an audible error (0.05 of the latents' spread) is small compared with more noise. With
   uniformly drawn timesteps, engines swelled and glides moved in steps.
@@ -40,7 +40,7 @@ from scripts.tiny.stages.latents import channel_weights, library_latents
 TRAINING_STEPS, BATCH_SIZE, LEARNING_RATE = 30000, 32, 2e-3
 CONTINUED_LEARNING_RATE = 1.5e-3  # for a UNet that is trained already
 UNCOND_PROBABILITY = 0.1  # of the empty prompt in place of the caption, for guidance
-PURE_NOISE_EVERY = 8  # one example in so many is pure noise
+PURE_NOISE_EVERY = 8  # one example in this many is pure noise
 TWO_SOUND_SHARE = 0.3  # of the examples
 OVERSAMPLED_KINDS = {"engine": 3, "struck": 3}  # came out worst, and are drawn this many times as often
 LOW_NOISE_TIMESTEPS = 250  # half of the examples that are not pure noise are drawn below this timestep

@@ -5,7 +5,7 @@ standard normal, with a small weight (Rombach et al. 2022). Segments of several 
 VAE also handles clips that are not 5.12 s long. Training has three rounds with warm restarts (Loshchilov and
 Hutter 2017), which helps with sounds that are rare in the library. In the last round inaudible cells of the
 spectrogram count little, because most of a spectrogram is inaudible. There is no perceptual or adversarial
-loss: spectrograms of synthetic sounds are learnt without.
+loss: spectrograms of synthetic sounds are learned without.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ all on magnitudes, because a mel spectrogram does not determine phases.
    instead of squares, which a few sounds would dominate). Long windows are left out. Steady sounds consist
    of lines at multiples of the frame rate, 31 Hz apart; through a long window the line next to the right one
    is as wrong as silence, yet to the ear and through a short window it is better than silence.
-2. Spectra through windows of all lengths, as textures: mean and spread of the logarithms in a neighbourhood
+2. Spectra through windows of all lengths, as textures: mean and spread of the logarithms in a neighborhood
    (after McDermott and Simoncelli 2011, who describe rain this way). Noise cannot be matched point by point,
    and a generator that only tries ends up with the median of all possibilities; the spread reveals that.
 3. The distance of the log-mel spectrograms (Kong et al. 2020, "HiFi-GAN", equation 3).
@@ -46,7 +46,7 @@ EDGE_FRAMES = 3  # at either end, left out of the loss: the vocoder pads there, 
 DECODED_SOUNDS = 500  # sounds that are sent through the VAE
 LOSS_WINDOWS = ((2048, 480), (512, 120), (128, 48))  # (window, hop) in samples
 LONGEST_POINTWISE_WINDOW = 512  # samples; spectra through longer windows are compared as textures only
-TEXTURE_PATCH = (200, 0.2)  # Hz by s, the neighbourhood of a texture
+TEXTURE_PATCH = (200, 0.2)  # Hz by s, the neighborhood of a texture
 EXCERPT_RMS = 0.1  # of an excerpt's loudest 64 ms after scaling
 SILENCE_RMS = 2e-3  # excerpts softer than that are not scaled up further
 MAGNITUDE_FLOOR = 0.1  # magnitudes below it, in a window of 1024 after scaling, are inaudible
@@ -79,8 +79,8 @@ def balanced_difference(made: Tensor, real: Tensor, audible: Tensor) -> Tensor:
     Averaged separately, so a tone, which is audible in few cells, weighs as much as noise.
     """
     difference = (made - real).abs()
-    regulariser = 0.01 * audible[0].numel()
-    parts = [(difference * m).sum((1, 2)) / (m.sum((1, 2)) + regulariser) for m in (audible, ~audible)]
+    regularizer = 0.01 * audible[0].numel()
+    parts = [(difference * m).sum((1, 2)) / (m.sum((1, 2)) + regularizer) for m in (audible, ~audible)]
     return (parts[0] + parts[1]).mean()
 
 
