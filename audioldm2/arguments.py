@@ -57,10 +57,12 @@ def as_negatives(value: Any, batch: int) -> list[str]:
     return texts
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raise ValueError unless `value` is a positive integer."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+def check_count(name: str, value: Any, lowest: int = 1, highest: int | None = None) -> None:
+    """Raise ValueError unless `value` is an integer from `lowest` to `highest`."""
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if not is_integer or value < lowest or (highest is not None and value > highest):
+        limits = f"of at least {lowest}" if highest is None else f"from {lowest} to {highest}"
+        raise ValueError(f"{name} must be an integer {limits}, got {value!r}")
 
 
 def check_length(seconds: Any, shortest: float = 0.0) -> None:
@@ -76,10 +78,10 @@ def check_length(seconds: Any, shortest: float = 0.0) -> None:
 def check_number(name: str, value: Any) -> None:
     """Raise ValueError unless `value` is a finite number."""
     if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a number, not {value!r}")
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
 
 
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: Any, choices: Sequence[object]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")

@@ -289,7 +289,19 @@ def _tokenize_negatives(pipe: Encoders, negatives: list[str], length: int) -> _S
 def tokenize(
     pipe: Encoders, tokenizer: Any, texts: list[str], length: int | None = None, pad_to_limit: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Ids and mask, (B, N), padded to the longest text or to `length`; warns of text that is cut off."""
+    """Tokenize texts, with a warning for each that is cut off.
+
+    Args:
+        pipe: the pipeline, for the number of tokens that its encoders take and for its device.
+        tokenizer: one of its two.
+        texts: B texts.
+        length: pad and cut to this number of tokens; by default, pad to the longest text and cut to the
+            limit.
+        pad_to_limit: pad to the limit instead.
+
+    Returns:
+        Token ids and mask, both (B, N); the mask is 1 for tokens and 0 for padding.
+    """
     limit = length or token_limit(pipe, tokenizer)
     for text in texts:
         ids = tokenizer(text, verbose=False).input_ids

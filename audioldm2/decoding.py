@@ -25,7 +25,16 @@ ProgressBar = Callable[[str, int], Any]  # from a description and a total to tqd
 
 
 def decode(vae: Any, latents: Tensor, progress: ProgressBar) -> Tensor:
-    """Scaled latents (B, 8, T/4, F/4) -> log-mel spectrogram (B, 1, T, F)."""
+    """Decode latents into log-mel spectrograms.
+
+    Args:
+        vae: its decoder is used.
+        latents: as the UNet generates them, scaled by the VAE's scaling_factor, (B, 8, T/4, F/4).
+        progress: makes the progress bar.
+
+    Returns:
+        (B, 1, T, F).
+    """
     latents = (latents / vae.config.scaling_factor).to(stage_dtype(vae))
     rows = FRAMES_AT_ONCE // vae.downsampling
     groups = equal_groups(latents, rows, axis=2)
@@ -39,7 +48,16 @@ def decode(vae: Any, latents: Tensor, progress: ProgressBar) -> Tensor:
 
 
 def vocode(vocoder: Any, mel: Tensor, progress: ProgressBar) -> Tensor:
-    """Log-mel spectrogram (B, 1, T, F) -> waveform (B, samples), float32, on the CPU."""
+    """Turn log-mel spectrograms into waveforms.
+
+    Args:
+        vocoder: from spectrograms to waveforms.
+        mel: (B, 1, T, F).
+        progress: makes the progress bar.
+
+    Returns:
+        (B, samples), float32, on the CPU.
+    """
     mel = rearrange(mel, "b 1 t f -> b t f").to(stage_dtype(vocoder))
     groups = equal_groups(mel, FRAMES_AT_ONCE, axis=1)
     waveforms = []

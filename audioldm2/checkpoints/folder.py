@@ -158,6 +158,10 @@ def save_stage(stage: Stage[Any], folder: Path) -> None:
     (CLAP's position_ids, for example) and weights that the pipeline never uses (GPT-2's word embeddings).
     transformers initializes those when it loads the folder, and reports it.
 
+    Args:
+        stage: what to write.
+        folder: created if it does not exist; files of an earlier save are replaced.
+
     Raises:
         TypeError: the stage's class has no checkpoint format.
     """

@@ -20,7 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from audioldm2.schedulers.config import Configurable, check_choice, check_count
+from audioldm2.arguments import check_choice, check_count
+from audioldm2.schedulers.config import Configurable
 from audioldm2.schedulers.noise_schedule import (
     BETA_SCHEDULES,
     TIMESTEP_SPACINGS,
@@ -101,7 +102,15 @@ class Scheduler(Configurable, ABC):
         """
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
-        """The network's input for `sample`: by default `sample` itself, which has the scale of training."""
+        """The network's input for a sample: by default the sample itself, which has the scale of training.
+
+        Args:
+            sample: (B, C, ...).
+            timestep: an element of `timesteps`, or its value; not needed by default.
+
+        Returns:
+            (B, C, ...).
+        """
         return sample
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -143,18 +143,3 @@ def _all_setting_names() -> set[str]:
     from audioldm2.schedulers import SCHEDULERS  # imports every sampler, and they import this module
 
     return set().union(*map(_setting_names, SCHEDULERS.values()))
-
-
-def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
-    """Raise a `ValueError` that names the setting and the supported values, unless `value` is one of them."""
-    if value not in allowed:
-        raise ValueError(f"{name} {value!r} is not supported; choose one of {', '.join(map(repr, allowed))}")
-
-
-def check_count(name: str, value: object, lowest: int, highest: int | None = None) -> None:
-    """Raise a `ValueError` that names the argument, unless it is an integer from `lowest` to `highest`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} must be an integer, got {value!r}")
-    if value < lowest or (highest is not None and value > highest):
-        limits = f"at least {lowest}" if highest is None else f"from {lowest} to {highest}"
-        raise ValueError(f"{name} must be {limits}, got {value}")

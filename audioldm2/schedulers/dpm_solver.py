@@ -44,9 +44,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from audioldm2.arguments import check_choice, check_count
 from audioldm2.noise import Generators, randn
 from audioldm2.schedulers.base import Scheduler
-from audioldm2.schedulers.config import check_choice, check_count, records_settings
+from audioldm2.schedulers.config import records_settings
 from audioldm2.schedulers.noise_schedule import mix_noise, sampling_sigmas, training_sigmas
 from audioldm2.schedulers.prediction import dynamic_threshold, x0_and_eps
 
