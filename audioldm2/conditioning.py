@@ -327,10 +327,10 @@ def token_limit(pipe: Encoders, tokenizer: Any) -> int:
     """The most tokens a text may have: the tokenizer's limit, or the number of positions if that is less."""
     limit: int = tokenizer.model_max_length
     if tokenizer is pipe.tokenizer:
-        return min(limit, max_text_tokens(pipe.text_encoder.config.text_config))
-    if not speaks(pipe):
+        limit = min(limit, max_text_tokens(pipe.text_encoder.config.text_config))
+    elif not speaks(pipe):
         # T5 takes any length, but GPT-2 has a fixed number of positions. All generated vectors but the last
         # take one, too.
         gpt2 = pipe.language_model.config
-        return min(limit, gpt2.n_positions - VECTORS_BESIDE_STATES - (gpt2.max_new_tokens - 1))
+        limit = min(limit, gpt2.n_positions - VECTORS_BESIDE_STATES - (gpt2.max_new_tokens - 1))
     return limit
