@@ -177,8 +177,8 @@ def trade(
     text = (
         f"{trade_table(results)}\n\n{len(prompts)} prompts, guidance {options.guidance:g}, from the same "
         f"noise; seconds in batches of up to {options.batch} on a CPU with {torch.get_num_threads()} "
-        "threads. The distance is that of the latents from those of the first row (root mean square, percent "
-        "of theirs)."
+        "threads. Distance: root-mean-square difference of the latents from those of the first row, in "
+        "percent of their root mean square."
     )
     return [asdict(result) for result in results], text
 

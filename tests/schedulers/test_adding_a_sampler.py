@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import re
-import shlex
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,45 +12,15 @@ import pytest
 
 from audioldm2.schedulers import DDIMScheduler
 from tests.helpers import ROOT, run_python
+from tests.pages import files_of, follow
 from tests.schedulers.helpers import AUDIOLDM2, NOISE, assert_close, network
 
-PAGE = (ROOT / "docs" / "adding-a-sampler.md").read_text(encoding="utf-8")
-BLOCK = re.compile(r"(?:^`(?P<file>[\w./]+)`:\n\n)?^```(?P<kind>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
-
-
-def follow(page: str, checkout: Path) -> str:
-    """Add the page's file and line to a copy of the package; return the rest of its code as one script."""
-    script, table = [], checkout / "audioldm2" / "schedulers" / "__init__.py"
-    for block in BLOCK.finditer(page):
-        file, kind, code = block.group("file", "kind", "code")
-        if file:
-            assert not (checkout / file).exists(), f"{file} exists already"
-            (checkout / file).write_text(code, encoding="utf-8")
-        elif kind == "diff":
-            lines = code.rstrip("\n").split("\n")
-            assert sum(line.startswith("+") for line in lines) == 1
-            before = "\n".join(line[1:] for line in lines if not line.startswith("+"))
-            text = table.read_text(encoding="utf-8")
-            assert text.count(before) == 1, f"not once in {table}:\n{before}"
-            after = "\n".join(line[1:] for line in lines)
-            table.write_text(text.replace(before, after), encoding="utf-8")
-        elif kind == "bash":
-            program, *arguments = shlex.split(code)
-            assert program == "audioldm2"
-            script.append(
-                f"from audioldm2 import cli\nassert cli.main({[*arguments, '--device', 'cpu']}) == 0\n"
-            )
-        else:
-            assert kind == "python"
-            script.append(code)
-    return "\n".join(script)
+PAGE = ROOT / "docs" / "adding-a-sampler.md"
 
 
 def test_the_page_adds_a_sampler_that_works(tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
-    for name in ("audioldm2", "weights_map"):
-        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
-    script = follow(PAGE, checkout)
+    script = follow(PAGE, checkout, "schedulers/__init__.py")
     assert script.count("assert ") >= 3
     checks = """
 assert isinstance(pipe.scheduler, AdamsBashforthScheduler)
@@ -69,7 +36,8 @@ assert audio.std() > 0.001
 def sampler(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The class of the page's first snippet."""
     path = tmp_path_factory.mktemp("page") / "adams_bashforth.py"
-    path.write_text(next(block["code"] for block in BLOCK.finditer(PAGE) if block["file"]), encoding="utf-8")
+    ((_, code),) = files_of(PAGE)
+    path.write_text(code, encoding="utf-8")
     spec = importlib.util.spec_from_file_location("adams_bashforth", path)
     assert spec is not None
     assert spec.loader is not None

@@ -1,4 +1,4 @@
-"""The sounds of the tiny checkpoint, and the measures and criteria that recognise them."""
+"""The sounds of the tiny checkpoint, and the measures and criteria that recognize them."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_loudness_is_checked_if_it_is_named(loudness: str):
             assert matches(Scene((sound,), "loud"), waveform)["loudness"] == (loudness == "loud")
 
 
-def test_an_event_and_its_background_are_recognised():
+def test_an_event_and_its_background_are_recognized():
     found = []
     for foreground in FOREGROUNDS:
         for background in BACKGROUNDS:
@@ -188,7 +188,7 @@ def test_an_event_and_its_background_are_recognised():
 @pytest.mark.parametrize(
     ("present", "asked"), [("rain", "wind"), ("rain", "waves"), ("wind", "noise"), ("engine", "waves")]
 )
-def test_a_background_of_another_colour_is_wrong(present: str, asked: str):
+def test_a_background_of_another_color_is_wrong(present: str, asked: str):
     event = Sound("birds")
     waveform = render(Scene((event, Sound(present))), np.random.default_rng(1))
     assert matches(Scene((event, Sound(present))), waveform)["background"]
@@ -288,7 +288,7 @@ def test_a_wailing_pitch_turns_twice_per_period():
     assert measured.direction == pytest.approx(0, abs=0.2)
 
 
-def test_colours_of_noise():
+def test_colors_of_noise():
     white = np.random.default_rng(0).standard_normal(CLIP_SAMPLES)
     hertz = np.fft.rfftfreq(CLIP_SAMPLES, 1 / SAMPLING_RATE)
     spectrum = np.fft.rfft(white)

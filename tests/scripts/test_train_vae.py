@@ -18,7 +18,7 @@ from scripts.tiny.sizes import TINY
 from scripts.tiny.stages import decoder as decoder_module, vae as vae_module
 from scripts.tiny.stages.decoder import segment_levels, train_decoder
 from scripts.tiny.stages.latents import channel_weights, library_latents
-from scripts.tiny.stages.vae import AUDIBLE_LOG_MEL, INAUDIBLE_WEIGHT, standardise, train_vae
+from scripts.tiny.stages.vae import AUDIBLE_LOG_MEL, INAUDIBLE_WEIGHT, standardize, train_vae
 from tests.scripts.helpers import all_moved, run_without
 
 
@@ -87,7 +87,7 @@ def test_the_decoder_learns_from_noisy_latents(
         assert (blocks.std() / away.std()).item() == pytest.approx(per_block, rel=0.1)
 
 
-def test_standardised_latents_are_decoded_as_before(library: Library, tmp_path: Path) -> None:
+def test_standardized_latents_are_decoded_as_before(library: Library, tmp_path: Path) -> None:
     torch.manual_seed(0)
     vae = VAE(VAEConfig.from_dict(TINY["vae"])).eval()
     for parameter in vae.parameters():
@@ -96,7 +96,7 @@ def test_standardised_latents_are_decoded_as_before(library: Library, tmp_path: 
     with torch.no_grad():
         before = vae.encode(mel)
         decoded = vae.decode(before.mode())
-        standardise(vae, library, Run(tmp_path))
+        standardize(vae, library, Run(tmp_path))
         after = vae.encode(mel)
         torch.testing.assert_close(vae.decode(after.mode()), decoded, rtol=0, atol=1e-4 * decoded.abs().max())
         latents = torch.cat([vae.encode(library.mels([i])).mode() for i in range(len(library))])

@@ -130,7 +130,7 @@ def _generate_timed(
 def trade_table(results: Sequence[TradeResult]) -> str:
     """The results as a Markdown table."""
     lines = [
-        "| sampler | steps | precision | prompts right | from 200 steps of DDIM | seconds a clip |",
+        "| sampler | steps | precision | prompts right | distance from DDIM, 200 steps | seconds per clip |",
         "| --- | ---: | --- | ---: | ---: | ---: |",
     ]
     for r in results:

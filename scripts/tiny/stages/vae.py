@@ -56,7 +56,7 @@ def spectrogram_errors(decoded: Tensor, mel: Tensor, inaudible_weight: float) ->
 
 
 def train_vae(library: Library, run: Run) -> None:
-    """Train the VAE, standardise its latents, and write `vae`."""
+    """Train the VAE, standardize its latents, and write `vae`."""
     torch.manual_seed(run.seed)
     vae = VAE(VAEConfig.from_dict(TINY["vae"]))
     with torch.no_grad():  # the untrained decoder gives near silence, which most of a spectrogram is
@@ -79,12 +79,12 @@ def train_vae(library: Library, run: Run) -> None:
             rate=rate,
             average=0.995,
         )
-    standardise(vae, library, run)
+    standardize(vae, library, run)
     vae.save_pretrained(run.checkpoint / "vae")
 
 
 @torch.no_grad()
-def standardise(vae: VAE, library: Library, run: Run) -> None:
+def standardize(vae: VAE, library: Library, run: Run) -> None:
     """Give each channel of the latents mean 0 and variance 1, in place, without changing what is decoded.
 
     A scaling factor alone (Rombach et al. 2022, appendix G) leaves the channels' means, which carry most of
