@@ -282,8 +282,8 @@ def _tokenize_second(pipe: Encoders, prompts: list[str], transcription: Text | N
 def _tokenize_negatives(pipe: Encoders, negatives: list[str], length: int) -> _SecondTokens:
     if not speaks(pipe):
         return _SecondTokens(*tokenize(pipe, pipe.tokenizer_2, negatives, length))
-    mask = torch.zeros(len(negatives), pipe.tokenizer_2.model_max_length, dtype=torch.long)
-    return _SecondTokens(None, mask.to(pipe.device))
+    shape = (len(negatives), pipe.tokenizer_2.model_max_length)
+    return _SecondTokens(None, torch.zeros(shape, dtype=torch.long, device=pipe.device))
 
 
 def tokenize(

@@ -205,6 +205,24 @@ def test_stages_may_differ_in_precision(pipe: AudioLDM2Pipeline) -> None:
     assert np.isfinite(sound(pipe, num_waveforms_per_prompt=2)).all()
 
 
+@pytest.mark.parametrize("length", [0.32, 42.0], ids=["at once", "in chunks"])
+def test_default_dtype_and_device_make_no_difference(random_checkpoint: Path, length: float) -> None:
+    """On "meta" a tensor that the caller's defaults decide on would be of no use."""
+
+    def generate() -> np.ndarray:
+        pipe = load_pipeline(random_checkpoint)
+        return sound(pipe, audio_length_in_s=length, num_inference_steps=1, num_waveforms_per_prompt=2)
+
+    expected = generate()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            actual = generate()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    np.testing.assert_array_equal(actual, expected)
+
+
 # --- arguments that cannot be used
 
 BAD = {

@@ -62,9 +62,9 @@ def mel_filter_bank(
     Returns:
         Filters of shape (n_fft // 2 + 1, n_mels), float64, on the CPU.
     """
-    bins = torch.arange(n_fft // 2 + 1, dtype=torch.float64) * (sampling_rate / n_fft)  # (bins,) Hz
-    limits = hertz_to_mel(torch.tensor([frequency_min, frequency_max], dtype=torch.float64))
-    corners = torch.linspace(limits[0], limits[1], n_mels + 2, dtype=torch.float64)
+    bins = torch.arange(n_fft // 2 + 1, dtype=torch.float64, device="cpu") * (sampling_rate / n_fft)  # Hz
+    limits = hertz_to_mel(torch.tensor([frequency_min, frequency_max], dtype=torch.float64, device="cpu"))
+    corners = torch.linspace(limits[0], limits[1], n_mels + 2, dtype=torch.float64, device="cpu")
     edges = mel_to_hertz(corners)  # (n_mels + 2,) Hz
     lower, center, upper = edges[:-2], edges[1:-1], edges[2:]
     bins = rearrange(bins, "f -> f 1")

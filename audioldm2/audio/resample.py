@@ -35,16 +35,17 @@ PHASES_AT_ONCE = 4096  # in the algorithm without that kernel
 
 
 def _phases(up: int, down: int) -> tuple[Tensor, Tensor]:
-    """The L = `up` filters, (L, taps), and the offset of each in a block of M = `down` inputs, (L,)."""
+    """The L = `up` filters, (L, taps), and the offset of each in a block of M = `down` inputs, on the CPU."""
     stretch = max(1.0, down / up)  # samples of the input per sample of the lower rate
     half_width = math.ceil(HALF_WIDTH * stretch)
-    time = torch.arange(up) * down  # in units of 1/L input samples
+    time = torch.arange(up, device="cpu") * down  # in units of 1/L input samples
     starts = time // up
     fraction = rearrange((time % up).double() / up, "l -> l 1")
     # Distance of each tap from the output sample, in samples of the lower rate: (L, taps).
-    distance = (fraction + half_width - torch.arange(2 * half_width + 1)) / stretch
+    distance = (fraction + half_width - torch.arange(2 * half_width + 1, device="cpu")) / stretch
     inside = (1 - (distance / HALF_WIDTH) ** 2).clamp(min=0)
-    window = torch.special.i0(KAISER_BETA * inside.sqrt()) / torch.special.i0(torch.tensor(KAISER_BETA))
+    middle = torch.special.i0(torch.tensor(KAISER_BETA, device="cpu"))
+    window = torch.special.i0(KAISER_BETA * inside.sqrt()) / middle
     window = torch.where(distance.abs() <= HALF_WIDTH, window, 0.0)
     return CUTOFF / stretch * torch.sinc(CUTOFF * distance) * window, starts
 
@@ -94,8 +95,9 @@ def resample(waveform: Tensor, orig_sr: int, target_sr: int) -> Tensor:
     width = int(starts[-1]) + taps  # number of inputs for one block of outputs
     x = F.pad(x, (left, max(0, (blocks - 1) * down + width - left - samples)))
     if up * width <= MAX_KERNEL_WEIGHTS:
-        kernel = torch.zeros(up, 1, width, dtype=torch.float64)
-        kernel[:, 0].scatter_(1, rearrange(starts, "l -> l 1") + torch.arange(taps), filters)
+        kernel = torch.zeros(up, 1, width, dtype=torch.float64, device="cpu")
+        positions = rearrange(starts, "l -> l 1") + torch.arange(taps, device="cpu")
+        kernel[:, 0].scatter_(1, positions, filters)
         y = F.conv1d(rearrange(x, "b n -> b 1 n"), kernel.to(x), stride=down)  # (B, L, blocks)
         y = rearrange(y, "b l t -> b (t l)")
     else:

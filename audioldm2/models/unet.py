@@ -409,7 +409,7 @@ class UNet(Stage[UNetConfig]):
         elif contexts is None or any(x is not None for x in given):
             raise ValueError("pass either encoder_hidden_states (with its masks) or contexts")
         if not isinstance(timestep, Tensor):
-            timestep = torch.tensor(timestep)
+            timestep = torch.tensor(timestep, device=sample.device)
         timestep = timestep.to(sample.device).reshape(-1)
         self._check(sample, timestep, contexts.rows)
         if len(timestep) > 1:

@@ -284,7 +284,7 @@ def _normalized(norm: nn.GroupNorm, x: Tensor, rows: int) -> Callable[[Tensor], 
     """GroupNorm as a function of chunks of x, with the statistics of the whole of x."""
     # float64, because the variance is a difference of nearly equal numbers. Not every accelerator has it.
     accumulated = torch.float64 if x.device.type in ("cpu", "cuda") else torch.float32
-    total = square = torch.zeros(())
+    total = square = torch.zeros((), device=x.device)
     for part in torch.split(x, rows, dim=2):
         groups = rearrange(part, "b (g c) h w -> b g c h w", g=norm.num_groups).float()
         total = total + groups.sum((2, 3, 4)).to(accumulated)

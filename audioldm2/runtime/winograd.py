@@ -40,12 +40,14 @@ def filter_matrices(outputs: int, taps: int) -> tuple[Tensor, Tensor, Tensor]:
     The product of polynomials of r and m coefficients is found from its values at n points; filtering is the
     transpose of that (Lavin and Gray 2016, section 4).
     """
-    points = torch.tensor(POINTS[: outputs + taps - 2], dtype=torch.float64)
+    # On the CPU, whatever the caller's default device is: the result is cached.
+    points = torch.tensor(POINTS[: outputs + taps - 2], dtype=torch.float64, device="cpu")
 
     def values(coefficients: int) -> Tensor:
         """Values at all n points of the monomials of a polynomial, (n, coefficients)."""
-        at_infinity = torch.eye(coefficients, dtype=torch.float64)[-1:]
-        return torch.cat([points[:, None] ** torch.arange(coefficients), at_infinity])
+        at_infinity = torch.eye(coefficients, dtype=torch.float64, device="cpu")[-1:]
+        powers = torch.arange(coefficients, device="cpu")
+        return torch.cat([points[:, None] ** powers, at_infinity])
 
     return values(outputs).t(), values(taps), torch.linalg.inv(values(outputs + taps - 1)).t()
 

@@ -319,6 +319,18 @@ def test_other_modules_are_left_alone(answered: list[str]) -> None:
     assert torch.equal(result, other(x))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("make", [conv_1d, conv_2d])
+def test_the_default_device_makes_no_difference(make: Callable[[], nn.Module], answered: list[str]) -> None:
+    winograd.filter_matrices.cache_clear()
+    layer = make()
+    x = noise(1, *layer.weight.shape[1:2], *[64] * (layer.weight.dim() - 2))
+    with torch.device("meta"):
+        assert_close(within(layer, x), layer(x), TOLERANCE)
+    assert_close(within(layer, x), layer(x), TOLERANCE)
+    assert len(answered) == 2
+
+
 # --- what is left to PyTorch
 
 
