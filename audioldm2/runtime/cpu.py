@@ -7,7 +7,8 @@ Inside the block the float32 convolutions of the given stages run through Winogr
 (`runtime.winograd`) or as one matrix product, wherever that was measured to be faster than PyTorch's own
 algorithm, and feature maps stay in the channels-last memory format. Anything else (another dtype or device,
 gradients, autocast, tracing, compilation, tensor subclasses, modules of other stages, other threads) runs as
-it does outside.
+it does outside, and so does everything inside a `TorchFunctionMode` of the caller's, which would not see the
+convolutions that are answered here.
 
 Kernels are computed from the weights when a convolution is first called in the block, and are freed when it
 ends. No module, parameter or global state changes, so nothing that is computed here can outlive the block or
@@ -27,6 +28,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
 
 from audioldm2.runtime import winograd
 
@@ -68,7 +70,7 @@ def fast_convolutions(*stages: nn.Module) -> Iterator[FastConvolutions]:
         ...     louder = vae.decode(latents)
     """
     mode = FastConvolutions(stages)
-    if not mode.pays:
+    if not mode.pays or _is_watched():
         yield mode
         return
     try:
@@ -76,6 +78,12 @@ def fast_convolutions(*stages: nn.Module) -> Iterator[FastConvolutions]:
             yield mode
     finally:
         mode.close()
+
+
+def _is_watched() -> bool:
+    """Whether a TorchFunctionMode of the caller's is active, other than the default device's."""
+    modes = torch.overrides._get_current_function_mode_stack()
+    return not all(isinstance(mode, FastConvolutions | DeviceContext) for mode in modes)
 
 
 class _Kernel(NamedTuple):

@@ -7,11 +7,13 @@ import gc
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from audioldm2.models.hifigan import HifiGan, HifiGanConfig
@@ -364,6 +366,25 @@ def test_autocast_vmap_and_tracing(answered: list[str]) -> None:
         traced = torch.jit.trace(layer, x[0], check_trace=False)
     assert not answered
     assert_close(traced(x[1]), layer(x[1]), TOLERANCE)
+
+
+def test_a_function_mode_of_the_caller_sees_the_convolutions(answered: list[str]) -> None:
+    class Halve(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+        ) -> object:
+            result = func(*args, **(kwargs or {}))
+            return result / 2 if func is torch.conv2d else result
+
+    layer, x = conv_2d(), noise(1, 64, 64, 64)
+    with Halve():
+        result = within(layer, x)
+    assert not answered
+    with torch.no_grad():
+        assert torch.equal(result, layer(x) / 2)
+    with torch.device("cpu"):
+        within(layer, x)
+    assert answered == ["conv_2d"]
 
 
 def test_inference_mode(answered: list[str]) -> None:
