@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from audioldm2.atomic import replacing
@@ -118,8 +119,7 @@ def load_stage(
     try:
         check_types(get_type_hints(form.config), content)
         config = form.config.from_dict(content)
-        with torch.device("meta"), _SkipInit():
-            stage = form.stage(config)
+        stage = _built(form, config)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (TypeError, LookupError, ArithmeticError, RuntimeError, AssertionError) as error:
@@ -133,6 +133,12 @@ def load_stage(
         return fill(stage, weight_map(form.weights), files, dtype, device)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
+
+
+def _built(form: Format[StageT], config: Any) -> StageT:
+    """A stage on the meta device, whose parameters have names, shapes and types, but no memory."""
+    with torch.device("meta"), _SkipInit():
+        return form.stage(config)
 
 
 class _SkipInit(TorchFunctionMode):
@@ -163,17 +169,51 @@ def save_stage(stage: Stage[Any], folder: Path) -> None:
         folder: created if it does not exist; files of an earlier save are replaced.
 
     Raises:
-        TypeError: the stage's class has no checkpoint format.
+        TypeError: the stage's class has no checkpoint format, or its parameters are not those of its class;
+            nothing has been written then.
     """
     from safetensors.torch import save_file
 
     form = format_of(type(stage))
+    _check_weights(stage)
+    weights = weight_map(form.weights).save(_weights_to_save(stage))
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu() for name, tensor in stage.state_dict().items()}
-    floats = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
     with replacing(folder / form.weights_file) as temporary:
-        save_file(weight_map(form.weights).save(floats), temporary, metadata={"format": "pt"})
+        save_file(weights, temporary, metadata={"format": "pt"})
     write_json(folder / "config.json", {**form.identity, **dataclasses.asdict(stage.config)})
+
+
+def _check_weights(stage: Stage[Any]) -> None:
+    """Raise TypeError if a stage's weights are not those that its class has for its config."""
+    shapes, expected = (
+        {name: weight.shape for name, weight in _floats(one).items()}
+        for one in (stage, _built(format_of(type(stage)), stage.config))
+    )
+    if shapes != expected:
+        name = min(name for name, _ in shapes.items() ^ expected.items())
+        raise TypeError(
+            f"{type(stage).__name__} cannot be saved: its weights are not those of its class, {name!r} for "
+            "one; first merge adapters, remove parametrizations and undo quantization"
+        )
+
+
+def _weights_to_save(stage: Stage[Any]) -> dict[str, Tensor]:
+    """A stage's weights by name, on the CPU, each in memory of its own."""
+    saved: dict[str, Tensor] = {}
+    memory: set[int] = set()
+    for name, weight in _floats(stage).items():
+        weight = weight.detach().cpu()
+        address = weight.untyped_storage().data_ptr()
+        # A file holds each tensor whole, also those of parameters that share memory.
+        saved[name] = weight.clone() if address in memory else weight
+        memory.add(address)
+    return saved
+
+
+def _floats(stage: Stage[Any]) -> dict[str, Tensor]:
+    """The floating-point tensors of a stage's state dict, which holds other objects after quantization."""
+    state: dict[str, Any] = stage.state_dict()
+    return {name: x for name, x in state.items() if isinstance(x, Tensor) and x.is_floating_point()}
 
 
 # --- all parts of a pipeline
@@ -257,7 +297,8 @@ def save_parts(parts: Mapping[str, Any], folder: str | Path) -> None:
         folder: created if it does not exist; files of an earlier save are replaced.
 
     Raises:
-        TypeError: a part is of a class that cannot be written; nothing has been written then.
+        TypeError: a part is of a class that cannot be written, or a stage's parameters are not those of its
+            class; nothing has been written then.
     """
     folder = Path(folder)
     forms = {name: _format_of_part(name, parts[name]) for name in PARTS}
@@ -271,6 +312,8 @@ def save_parts(parts: Mapping[str, Any], folder: str | Path) -> None:
     for name in TOKENIZERS:
         if not callable(getattr(parts[name], "save_pretrained", None)):
             raise TypeError(f"{name} is a {type(parts[name]).__name__}, which has no save_pretrained")
+    for name in PARTS:
+        _check_weights(parts[name])
     configs = {
         "feature_extractor": parts["feature_extractor"].config.to_dict(),
         "scheduler": parts["scheduler"].config_dict(),

@@ -10,6 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from audioldm2 import AudioLDM2Pipeline
 from audioldm2.atomic import replacing
@@ -112,6 +113,44 @@ def test_a_stage_in_the_place_of_another_cannot_be_saved(random_checkpoint, tmp_
     with pytest.raises(TypeError, match="vae is a HifiGan, which this package cannot save as a vae"):
         pipe.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+def parametrize(pipe):
+    weight_norm(pipe.vae.decoder.conv_out)
+
+
+def adapt(pipe):
+    block = pipe.unet.down[1].transformers[0].blocks[0].self_attention
+    block.qkv = nn.Sequential(block.qkv, nn.Linear(48, 48))
+
+
+def quantize(pipe):
+    pipe.vae.decoder.conv_out.weight = nn.Parameter(
+        pipe.vae.decoder.conv_out.weight.to(torch.int8), requires_grad=False
+    )
+
+
+@pytest.mark.parametrize("change", [parametrize, adapt, quantize])
+def test_weights_that_are_not_those_of_the_class_are_refused_before_anything_is_written(
+    random_checkpoint, tmp_path, change
+):
+    pipe = AudioLDM2Pipeline.from_pretrained(random_checkpoint)
+    change(pipe)
+    stage = pipe.unet if change is adapt else pipe.vae
+    for saved in (pipe, stage):
+        with pytest.raises(TypeError, match="cannot be saved: its weights are not those of its class, '"):
+            saved.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_parameters_that_share_memory_are_saved_each(random_checkpoint, tmp_path):
+    pipe = AudioLDM2Pipeline.from_pretrained(random_checkpoint)
+    resnet = pipe.unet.middle.resnets[0]
+    resnet.conv_2.weight = resnet.conv_1.weight
+    resnet.norm_2.weight.data = resnet.norm_1.bias.data
+    pipe.save_pretrained(tmp_path)
+    loaded = AudioLDM2Pipeline.from_pretrained(tmp_path).unet
+    same_state(loaded, pipe.unet)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
