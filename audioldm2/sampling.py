@@ -145,7 +145,8 @@ def _takes_contexts(unet: nn.Module) -> bool:
 
 # --- schedulers have state
 
-# By id, for the duration of a run: the scheduler, and a copy of it from before the run.
+# By id, for the duration of a run: the scheduler, and a copy of it from before the run, None if it cannot be
+# copied.
 _schedulers_in_use: dict[int, tuple[Any, Any]] = {}
 _in_use_lock = threading.Lock()
 
@@ -156,12 +157,19 @@ def exclusive(scheduler: Any) -> Iterator[Any]:
 
     A sampler keeps its timesteps and the estimates of earlier steps. Two runs with one scheduler, in two
     threads or one in the callback of the other, would mix them.
+
+    Raises:
+        ValueError: another run is using it, and it cannot be copied.
     """
     with _in_use_lock:
         in_use = _schedulers_in_use.get(id(scheduler))
         if in_use is None:
-            # A shallow copy first, so that attributes that are set meanwhile do not disturb deepcopy.
-            _schedulers_in_use[id(scheduler)] = (scheduler, copy.deepcopy(copy.copy(scheduler)))
+            _schedulers_in_use[id(scheduler)] = (scheduler, _copy_of(scheduler))
+        elif in_use[1] is None:
+            raise ValueError(
+                f"another generation is using this {type(scheduler).__name__}, which cannot be copied; "
+                "give each pipeline a scheduler of its own"
+            )
         else:
             scheduler = copy.deepcopy(in_use[1])
     try:
@@ -170,3 +178,12 @@ def exclusive(scheduler: Any) -> Iterator[Any]:
         if in_use is None:
             with _in_use_lock:
                 del _schedulers_in_use[id(scheduler)]
+
+
+def _copy_of(scheduler: Any) -> Any:
+    """A deep copy; None if there can be none, as of a scheduler that holds a lock or an open file."""
+    try:
+        # A shallow copy first, so that attributes that are set meanwhile do not disturb deepcopy.
+        return copy.deepcopy(copy.copy(scheduler))
+    except Exception:  # whatever a scheduler's attributes raise
+        return None

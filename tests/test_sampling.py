@@ -148,6 +148,17 @@ def test_a_scheduler_is_free_again_after_an_error() -> None:
         assert after is scheduler
 
 
+def test_a_scheduler_that_cannot_be_copied_serves_one_run_at_a_time() -> None:
+    scheduler = DDIMScheduler()
+    scheduler.lock = threading.Lock()
+    for _ in range(2):
+        with exclusive(scheduler) as first:
+            assert first is scheduler
+            refused = pytest.raises(ValueError, match="another generation is using this DDIMScheduler")
+            with refused, exclusive(scheduler):
+                pass
+
+
 def test_a_run_in_another_thread_gets_a_copy() -> None:
     scheduler, started, finish = DDIMScheduler(), threading.Event(), threading.Event()
 
