@@ -106,6 +106,7 @@ def test_spectrogram(fast: list[str], capsys: pytest.CaptureFixture) -> None:
     assert "a.png: spectrogram of audio.wav" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("default")
 def test_warnings_are_one_line(fast: list[str], capsys: pytest.CaptureFixture) -> None:
     assert cli.main([" ".join([HAMMER] * 5) + " rain", "--quiet", *fast]) == 0
     lines = capsys.readouterr().err.splitlines()

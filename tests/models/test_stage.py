@@ -135,7 +135,9 @@ def test_parameters_become_a_vector_and_back(name: str, stage: Stage[Any]) -> No
     assert_close(output(name, stage), expected, ROUNDING)
 
 
-@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:torch.quantize_per_tensor:UserWarning", "ignore:torch.ao.quantization is deprecated"
+)
 @pytest.mark.parametrize(
     "name", ["text_encoder", "text_encoder_2", SPEECH, "projection_model", "language_model", "unet"]
 )
