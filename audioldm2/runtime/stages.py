@@ -196,6 +196,9 @@ class StageRunner:
 
         After the callback, everything computed from the running stage's weights is discarded, and the stage
         is moved back to its device.
+
+        Raises:
+            ValueError: from the wrapped callback, if it replaced the running stage.
         """
         if callback is None:
             return None
@@ -210,7 +213,12 @@ class StageRunner:
             if self._offload is not None:
                 self._offload.may_have_changed()
             if self._working is not None:
-                self._place(*self._working)
+                name, stage = self._working
+                if getattr(self, name) is not stage:
+                    raise ValueError(
+                        f"the callback replaced pipe.{name}, which is running; replace it between generations"
+                    )
+                self._place(name, stage)
             return result
 
         return call

@@ -218,6 +218,15 @@ def test_a_callback_has_the_same_effect_with_offload(
     assert dtypes(offloaded) == dtypes(plain)
 
 
+def test_a_callback_must_not_replace_the_running_stage(pipe: AudioLDM2Pipeline) -> None:
+    def replace(step: int, t: Tensor, latents: Tensor) -> None:
+        pipe.unet = copy.deepcopy(pipe.unet)
+
+    with pytest.raises(ValueError, match=r"replaced pipe\.unet, which is running"):
+        sound(pipe, callback=replace)
+    assert np.isfinite(sound(pipe)).all()
+
+
 def test_offload_may_be_enabled_in_a_callback(base: Both, pipe: AudioLDM2Pipeline) -> None:
     def enable(step: int, t: Tensor, latents: Tensor) -> None:
         if step == 1:

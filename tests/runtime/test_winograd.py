@@ -57,7 +57,7 @@ def test_conv_2d(
 ) -> None:
     """Includes maps that tiles of 4x2 do not divide, and temporaries that hold a part of the batch."""
     if scratch is not None:
-        monkeypatch.setattr(winograd, "SCRATCH", scratch)
+        monkeypatch.setattr(winograd, "MAX_SCRATCH_FLOATS", scratch)
     x, bias = noise(batch, 5, height, width, dtype=dtype), noise(7, seed=2, dtype=dtype)
     weight = noise(7, 5, 3, 3, seed=1, dtype=dtype) / math.sqrt(45)
     actual = winograd.conv_2d(x, winograd.kernel_2d(weight), bias)
@@ -81,7 +81,7 @@ def test_conv_1d(
 ) -> None:
     """Includes lengths that the filter overlooks whole, and that tiles of 4 · dilation do not divide."""
     if scratch is not None:
-        monkeypatch.setattr(winograd, "SCRATCH", scratch)
+        monkeypatch.setattr(winograd, "MAX_SCRATCH_FLOATS", scratch)
     weight, bias = noise(6, 4, taps, seed=1, dtype=dtype) / math.sqrt(4 * taps), noise(6, seed=2, dtype=dtype)
     kernel = winograd.kernel_1d(weight)
     for batch, length in ((1, 1), (2, 3), (1, 20), (3, 61), (1, 120), (2, 133)):

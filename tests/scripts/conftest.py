@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,20 @@ import pytest
 from scripts.random_checkpoint import write_random_checkpoint
 from scripts.tiny.data.library import Library, make_library
 from scripts.tiny.sizes import MAX_TOKENS, TINY
+from scripts.tiny.stages import clap, language, ranking, vocoder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_validation_sounds() -> Iterator[None]:
+    """Stages print what they learned, measured on few sounds here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clap, "RETRIEVAL_ROUNDS", 1)
+        patch.setattr(language, "UNSEEN_SOUNDS", 2)
+        patch.setattr(ranking, "RETRIEVAL_ROUNDS", 1)
+        patch.setattr(ranking, "UNSEEN_SOUNDS", 2)
+        patch.setattr(ranking, "SAMPLER_STEPS", 2)
+        patch.setattr(vocoder, "UNSEEN_SOUNDS", 2)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -39,15 +39,6 @@ def untrained(library: Library, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _few_validation_sounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clap, "RETRIEVAL_ROUNDS", 1)
-    monkeypatch.setattr(language, "UNSEEN_SOUNDS", 2)
-    monkeypatch.setattr(ranking, "RETRIEVAL_ROUNDS", 1)
-    monkeypatch.setattr(ranking, "UNSEEN_SOUNDS", 2)
-    monkeypatch.setattr(ranking, "SAMPLER_STEPS", 2)
-
-
 @pytest.fixture
 def folder(untrained: Path, tmp_path: Path) -> Path:
     """A copy of `untrained`."""

@@ -23,11 +23,6 @@ from scripts.tiny.stages.oscillators import set_oscillator_weights
 from scripts.tiny.stages.vocoder import train_vocoder, waveform_loss
 
 
-@pytest.fixture(autouse=True)
-def _few_unseen_sounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vocoder_module, "UNSEEN_SOUNDS", 2)
-
-
 @pytest.fixture(scope="module")
 def trained(library: Library, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of two steps, with a VAE of random weights."""
