@@ -164,10 +164,10 @@ GUIDANCE = 2.0
 
 @pytest.fixture(scope="module")
 def heard(pipe: AudioLDM2Pipeline) -> dict[str, np.ndarray]:
-    """A sound of each prompt, at 20 steps of DPM-Solver++."""
+    """A sound of each prompt, at 10 steps of DPM-Solver++."""
     sampler = pipe.scheduler
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(sampler.config)
-    sounds = generate(pipe, FAMILIES, steps=20, guidance=GUIDANCE, batch=8)
+    sounds = generate(pipe, FAMILIES, steps=10, guidance=GUIDANCE, batch=8)
     pipe.scheduler = sampler
     return {prompt.text: sound for prompt, sound in zip(FAMILIES, sounds[:, 0], strict=True)}
 

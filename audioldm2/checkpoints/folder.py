@@ -172,10 +172,14 @@ def save_stage(stage: Stage[Any], folder: Path) -> None:
         TypeError: the stage's class has no checkpoint format, or its parameters are not those of its class;
             nothing has been written then.
     """
+    _check_weights(stage)
+    _write_stage(stage, folder)
+
+
+def _write_stage(stage: Stage[Any], folder: Path) -> None:
     from safetensors.torch import save_file
 
     form = format_of(type(stage))
-    _check_weights(stage)
     weights = weight_map(form.weights).save(_weights_to_save(stage))
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / form.weights_file) as temporary:
@@ -319,7 +323,7 @@ def save_parts(parts: Mapping[str, Any], folder: str | Path) -> None:
         "scheduler": parts["scheduler"].config_dict(),
     }
     for name in PARTS:
-        save_stage(parts[name], folder / name)
+        _write_stage(parts[name], folder / name)
     for name in TOKENIZERS:
         parts[name].save_pretrained(folder / name)
     for name, config in configs.items():

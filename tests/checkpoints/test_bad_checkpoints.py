@@ -189,7 +189,7 @@ def test_a_config_value_that_is_not_supported_is_named(checkpoint, part, key, va
 
 
 @pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("value", ["many", 0, [], [0, 0, 0], 1])
+@pytest.mark.parametrize("value", ["many", 0, [0, 0, 0]])
 def test_garbage_in_a_config_never_causes_another_error(checkpoint, part, value):
     """One key at a time: the stage loads regardless, or the error names config.json or what does not fit."""
     path = checkpoint / part / "config.json"

@@ -56,7 +56,7 @@ SIZES: dict[str, dict] = {
     "unet": {
         **SMALL["unet"],
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "up_block_types": ["UpBlock2D"] * 2,
         "block_out_channels": [8, 16],
         "cross_attention_dim": [[None, 16, 20]] * 2,
     },
