@@ -276,7 +276,7 @@ def test_a_bin_that_would_run_code_is_refused_and_does_not_run(checkpoint, tmp_p
     torch.save(evil, path, _use_new_zipfile_serialization=not legacy)
     message = refusal(lambda: load(checkpoint, "unet"))
     assert message.startswith(f"{path} is damaged, or contains more than tensors and could run code")
-    path.write_bytes(pickle.dumps(evil["conv_in.bias"]))
+    path.write_bytes(pickle.dumps(evil["conv_in.bias"], protocol=2))
     assert "was not read" in refusal(lambda: load(checkpoint, "unet"))
     assert not marker.exists()
 
