@@ -23,6 +23,7 @@ from torch import Tensor
 from audioldm2.arguments import check_choice, check_count, check_number
 from audioldm2.audio.log_mel import ClapFeatureExtractor
 from audioldm2.checkpoints.folder import load_parts, save_parts
+from audioldm2.checkpoints.hub import Source
 from audioldm2.conditioning import PromptInputs, Text, condition
 from audioldm2.decoding import decode, frames_and_samples, vocode
 from audioldm2.models.clap import ClapModel
@@ -142,17 +143,8 @@ class AudioLDM2Pipeline(StageRunner):
                 the message names the file.
             ValueError: `torch_dtype` or `device` is not supported or not available.
         """
-        parts = load_parts(
-            repo_or_folder,
-            dtype=torch_dtype,
-            device=device,
-            variant=variant,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-        )
-        return cls(**parts)
+        source = Source(repo_or_folder, variant, revision, cache_dir, token, local_files_only)
+        return cls(**load_parts(source, torch_dtype, device))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write all parts into `folder`, in a format that diffusers and this package can load.

@@ -38,7 +38,7 @@ from audioldm2.checkpoints.formats import (
     write_index,
     write_json,
 )
-from audioldm2.checkpoints.hub import checkpoint_folder, default_dtype
+from audioldm2.checkpoints.hub import Source, checkpoint_folder, default_dtype
 from audioldm2.checkpoints.tensors import WeightFiles, read_json
 from audioldm2.checkpoints.weight_map import weight_map
 from audioldm2.models.config import check_types
@@ -56,31 +56,17 @@ VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 
 def load_pretrained_stage(
     stage_class: type[StageT],
-    repo_or_folder: str | Path,
+    source: Source,
     subfolder: str = "",
-    *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    variant: str | None = None,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
 ) -> StageT:
     """Find a checkpoint, download it if necessary, and load a stage; see `Stage.from_pretrained`."""
     # A subclass is loaded from the checkpoints of the stage that it extends.
     form = dataclasses.replace(format_of(stage_class), stage=stage_class)
-    folder = checkpoint_folder(
-        repo_or_folder,
-        [subfolder],
-        variant=variant,
-        revision=revision,
-        cache_dir=cache_dir,
-        token=token,
-        local_files_only=local_files_only,
-    )
+    folder = checkpoint_folder(source, [subfolder])
     dtype = default_dtype(folder) if dtype is None else dtype
-    return load_stage(folder / subfolder, form, dtype, device or "cpu", variant)
+    return load_stage(folder / subfolder, form, dtype, device or "cpu", source.variant)
 
 
 @torch.inference_mode(False)  # parameters made in inference mode could never be trained
@@ -224,29 +210,14 @@ def _floats(stage: Stage[Any]) -> dict[str, Tensor]:
 
 
 def load_parts(
-    repo_or_folder: str | Path,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    variant: str | None = None,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
+    source: Source, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> dict[str, Any]:
     """Find a pipeline's checkpoint, download it if necessary, and load all of its parts.
 
     Args:
-        repo_or_folder: a local folder, "owner/name" on the Hub (only the needed files are downloaded), or
-            "tiny" for the checkpoint inside this package. A local folder takes precedence, over "tiny" only
-            if it holds a checkpoint.
+        source: the checkpoint; only the needed files are downloaded.
         dtype: dtype of the weights; None keeps the checkpoint's own ("tiny" is loaded in float32).
         device: where the weights are placed; None is the CPU.
-        variant: weights of a variant, such as "fp16".
-        revision: branch, tag or commit on the Hub.
-        cache_dir: where downloads are stored; None is the Hub client's default.
-        token: access token for private repositories; None uses the stored login.
-        local_files_only: use earlier downloads only, without asking the Hub.
 
     Returns:
         The stages, tokenizers, feature extractor and scheduler, by their names in model_index.json.
@@ -258,17 +229,7 @@ def load_parts(
     """
     device = available_device(device or "cpu")
     check_dtype(dtype)
-    folder = checkpoint_folder(
-        repo_or_folder,
-        ["", *part_classes()],
-        first_file=INDEX,
-        check=read_index,
-        variant=variant,
-        revision=revision,
-        cache_dir=cache_dir,
-        token=token,
-        local_files_only=local_files_only,
-    )
+    folder = checkpoint_folder(source, ["", *part_classes()], first_file=INDEX, check=read_index)
     dtype = default_dtype(folder) if dtype is None else dtype
     classes = read_index(folder)
     check_folders(folder, [*classes])
@@ -278,7 +239,7 @@ def load_parts(
         tokenizers = {name: pool.submit(load_tokenizer, folder / name, classes[name]) for name in TOKENIZERS}
         for name, forms in PARTS.items():
             form = next(form for form in forms if classes[name] in form.classes)
-            parts[name] = load_stage(folder / name, form, dtype, device, variant)
+            parts[name] = load_stage(folder / name, form, dtype, device, source.variant)
         for name, tokenizer in tokenizers.items():
             parts[name] = tokenizer.result()
     for name, file in CONFIG_FILES.items():

@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -29,6 +30,37 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SMALL = (".json", ".txt", ".model")  # configs, tokenizers and their vocabularies
 _SHARD_INDEX = re.compile(r".*\.index(\.[^.]+)?\.json")
 _DISK_ERRORS = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a checkpoint comes from.
+
+    Attributes:
+        repo_or_folder: a local folder, "tiny" for the checkpoint in this package, or "owner/name" on the Hub.
+        variant: weights of a variant, such as "fp16".
+        revision: branch, tag or commit on the Hub.
+        cache_dir: folder for downloads; None is the Hub client's default.
+        token: access token for private repositories; None uses the stored login.
+        local_files_only: use an earlier download, without asking the Hub.
+    """
+
+    repo_or_folder: str | Path
+    variant: str | None = None
+    revision: str | None = None
+    cache_dir: str | Path | None = None
+    token: str | bool | None = None
+    local_files_only: bool = False
+
+    @property
+    def name(self) -> str:
+        """The folder or repository as text."""
+        return str(self.repo_or_folder)
+
+    @property
+    def cache(self) -> Path | None:
+        """`cache_dir`, with ~ expanded."""
+        return None if self.cache_dir is None else Path(self.cache_dir).expanduser()
 
 
 def needed_files(names: Collection[str], folders: Sequence[str], variant: str | None = None) -> list[str]:
@@ -57,40 +89,30 @@ def needed_files(names: Collection[str], folders: Sequence[str], variant: str | 
 
 
 def checkpoint_folder(
-    repo_or_folder: str | Path,
+    source: Source,
     folders: Sequence[str],
     *,
     first_file: str = "config.json",
     check: Callable[[Path], object] = lambda folder: None,
-    variant: str | None = None,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
 ) -> Path:
     """The local folder of a checkpoint. If it is a repository on the Hub, it is downloaded first.
 
     If the Hub cannot be reached, an earlier download is used, with a warning.
 
     Args:
-        repo_or_folder: a local folder, "tiny" for the checkpoint in this package, or "owner/name" on the Hub.
-            An existing folder takes precedence; one with the name "tiny" only if it contains `first_file`.
+        source: the checkpoint. An existing folder takes precedence; one with the name "tiny" only if it
+            contains `first_file`.
         folders: the subfolders that are needed; "" is the top level.
         first_file: the file in the first of `folders` that loading reads first. It identifies an earlier
             download.
         check: called with the folder once only `first_file` is there. It may raise an error to prevent the
             download of the other files.
-        variant: weights of a variant, such as "fp16".
-        revision: branch, tag or commit on the Hub.
-        cache_dir: folder for downloads; None is the Hub client's default.
-        token: access token for private repositories; None uses the stored login.
-        local_files_only: use an earlier download, without asking the Hub.
 
     Raises:
         CheckpointError: there is no such folder or repository, access is denied, or the Hub cannot be reached
             and there is no earlier download.
     """
-    name = str(repo_or_folder)
+    name = source.name
     local = Path(name).expanduser()
     first = PurePosixPath(folders[0], first_file)
     if name and local.is_dir() and (name != TINY or (local / first).is_file()):
@@ -106,19 +128,18 @@ def checkpoint_folder(
     if not _REPOSITORY.fullmatch(name):
         raise CheckpointError(f"{_not_found(name)}{_TINY_HINT}")
 
-    cache = None if cache_dir is None else Path(cache_dir).expanduser()
-    if local_files_only:
-        with _client_errors(name, revision):
-            folder = _downloaded(name, first, revision, cache)
+    if source.local_files_only:
+        with _client_errors(source):
+            folder = _downloaded(source, first)
         if folder is None:
             raise CheckpointError(
                 f"{name} has not been downloaded; run once without local_files_only{_TINY_HINT}"
             )
         return folder
     try:
-        return _download(name, folders, first, check, variant, revision, cache, token)
+        return _download(source, folders, first, check)
     except _HubError as error:
-        folder = _downloaded(name, first, revision, cache)
+        folder = _downloaded(source, first)
         if folder is not None:
             warnings.warn(f"the Hub cannot be reached; using an earlier download of {name}", stacklevel=3)
             return folder
@@ -129,14 +150,7 @@ def checkpoint_folder(
 
 
 def _download(
-    name: str,
-    folders: Sequence[str],
-    first: PurePosixPath,
-    check: Callable[[Path], object],
-    variant: str | None,
-    revision: str | None,
-    cache: Path | None,
-    token: str | bool | None,
+    source: Source, folders: Sequence[str], first: PurePosixPath, check: Callable[[Path], object]
 ) -> Path:
     """Download what is needed of a repository, its `first` file before all others; see `checkpoint_folder`.
 
@@ -147,14 +161,15 @@ def _download(
     # The Hub's client is slow to import, and local folders do not need it.
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
-    with _client_errors(name, revision):
-        info = HfApi(token=token).model_info(name, revision=revision)
+    name, cache, token = source.name, source.cache, source.token
+    with _client_errors(source):
+        info = HfApi(token=token).model_info(name, revision=source.revision)
 
     def fetch(file: str) -> Path:
-        with _client_errors(name, revision):
+        with _client_errors(source):
             return Path(hf_hub_download(name, file, revision=info.sha, cache_dir=cache, token=token))
 
-    files = needed_files([entry.rfilename for entry in info.siblings or []], folders, variant)
+    files = needed_files([entry.rfilename for entry in info.siblings or []], folders, source.variant)
     if str(first) in files:
         check(fetch(str(first)).parents[len(first.parts) - 1])
     # The shard index lists the shards, so it is downloaded before them.
@@ -162,11 +177,11 @@ def _download(
         parent = PurePosixPath(index).parent
         files += sorted({str(parent / shard) for shard in shard_names(fetch(index)).values()})
     patterns = [glob.escape(file) for file in files]
-    with _client_errors(name, revision):
+    with _client_errors(source):
         # Pass the branch and not its commit: the client then records which commit the branch was at, and
         # finds the snapshot again when the Hub cannot be reached.
         folder = snapshot_download(
-            name, revision=revision, cache_dir=cache, token=token, allow_patterns=patterns
+            name, revision=source.revision, cache_dir=cache, token=token, allow_patterns=patterns
         )
     return Path(folder)
 
@@ -176,7 +191,7 @@ class _HubError(Exception):
 
 
 @contextmanager
-def _client_errors(name: str, revision: str | None) -> Iterator[None]:
+def _client_errors(source: Source) -> Iterator[None]:
     """Turn errors of the Hub's client into CheckpointErrors, or into `_HubError` if the Hub did not answer.
 
     The block should contain nothing but calls of the client: any error in it is taken for the client's.
@@ -188,6 +203,7 @@ def _client_errors(name: str, revision: str | None) -> Iterator[None]:
         RevisionNotFoundError,
     )
 
+    name = source.name
     try:
         yield
     except HFValidationError as error:
@@ -199,7 +215,7 @@ def _client_errors(name: str, revision: str | None) -> Iterator[None]:
     except RepositoryNotFoundError as error:
         raise CheckpointError(f"{_not_found(name)}; private ones need a token{_TINY_HINT}") from error
     except RevisionNotFoundError as error:
-        raise CheckpointError(f"{name} has no revision {revision!r} on the Hub") from error
+        raise CheckpointError(f"{name} has no revision {source.revision!r} on the Hub") from error
     except Exception as error:
         # The client's HTTP library depends on its release (requests, httpx), and so do the errors. Whatever
         # else fails, except for the disk, means that the Hub did not answer as it should.
@@ -222,7 +238,7 @@ def default_dtype(folder: Path) -> torch.dtype | None:
     return torch.float32 if folder.resolve() == TINY_FOLDER else None
 
 
-def _downloaded(name: str, first: PurePosixPath, revision: str | None, cache: Path | None) -> Path | None:
+def _downloaded(source: Source, first: PurePosixPath) -> Path | None:
     """The folder of an earlier download that has the file which loading reads first, or None.
 
     The client's own search, `snapshot_download(local_files_only=True)`, cannot be used: it takes a snapshot
@@ -230,5 +246,5 @@ def _downloaded(name: str, first: PurePosixPath, revision: str | None, cache: Pa
     """
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(name, str(first), cache_dir=cache, revision=revision)
+    found = try_to_load_from_cache(source.name, str(first), cache_dir=source.cache, revision=source.revision)
     return Path(found).parents[len(first.parts) - 1] if isinstance(found, str) else None

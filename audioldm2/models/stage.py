@@ -78,19 +78,10 @@ class Stage(nn.Module, Generic[ConfigT]):
             ValueError: the dtype or the device is not supported.
         """
         from audioldm2.checkpoints.folder import load_pretrained_stage
+        from audioldm2.checkpoints.hub import Source
 
-        return load_pretrained_stage(
-            cls,
-            repo_or_folder,
-            subfolder,
-            dtype=torch_dtype,
-            device=device,
-            variant=variant,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-        )
+        source = Source(repo_or_folder, variant, revision, cache_dir, token, local_files_only)
+        return load_pretrained_stage(cls, source, subfolder, torch_dtype, device)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and the weights such that diffusers or transformers can load them.

@@ -188,7 +188,7 @@ def test_an_error_of_this_package_is_not_taken_for_the_hubs(monkeypatch: pytest.
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, name, revision: info)
     monkeypatch.setattr(hub, "needed_files", broken)
     with pytest.raises(TypeError, match="a mistake"):
-        hub.checkpoint_folder("owner/name", [""])
+        hub.checkpoint_folder(hub.Source("owner/name"), [""])
 
 
 def test_no_hub_but_an_earlier_download(unreached, digests):
