@@ -15,6 +15,7 @@ With the checkpoint in the package it checks that
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -176,7 +177,13 @@ def compare(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
     assert error < SAME_STAGE, f"{name} differs from the reference by {error:.1e} of its scale"
 
 
-def main(sound: str, reference: str | None = None) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS
+    )
+    parser.add_argument("sound", help="where to write the sound, an .npy file")
+    parser.add_argument("reference", nargs="?", help="the sound of another environment")
+    options = parser.parse_args()
     check_import()
     pipe = load("tiny")
     check_tokenizers(pipe)
@@ -192,11 +199,11 @@ def main(sound: str, reference: str | None = None) -> None:
         if find_spec("diffusers"):
             check_diffusers(pipe)
             compared.append(f"diffusers {version('diffusers')}")
-    np.save(sound, sounds)
-    change = difference(sounds, np.load(reference)) if reference else None
+    np.save(options.sound, sounds)
+    change = difference(sounds, np.load(options.reference)) if options.reference else None
     assert change is None or change < SAME_SOUND, f"the sound differs from the reference by {change:.1e}"
     print(json.dumps({"compared": compared, "difference": change}))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
