@@ -26,9 +26,9 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def noise(*shape: int, seed: int = 0) -> Tensor:
+def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Normally distributed numbers."""
-    return torch.randn(shape, generator=seeded(seed))
+    return torch.randn(shape, generator=seeded(seed), dtype=dtype)
 
 
 def load_pipeline(folder: str | Path, **options: Any) -> AudioLDM2Pipeline:

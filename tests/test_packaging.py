@@ -23,13 +23,13 @@ import audioldm2
 from audioldm2 import AudioLDM2Pipeline
 from scripts.cpu_torch import NO_DEVICE, remove_cuda
 from scripts.random_tokenizers import write_roberta_tokenizer
+from tests.helpers import ROOT
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-ROOT = Path(__file__).parents[1]
 TINY = ROOT / "audioldm2" / "tiny"
 
 

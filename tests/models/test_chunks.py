@@ -20,12 +20,8 @@ from audioldm2.checkpoints.formats import PARTS
 from audioldm2.decoding import FRAMES_AT_ONCE
 from audioldm2.models.hifigan import HifiGan, HifiGanConfig
 from audioldm2.models.vae import VAE, VAEConfig
+from tests.helpers import noise
 from tests.reference import BASE, SMALL, assert_close, ours, randomize
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
 
 # --- the VAE in chunks
 

@@ -19,6 +19,7 @@ from audioldm2.checkpoints.folder import load_stage
 from audioldm2.checkpoints.formats import PARTS, format_of
 from audioldm2.models.stage import Stage
 from audioldm2.runtime.precision import parameter_dtype
+from tests.helpers import noise
 from tests.reference import SMALL, SMALL_SPEECH, assert_close, make_checkpoint
 
 SPEECH = "text_encoder_2 (vits)"
@@ -43,10 +44,6 @@ def folder(request: pytest.FixtureRequest, random_checkpoint: Path, name: str) -
 def stage(folder: Path, name: str) -> Stage[Any]:
     form = PARTS["text_encoder_2"][1] if name == SPEECH else PARTS[name][0]
     return load_stage(folder, form)
-
-
-def noise(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 IDS = torch.tensor([[5, 9, 2, 7], [3, 4, 6, 0]])

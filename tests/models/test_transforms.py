@@ -12,11 +12,8 @@ from torch import Tensor, nn
 from audioldm2.models.hifigan import HifiGan, HifiGanConfig
 from audioldm2.models.unet import UNet, UNetConfig
 from audioldm2.models.vae import VAE, VAEConfig
+from tests.helpers import noise
 from tests.reference import SMALL, assert_close, randomize
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 class Decoder(nn.Module):

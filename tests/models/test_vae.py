@@ -13,6 +13,7 @@ from audioldm2.checkpoints.errors import CheckpointError
 from audioldm2.checkpoints.fill import TensorDict, fill
 from audioldm2.checkpoints.weight_map import weight_map
 from audioldm2.models.vae import VAE, DiagonalGaussian, VAEConfig
+from tests.helpers import noise
 from tests.reference import assert_close, ours, randomize
 
 
@@ -41,10 +42,6 @@ CONFIGS: dict[str, dict] = {
 def pair(name: str) -> tuple[AutoencoderKL, VAE]:
     theirs = randomize(AutoencoderKL(**CONFIGS[name]), seed=3)
     return theirs, ours(VAE, VAEConfig, "vae.diffusers", theirs, CONFIGS[name])
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()

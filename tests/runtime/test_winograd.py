@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from audioldm2.runtime import winograd
-from tests.helpers import seeded
+from tests.helpers import noise
 
 
-def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=seeded(seed), dtype=dtype)
+@pytest.fixture
+def scratch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits the temporaries to the parameter's number of floats; None leaves the limit as it is."""
+    if request.param is not None:
+        monkeypatch.setattr(winograd, "MAX_SCRATCH_FLOATS", request.param)
 
 
 def largest_difference(actual: Tensor, expected: Tensor) -> float:
@@ -37,10 +40,12 @@ PRECISIONS = pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12)
 
 
 @PRECISIONS
+@pytest.mark.usefixtures("scratch")
 @pytest.mark.parametrize(
     "scratch",
     [1, 1500, 5000, None],
     ids=["one tile row at a time", "a few tile rows", "a few images", "all at once"],
+    indirect=True,
 )
 @pytest.mark.parametrize(
     ("batch", "height", "width"),
@@ -50,14 +55,10 @@ def test_conv_2d(
     batch: int,
     height: int,
     width: int,
-    scratch: int | None,
     dtype: torch.dtype,
     bound: float,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Includes maps that tiles of 4x2 do not divide, and temporaries that hold a part of the batch."""
-    if scratch is not None:
-        monkeypatch.setattr(winograd, "MAX_SCRATCH_FLOATS", scratch)
     x, bias = noise(batch, 5, height, width, dtype=dtype), noise(7, seed=2, dtype=dtype)
     weight = noise(7, 5, 3, 3, seed=1, dtype=dtype) / math.sqrt(45)
     actual = winograd.conv_2d(x, winograd.kernel_2d(weight), bias)
@@ -68,20 +69,19 @@ def test_conv_2d(
 
 
 @PRECISIONS
-@pytest.mark.parametrize("scratch", [1, 600, None], ids=["one tile at a time", "a few tiles", "all at once"])
+@pytest.mark.usefixtures("scratch")
+@pytest.mark.parametrize(
+    "scratch", [1, 600, None], ids=["one tile at a time", "a few tiles", "all at once"], indirect=True
+)
 @pytest.mark.parametrize("dilation", [1, 3, 5])
 @pytest.mark.parametrize("taps", [3, 5, 7, 11])
 def test_conv_1d(
     taps: int,
     dilation: int,
-    scratch: int | None,
     dtype: torch.dtype,
     bound: float,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Includes lengths that the filter overlooks whole, and that tiles of 4 · dilation do not divide."""
-    if scratch is not None:
-        monkeypatch.setattr(winograd, "MAX_SCRATCH_FLOATS", scratch)
     weight, bias = noise(6, 4, taps, seed=1, dtype=dtype) / math.sqrt(4 * taps), noise(6, seed=2, dtype=dtype)
     kernel = winograd.kernel_1d(weight)
     for batch, length in ((1, 1), (2, 3), (1, 20), (3, 61), (1, 120), (2, 133)):
