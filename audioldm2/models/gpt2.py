@@ -239,8 +239,8 @@ class GPT2(Stage[GPT2Config]):
         total = length + new - 1  # the last new vector is not fed back
         if total > self.config.n_positions:
             raise ValueError(
-                f"{length} inputs and {new} new vectors need {total} positions; "
-                f"this GPT-2 has n_positions = {self.config.n_positions}"
+                f"{length} inputs and max_new_tokens = {new} need {total} positions; this GPT-2 has "
+                f"n_positions = {self.config.n_positions}"
             )
         mask = F.pad(mask, (0, new - 1), value=True)  # (B, total)
         caches = [Cache(batch, total, width, like=inputs_embeds) for _ in self.blocks]

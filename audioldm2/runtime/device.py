@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 
 
-def available_device(name: torch.device | str) -> torch.device:
+def available_device(name: torch.device | str | int) -> torch.device:
     """The device of that name, if this machine has it.
 
     Args:
-        name: a torch.device, or a name such as "cpu", "cuda", "cuda:1" or "mps".
+        name: a torch.device, a name such as "cpu", "cuda", "cuda:1" or "mps", or the index of a CUDA device.
 
     Raises:
         ValueError: the device is unknown, not supported, or not available on this machine.
     """
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
+        device = torch.device("cuda", name) if isinstance(name, int) else torch.device(name)
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"unknown device {str(name)!r}; use cpu, cuda, cuda:1, mps or xpu") from error
     if device.type not in ("cpu", "cuda", "mps", "xpu"):
         raise ValueError(f"device {device} is not supported; use cpu, cuda, cuda:1, mps or xpu")

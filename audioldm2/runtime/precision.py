@@ -38,7 +38,13 @@ def check_dtype(dtype: Any) -> None:
 
 
 def parameter_dtype(stage: nn.Module | type[nn.Module], name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the parameter or buffer `name` when `stage` runs in `dtype`."""
+    """The dtype of the parameter or buffer `name` when `stage`, perhaps in wrappers, runs in `dtype`."""
+    while isinstance(stage, nn.Module) and not hasattr(stage, "float32_parameters"):
+        child, _, rest = name.partition(".")
+        inner = stage._modules.get(child)
+        if inner is None:
+            break
+        stage, name = inner, rest
     patterns = getattr(stage, "float32_parameters", ())
     if dtype == torch.float16 and any(fnmatchcase(name, pattern) for pattern in patterns):
         return torch.float32
@@ -56,11 +62,12 @@ def cast(stage: nn.Module, dtype: torch.dtype) -> None:
 def stage_dtype(stage: nn.Module) -> torch.dtype:
     """The dtype that a stage runs in: that of its first parameter that float16 makes no exception for."""
     for name, parameter in stage.named_parameters():
-        if parameter_dtype(stage, name, torch.float16) == torch.float16:
+        if parameter.is_floating_point() and parameter_dtype(stage, name, torch.float16) == torch.float16:
             return parameter.dtype
     return torch.float32
 
 
 def stage_device(stage: nn.Module) -> torch.device:
-    """The device of a stage's parameters."""
-    return next(chain(stage.parameters(), stage.buffers())).device
+    """The device of a stage's parameters; the CPU if it has none."""
+    tensor = next(chain(stage.parameters(), stage.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device

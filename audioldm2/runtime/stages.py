@@ -2,7 +2,8 @@
 
 `StageRunner` is the base class of the pipeline, which itself only says what a generation computes. Inside
 `with self.running("unet") as unet:` the stage is on its device and, unless it is compiled, runs with fast
-convolutions where the CPU has them. A compiled stage is called through its wrapper.
+convolutions where the CPU has them. A compiled stage is called through its wrapper, and one that is not this
+package's through an adapter (`runtime.foreign`).
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from audioldm2.models.stage import Stage
 from audioldm2.runtime.compile import check_stage_names, compile_stage, compiled, default_mode
 from audioldm2.runtime.cpu import FastConvolutions, fast_convolutions
 from audioldm2.runtime.device import available_device
+from audioldm2.runtime.foreign import adapted
 from audioldm2.runtime.offload import Offload
 from audioldm2.runtime.precision import cast, check_dtype, stage_device, stage_dtype
 
@@ -74,8 +77,9 @@ class StageRunner:
 
     def to(
         self: RunnerT,
-        device: torch.device | str | torch.dtype | None = None,
+        device: torch.device | str | int | torch.dtype | None = None,
         dtype: torch.dtype | None = None,
+        silence_dtype_warnings: bool = False,
     ) -> RunnerT:
         """Move all stages to a device, convert them to a dtype, or both: `to("cuda")`, `to(torch.float16)`.
 
@@ -84,6 +88,8 @@ class StageRunner:
         Args:
             device: the device, or the dtype alone.
             dtype: a floating-point dtype.
+            silence_dtype_warnings: accepted for diffusers, whose warnings are not given here: every dtype
+                runs on every device.
 
         Returns:
             The pipeline itself.
@@ -109,21 +115,27 @@ class StageRunner:
                     stage.to(device)
         return self
 
-    def enable_model_cpu_offload(self, gpu_id: int = 0, device: torch.device | str = "cuda") -> None:
+    def enable_model_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str = "cuda"
+    ) -> None:
         """Keep the stages on the CPU, and move each to the device only while it runs.
 
         If the device is a GPU, the next stage is copied while the current one runs.
 
         Args:
-            gpu_id: index of the GPU; ignored if `device` names one.
+            gpu_id: index of the GPU; 0 by default.
             device: where stages run.
 
         Raises:
-            ValueError: the device is not available, or it is a GPU and stages are compiled already.
+            ValueError: the device is not available, it has an index beside `gpu_id`, or it is a GPU and
+                stages are compiled already.
         """
-        device = available_device(device)
+        device = torch.device(device) if isinstance(device, torch.device) else available_device(device)
+        if gpu_id is not None and device.index is not None:
+            raise ValueError(f"gpu_id = {gpu_id} and device = {device} both have an index; give it once")
         if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", gpu_id)
+            device = torch.device("cuda", gpu_id or 0)
+        device = available_device(device)
         with self._lock:
             if self._compiled and device.type == "cuda":  # CUDA graphs store the addresses of the weights
                 raise ValueError("call enable_model_cpu_offload() before compile()")
@@ -147,12 +159,17 @@ class StageRunner:
             stages: the names of the parts to compile, such as ["unet"]; all by default.
 
         Raises:
-            ValueError: a name that is not a stage's.
+            ValueError: a name that is not a stage's, or a stage that is not this package's.
         """
         with self._lock:
             mode = mode or ("default" if self._offload else default_mode(self.device))
             for name in check_stage_names(stages):
                 stage = getattr(self, name)
+                if not isinstance(stage, Stage):
+                    raise ValueError(
+                        f"compile() cannot compile pipe.{name}, a {type(stage).__name__}; compile it as in "
+                        f"pipe.{name} = torch.compile(pipe.{name}), and choose the others by stages="
+                    )
                 compile_stage(name, stage, mode)
                 self._compiled.add(stage)
 
@@ -168,6 +185,34 @@ class StageRunner:
         """A progress bar with the options of `set_progress_bar_config`."""
         return tqdm(**{"desc": description, "total": total, **self._progress})
 
+    def part(self, name: str) -> Any:
+        """The part `name` with the interface of this package's, whatever is in its place.
+
+        Raises:
+            TypeError: it cannot take that place.
+        """
+        return adapted(name, getattr(self, name))
+
+    def check_stages(self) -> None:
+        """Check that all stages can run together, before a generation spends time on some of them.
+
+        Raises:
+            TypeError: a part cannot take its place.
+            ValueError: a stage has no weights, or the stages are on different devices.
+        """
+        devices = {}
+        for name in self.stage_names:
+            self.part(name)
+            devices[name] = stage_device(getattr(self, name))
+            if devices[name].type == "meta":
+                raise ValueError(
+                    f"pipe.{name} has no weights: its parameters are on the meta device; load them, for "
+                    "example with from_pretrained"
+                )
+        if self._offload is None and len({*devices.values()}) > 1:
+            where = ", ".join(f"{name} on {device}" for name, device in devices.items())
+            raise ValueError(f"the stages are on different devices ({where}); move them with pipe.to(device)")
+
     @contextmanager
     def running(self, name: str) -> Iterator[Any]:
         """The stage `name`, ready to be called: on its device, and as fast as this machine allows."""
@@ -178,10 +223,10 @@ class StageRunner:
             self._place(name, stage)
             if stage in self._compiled:
                 self._fast = None
-                yield compiled(name, stage)
+                yield adapted(name, compiled(name, stage))
             else:
                 with fast_convolutions(stage) as self._fast:
-                    yield stage
+                    yield adapted(name, stage)
         finally:
             self._working, self._fast = outer
 

@@ -106,7 +106,7 @@ STEPS: dict[str, Callable[[AudioLDM2Pipeline], Any]] = {
     "encode_prompt": lambda pipe: pipe.encode_prompt(HAMMER)[2],
     "decode": lambda pipe: pipe.decode(noise(1, 4, 8, 4)),
     "vocode": lambda pipe: pipe.vocode(noise(1, 1, 32, 16)),
-    "rank": lambda pipe: pipe.rank(noise(2, 1000), noise(1, 12)),
+    "rank": lambda pipe: pipe.rank(noise(2, 1000), noise(1, 12))[0],
 }
 
 
