@@ -19,7 +19,7 @@ DISTRIBUTION = "audioldm2-torch"  # the package's name on PyPI
 
 _HOMES = {
     "AudioLDM2Pipeline": "audioldm2.pipeline",
-    "AudioPipelineOutput": "audioldm2.pipeline",
+    "AudioPipelineOutput": "audioldm2.output",
     "CheckpointError": "audioldm2.checkpoints.errors",
     "ClapFeatureExtractor": "audioldm2.audio.log_mel",
     "ClapModel": "audioldm2.models.clap",
@@ -51,10 +51,8 @@ if TYPE_CHECKING:  # `as` marks what is exported
     from audioldm2.models.unet import UNet as UNet
     from audioldm2.models.vae import VAE as VAE
     from audioldm2.models.vits import VitsTextEncoder as VitsTextEncoder
-    from audioldm2.pipeline import (
-        AudioLDM2Pipeline as AudioLDM2Pipeline,
-        AudioPipelineOutput as AudioPipelineOutput,
-    )
+    from audioldm2.output import AudioPipelineOutput as AudioPipelineOutput
+    from audioldm2.pipeline import AudioLDM2Pipeline as AudioLDM2Pipeline
     from audioldm2.schedulers import (
         DDIMScheduler as DDIMScheduler,
         DPMSolverMultistepScheduler as DPMSolverMultistepScheduler,

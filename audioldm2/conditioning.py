@@ -25,7 +25,9 @@ from torch import Tensor
 
 from audioldm2.arguments import as_negatives, as_texts
 from audioldm2.models.clap import max_text_tokens
+from audioldm2.runtime.foreign import setting
 from audioldm2.runtime.precision import stage_dtype
+from audioldm2.tensors import check_finite, check_tensor
 
 Text = str | Sequence[str]
 
@@ -109,7 +111,9 @@ class PromptInputs:
         """The embeddings, checked; None if there are none.
 
         Raises:
-            ValueError: embeddings beside a text, one of two missing, or shapes that do not fit together.
+            TypeError: one that is not a tensor.
+            ValueError: embeddings beside a text, one of two missing, numbers that cannot be used, or shapes
+                that do not fit together.
         """
         prefix = self.name.removesuffix("prompt")
         names = [f"{prefix}prompt_embeds", f"{prefix}generated_prompt_embeds", f"{prefix}attention_mask"]
@@ -120,10 +124,12 @@ class PromptInputs:
             raise ValueError(f"pass {self.name} or its embeddings ({', '.join(names)}), not both")
         if states is None or vectors is None:
             raise ValueError(f"{names[0]} and {names[1]} go together; one is missing")
+        check_tensor(names[0], states, "(B, N, width)")
+        check_tensor(names[1], vectors, "(B, 8, width)")
         if mask is None:
             mask = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
-        dimensions = (states.dim(), vectors.dim())
-        if dimensions != (3, 3) or len(states) != len(vectors) or mask.shape != states.shape[:2]:
+        check_tensor(names[2], mask, "(B, N)", floating=False)
+        if len(states) != len(vectors) or mask.shape != states.shape[:2]:
             raise ValueError(
                 f"{names[0]} {tuple(states.shape)}, {names[1]} {tuple(vectors.shape)} and {names[2]} "
                 f"{tuple(mask.shape)} do not match; they should be (B, N, width), (B, 8, width) and (B, N)"
@@ -131,10 +137,40 @@ class PromptInputs:
         return Encoded(states, mask, vectors)
 
 
+def _fitting(pipe: Encoders, inputs: PromptInputs) -> Encoded | None:
+    """The embeddings that replace a text, of the widths that the pipeline's encoders have."""
+    encoded = inputs.embeddings()
+    if encoded is None:
+        return None
+    prefix = inputs.name.removesuffix("prompt")
+    for name, x, part, key in (
+        (f"{prefix}prompt_embeds", encoded.states, "projection_model", "text_encoder_1_dim"),
+        (f"{prefix}generated_prompt_embeds", encoded.vectors, "language_model", "n_embd"),
+    ):
+        width = setting(getattr(pipe, part), key)
+        if width is not None and x.shape[-1] != width:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}; its width must be this checkpoint's, {width}"
+            )
+    return encoded
+
+
+def _say_that_it_is_unused(uncond: PromptInputs) -> None:
+    """Check a negative prompt all the same, and warn if there is one."""
+    if uncond.text is not None:
+        as_texts(uncond.name, uncond.text, empty=True)
+    if uncond.text or uncond.states is not None:
+        warnings.warn(
+            "negative_prompt has no effect without guidance; pass a guidance_scale greater than 1",
+            stacklevel=2,
+        )
+
+
 def condition(
     pipe: Encoders,
     cond: PromptInputs,
-    uncond: PromptInputs | None,
+    uncond: PromptInputs,
+    guided: bool = True,
     transcription: Text | None = None,
     max_new_tokens: int | None = None,
     waveforms: int = 1,
@@ -144,7 +180,8 @@ def condition(
     Args:
         pipe: the tokenizers and encoders.
         cond: the prompts.
-        uncond: the negative prompts; None for no guidance.
+        uncond: the negative prompts.
+        guided: whether guidance needs them; without it they are only checked.
         transcription: the words to speak, for the speech checkpoints.
         max_new_tokens: how many vectors GPT-2 generates; its config's number by default.
         waveforms: number of times that each prompt's rows are repeated.
@@ -155,22 +192,26 @@ def condition(
     Raises:
         ValueError, TypeError: texts or embeddings that cannot be used; the message names the argument.
     """
-    cond_encoded = cond.embeddings()
-    uncond_encoded = None if uncond is None else uncond.embeddings()
+    cond_encoded = _fitting(pipe, cond)
+    uncond_encoded = _fitting(pipe, uncond)
+    if not guided:
+        _say_that_it_is_unused(uncond)
+        uncond_encoded = None
     prompts: list[str] = []
     negatives: list[str] = []
     tokens_2: list[_SecondTokens] = []
     if cond_encoded is None:
         if cond.text is None:
             raise ValueError("pass prompt, or prompt_embeds and generated_prompt_embeds")
-        prompts = as_texts(cond.name, cond.text)
+        prompts = as_texts(cond.name, cond.text, empty=True)
         tokens_2 = [_tokenize_second(pipe, prompts, transcription)]
     elif transcription is not None:
+        _check_speaks(pipe)
         raise ValueError("transcription goes with prompt; prompt_embeds already contain the words")
     else:
         # A negative text is encoded to as many vectors as the given ones.
         max_new_tokens = max_new_tokens or cond_encoded.vectors.shape[1]
-    if uncond is not None and uncond_encoded is None:
+    if guided and uncond_encoded is None:
         rows, length = (tokens_2[0] if cond_encoded is None else cond_encoded).mask.shape
         negatives = as_negatives(uncond.text, rows)
         tokens_2 = [_tokenize_negatives(pipe, negatives, length), *tokens_2]
@@ -192,7 +233,7 @@ def condition(
         t5_states=states.to(stage_dtype(pipe.text_encoder_2)),
         t5_mask=mask,
         gpt2_vectors=vectors.to(stage_dtype(pipe.language_model)),
-        guided=uncond is not None,
+        guided=guided,
         clap=clap[len(negatives) :] if clap is not None and prompts else None,
     )
 
@@ -205,10 +246,11 @@ def _encode(
         ids, mask = tokenize(pipe, pipe.tokenizer, texts)
         with pipe.running("text_encoder") as text_encoder:
             clap = text_encoder.text_features(ids, mask)  # (B, 512)
+        check_finite("text_encoder", clap)
         bar.update()
         mask_2 = torch.cat([tokens.mask for tokens in tokens_2])
         spoken = [tokens for tokens in tokens_2 if tokens.ids is not None]
-        width = pipe.projection_model.config.text_encoder_1_dim
+        width = setting(pipe.projection_model, "text_encoder_1_dim")
         states = clap.new_zeros(*mask_2.shape, width)  # (B, M, 1024)
         if spoken:
             with pipe.running("text_encoder_2") as text_encoder_2:
@@ -216,6 +258,7 @@ def _encode(
                     torch.cat([tokens.ids for tokens in spoken if tokens.ids is not None]),
                     torch.cat([tokens.mask for tokens in spoken]),
                 )
+            check_finite("text_encoder_2", encoded)
             # The rows without words are the unconditional ones, which come first.
             states = torch.cat([states[: len(states) - len(encoded)].to(encoded), encoded])
         bar.update()
@@ -223,10 +266,12 @@ def _encode(
             dtype = stage_dtype(projection)
             clap_mask = mask_2.new_ones(len(clap), 1)
             sequence, sequence_mask = projection(clap[:, None].to(dtype), states.to(dtype), clap_mask, mask_2)
+        check_finite("projection_model", sequence)
         bar.update()
         with pipe.running("language_model") as gpt2:
             sequence = sequence.to(stage_dtype(gpt2))
             vectors = gpt2.generate(sequence, sequence_mask, max_new_tokens)  # (B, 8, 768)
+        check_finite("language_model", vectors)
         bar.update()
     return Encoded(states, mask_2, vectors), clap
 
@@ -259,13 +304,18 @@ class _SecondTokens(NamedTuple):
 
 def speaks(pipe: Encoders) -> bool:
     """Whether this is a speech checkpoint: only their projection model has learned positions."""
-    return pipe.projection_model.config.use_learned_position_embedding is not None
+    return setting(pipe.projection_model, "use_learned_position_embedding") is not None
+
+
+def _check_speaks(pipe: Encoders) -> None:
+    if not speaks(pipe):
+        raise ValueError("transcription is for the speech checkpoints; this one takes only a prompt")
 
 
 def _tokenize_second(pipe: Encoders, prompts: list[str], transcription: Text | None) -> _SecondTokens:
     if not speaks(pipe):
         if transcription is not None:
-            raise ValueError("transcription is for the speech checkpoints; this one takes only a prompt")
+            _check_speaks(pipe)
         return _SecondTokens(*tokenize(pipe, pipe.tokenizer_2, prompts))
     if transcription is None:
         raise ValueError("this checkpoint speaks: pass transcription, the words to say")
@@ -327,10 +377,12 @@ def token_limit(pipe: Encoders, tokenizer: Any) -> int:
     """The most tokens a text may have: the tokenizer's limit, or the number of positions if that is less."""
     limit: int = tokenizer.model_max_length
     if tokenizer is pipe.tokenizer:
-        limit = min(limit, max_text_tokens(pipe.text_encoder.config.text_config))
-    elif not speaks(pipe):
+        tower = setting(pipe.text_encoder, "text_config")
+        return limit if tower is None else min(limit, max_text_tokens(tower))
+    positions = setting(pipe.language_model, "n_positions")
+    if positions is not None and not speaks(pipe):
         # T5 takes any length, but GPT-2 has a fixed number of positions. All generated vectors but the last
         # take one, too.
-        gpt2 = pipe.language_model.config
-        limit = min(limit, gpt2.n_positions - VECTORS_BESIDE_STATES - (gpt2.max_new_tokens - 1))
+        new = setting(pipe.language_model, "max_new_tokens", 8)
+        limit = min(limit, positions - VECTORS_BESIDE_STATES - (new - 1))
     return limit

@@ -16,7 +16,9 @@ from einops import rearrange
 from torch import Tensor
 
 from audioldm2.arguments import check_length
+from audioldm2.runtime.foreign import setting
 from audioldm2.runtime.precision import stage_dtype
+from audioldm2.tensors import check_finite
 
 # Mel frames (10 ms each in AudioLDM 2) that are decoded at once, in all sounds of a group together.
 FRAMES_AT_ONCE = 4096
@@ -34,8 +36,15 @@ def decode(vae: Any, latents: Tensor, progress: ProgressBar) -> Tensor:
 
     Returns:
         (B, 1, T, F).
+
+    Raises:
+        ValueError: a scaling_factor that nothing can be divided by.
+        NonFiniteError: the VAE returned numbers that are not finite.
     """
-    latents = (latents / vae.config.scaling_factor).to(stage_dtype(vae))
+    factor = vae.config.scaling_factor
+    if not math.isfinite(factor) or factor == 0:
+        raise ValueError(f"scaling_factor in the VAE's config is {factor}; it must be finite and not 0")
+    latents = (latents / factor).to(stage_dtype(vae))
     rows = FRAMES_AT_ONCE // vae.downsampling
     groups = equal_groups(latents, rows, axis=2)
     mels = []
@@ -44,7 +53,9 @@ def decode(vae: Any, latents: Tensor, progress: ProgressBar) -> Tensor:
             long = group.shape[2] > rows
             mels.append(vae.decode_in_chunks(group, rows) if long else vae.decode(group))
             bar.update()
-    return torch.cat(mels)
+    mel = torch.cat(mels)
+    check_finite("vae", mel)
+    return mel
 
 
 def vocode(vocoder: Any, mel: Tensor, progress: ProgressBar) -> Tensor:
@@ -57,6 +68,9 @@ def vocode(vocoder: Any, mel: Tensor, progress: ProgressBar) -> Tensor:
 
     Returns:
         (B, samples), float32, on the CPU.
+
+    Raises:
+        NonFiniteError: the vocoder returned numbers that are not finite.
     """
     mel = rearrange(mel, "b 1 t f -> b t f").to(stage_dtype(vocoder))
     groups = equal_groups(mel, FRAMES_AT_ONCE, axis=1)
@@ -66,7 +80,9 @@ def vocode(vocoder: Any, mel: Tensor, progress: ProgressBar) -> Tensor:
             long = group.shape[1] > FRAMES_AT_ONCE
             waveforms.append((vocoder.in_chunks(group) if long else vocoder(group)).float().cpu())
             bar.update()
-    return torch.cat(waveforms)
+    audio = torch.cat(waveforms)
+    check_finite("vocoder", audio)
+    return audio
 
 
 def equal_groups(x: Tensor, longest: int, axis: int) -> tuple[Tensor, ...]:
@@ -77,30 +93,46 @@ def equal_groups(x: Tensor, longest: int, axis: int) -> tuple[Tensor, ...]:
     return groups
 
 
-def frames_and_samples(unet: Any, vae: Any, vocoder: Any, audio_length_in_s: float | None) -> tuple[int, int]:
+def frames_and_samples(
+    unet: Any, vae: Any, vocoder: Any, audio_length_in_s: float | None, rows: int | None = None
+) -> tuple[int, int]:
     """Convert a duration to mel frames, a multiple of the VAE's factor, and to samples.
+
+    As in diffusers, a duration is rounded down to whole frames, and the waveform is then cut to the samples
+    of the duration. It can therefore be up to a frame shorter, though no longer, than what was asked for.
 
     Args:
         unet: its config's `sample_size` is the length of the sounds it was trained on, in latents.
         vae: its factor between frames and latents.
         vocoder: its hop length and sampling rate.
-        audio_length_in_s: seconds; None is the length that the UNet was trained on.
+        audio_length_in_s: seconds; None is the length of the given latents, or of the sounds that the UNet
+            was trained on.
+        rows: the length of latents that were given, in rows (T/4); None if there are none.
 
     Returns:
         frames: of the mel spectrogram.
-        samples: what is kept of the waveform.
+        samples: the most that is kept of the waveform.
 
     Raises:
-        ValueError: not a number of seconds, or out of range.
+        ValueError: not a number of seconds, out of range, or not the length of the latents.
     """
-    config, scale = vocoder.config, vae.downsampling
-    frame = vocoder.hop_length / config.sampling_rate  # seconds
-    if audio_length_in_s is None:
-        size = getattr(getattr(unet, "config", None), "sample_size", None)
+    rate, scale = vocoder.config.sampling_rate, vae.downsampling
+    frame = vocoder.hop_length / rate  # seconds
+    given = audio_length_in_s is not None
+    if not given:
+        size = setting(unet, "sample_size")
         size = size[0] if isinstance(size, Sequence) else size
-        if size is None:
+        if size is None and rows is None:
             raise ValueError("pass audio_length_in_s: this checkpoint does not say how long its sounds are")
-        audio_length_in_s = size * scale * frame
+        audio_length_in_s = max(size or 0, rows or 0) * scale * frame
     check_length(audio_length_in_s, shortest=scale * frame)
+    assert audio_length_in_s is not None
     frames = math.ceil(int(audio_length_in_s / frame) / scale) * scale
-    return frames, int(audio_length_in_s * config.sampling_rate)
+    if rows is not None:
+        if given and frames != rows * scale:
+            raise ValueError(
+                f"latents have {rows} rows, which are {rows * scale * frame:g} s, but audio_length_in_s = "
+                f"{audio_length_in_s:g} needs {frames // scale}; leave out one of the two"
+            )
+        frames = rows * scale
+    return frames, int(audio_length_in_s * rate)

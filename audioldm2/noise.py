@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,28 @@ def randn(
             "or one for each item"
         )
     return torch.cat([_draw((1, *shape[1:]), one, device, dtype) for one in generator])
+
+
+def check_generators(generator: Any, batch: int) -> None:
+    """Check what a caller passes as `generator`.
+
+    Args:
+        generator: None, a generator, or a list with one for each of `batch` sounds.
+        batch: number of sounds.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: the list has another length.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        return
+    if not isinstance(generator, list | tuple) or not all(isinstance(g, torch.Generator) for g in generator):
+        raise TypeError(
+            f"generator must be a torch.Generator or a list of them, got {generator!r}; for a seed pass "
+            "torch.Generator().manual_seed(seed)"
+        )
+    if len(generator) != batch:
+        raise ValueError(f"{len(generator)} generators for {batch} waveforms; give one, or one per waveform")
 
 
 def _draw(

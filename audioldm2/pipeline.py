@@ -13,9 +13,9 @@ import, and the same seed gives the same sound.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, overload
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from audioldm2.arguments import check_choice, check_count, check_number
 from audioldm2.audio.log_mel import ClapFeatureExtractor
 from audioldm2.checkpoints.folder import load_parts, save_parts
 from audioldm2.checkpoints.hub import Source
+from audioldm2.compatibility import DiffusersMethods
 from audioldm2.conditioning import PromptInputs, Text, condition
 from audioldm2.decoding import decode, frames_and_samples, vocode
 from audioldm2.models.clap import ClapModel
@@ -35,23 +36,27 @@ from audioldm2.models.unet import UNet
 from audioldm2.models.vae import VAE
 from audioldm2.models.vits import VitsTextEncoder
 from audioldm2.noise import Generators
+from audioldm2.output import AudioPipelineOutput
 from audioldm2.ranking import best_first, score
-from audioldm2.runtime.stages import StageRunner
-from audioldm2.sampling import Callback, denoise, exclusive, initial_latents
+from audioldm2.sampling import (
+    Callback,
+    StepCallback,
+    callbacks,
+    check_callbacks,
+    denoise,
+    exclusive,
+    initial_latents,
+)
 from audioldm2.schedulers.base import Scheduler
+from audioldm2.tensors import check_finite, check_tensor
 
 
-class AudioPipelineOutput(NamedTuple):
-    """The result of a generation: `audios`, (B, samples) in [-1, 1], or latents if those were asked for."""
-
-    audios: Any
-
-
-class AudioLDM2Pipeline(StageRunner):
+class AudioLDM2Pipeline(DiffusersMethods):
     """The seven stages of AudioLDM 2 and what joins them.
 
-    Any part can be replaced with one that has the same methods, as in `pipe.unet = mine`. The UNet and the
-    scheduler can also be those of diffusers.
+    Any part can be replaced, as in `pipe.unet = mine`: with one of this package's interface, or with one of
+    diffusers or transformers, also in a wrapper such as torch.compile's. docs/replacing-parts.md lists what
+    each part must provide.
 
     Args:
         vae: log-mel spectrogram <-> latents.
@@ -82,6 +87,7 @@ class AudioLDM2Pipeline(StageRunner):
         "vocoder",
     )
     main_stage: ClassVar[str] = "unet"
+    other_parts: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2", "feature_extractor", "scheduler")
 
     def __init__(
         self,
@@ -206,6 +212,10 @@ class AudioLDM2Pipeline(StageRunner):
         Raises:
             ValueError, TypeError: a prompt or an embedding that cannot be used; the message names it.
         """
+        check_count("num_waveforms_per_prompt", num_waveforms_per_prompt)
+        if max_new_tokens is not None:
+            check_count("max_new_tokens", max_new_tokens)
+        device = self.device if device is None else torch.device(device)
         with self.generation():
             found = condition(
                 self,
@@ -216,43 +226,13 @@ class AudioLDM2Pipeline(StageRunner):
                     negative_prompt_embeds,
                     negative_generated_prompt_embeds,
                     negative_attention_mask,
-                )
-                if do_classifier_free_guidance
-                else None,
+                ),
+                bool(do_classifier_free_guidance),
                 transcription,
                 max_new_tokens,
-                num_waveforms_per_prompt,
+                int(num_waveforms_per_prompt),
             )
-        device = self.device if device is None else torch.device(device)
         return found.t5_states.to(device), found.t5_mask.to(device), found.gpt2_vectors.to(device)
-
-    def prepare_latents(
-        self,
-        batch: int,
-        frames: int,
-        dtype: torch.dtype,
-        generator: Generators = None,
-        latents: Tensor | None = None,
-    ) -> Tensor:
-        """The noise that denoising starts from: drawn, or `latents` scaled.
-
-        Args:
-            batch: number of sounds.
-            frames: mel frames, a multiple of the VAE's factor (4).
-            dtype: of the result.
-            generator: draws the noise; a list has one for each sound.
-            latents: noise to use instead.
-
-        Returns:
-            (batch, channels, frames/4, mels/4).
-
-        Raises:
-            ValueError: a list of generators or latents that do not fit the batch, or latents with another
-                number of channels or mel bands. Any length in time is accepted.
-        """
-        return initial_latents(
-            self._latent_shape(batch, frames), self.scheduler, generator, self.device, dtype, latents
-        )
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -287,7 +267,9 @@ class AudioLDM2Pipeline(StageRunner):
             return vocode(vocoder, mel, self.progress)
 
     @torch.no_grad()
-    def rank(self, audio: Tensor, text_embeddings: Tensor, generator: Generators = None) -> Tensor:
+    def rank(
+        self, audio: Tensor, text_embeddings: Tensor, generator: Generators = None
+    ) -> tuple[Tensor, Tensor]:
         """Order the candidates of each prompt by CLAP's score, best first.
 
         Args:
@@ -296,67 +278,15 @@ class AudioLDM2Pipeline(StageRunner):
             generator: draws the excerpt of sounds longer than CLAP's window; of a list, the first is used.
 
         Returns:
-            `audio` in the new order.
+            audio: the same in the new order.
+            scores: their cosine similarities to the prompts, (prompts * n,).
         """
         with self.generation(), self.progress("Ranking", 1) as bar, self.running("text_encoder") as clap:
             first = generator[0] if isinstance(generator, Sequence) else generator
-            rate = self.vocoder.config.sampling_rate
-            scores = score(clap, self.feature_extractor, text_embeddings, audio, rate, first)
+            rate = self.part("vocoder").config.sampling_rate
+            scores = score(clap, self.part("feature_extractor"), text_embeddings, audio, rate, first)
             bar.update()
         return best_first(audio, scores)
-
-    @overload
-    def __call__(
-        self,
-        prompt: Text | None = None,
-        transcription: Text | None = None,
-        audio_length_in_s: float | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float = 3.5,
-        negative_prompt: Text | None = None,
-        num_waveforms_per_prompt: int = 1,
-        eta: float = 0.0,
-        generator: Generators = None,
-        latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        generated_prompt_embeds: Tensor | None = None,
-        negative_generated_prompt_embeds: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        negative_attention_mask: Tensor | None = None,
-        max_new_tokens: int | None = None,
-        return_dict: Literal[True] = True,
-        callback: Callback | None = None,
-        callback_steps: int = 1,
-        output_type: str = "np",
-    ) -> AudioPipelineOutput: ...
-
-    @overload
-    def __call__(
-        self,
-        prompt: Text | None = None,
-        transcription: Text | None = None,
-        audio_length_in_s: float | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float = 3.5,
-        negative_prompt: Text | None = None,
-        num_waveforms_per_prompt: int = 1,
-        eta: float = 0.0,
-        generator: Generators = None,
-        latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        generated_prompt_embeds: Tensor | None = None,
-        negative_generated_prompt_embeds: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        negative_attention_mask: Tensor | None = None,
-        max_new_tokens: int | None = None,
-        *,
-        return_dict: Literal[False],
-        callback: Callback | None = None,
-        callback_steps: int = 1,
-        output_type: str = "np",
-    ) -> tuple[Any]: ...
 
     @torch.no_grad()
     def __call__(
@@ -381,25 +311,31 @@ class AudioLDM2Pipeline(StageRunner):
         return_dict: bool = True,
         callback: Callback | None = None,
         callback_steps: int = 1,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
         output_type: str = "np",
-    ) -> AudioPipelineOutput | tuple[Any]:
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> AudioPipelineOutput:
         """Generate sound from text.
 
         Args:
-            prompt: one or several descriptions; None if embeddings are given (see `encode_prompt`).
+            prompt: one or several descriptions, which may be empty; None if embeddings are given (see
+                `encode_prompt`).
             transcription: the words to speak, for the speech checkpoints.
-            audio_length_in_s: seconds; by default the length of the clips that the checkpoint was trained on
-                (10.24).
+            audio_length_in_s: seconds; by default the length of `latents`, or of the clips that the
+                checkpoint was trained on (10.24). As in diffusers it is rounded down to whole mel frames, so
+                the sound can be some milliseconds shorter: 5 s with "tiny" are 79,872 samples, not 80,000.
             num_inference_steps: by default what the scheduler needs: 200 for DDIM, 20 for DPM-Solver++.
             guidance_scale: the weight w of classifier-free guidance (Ho and Salimans 2021), in noise =
                 uncond + w (cond - uncond); 1 or less disables guidance, which halves the time.
             negative_prompt: what to steer away from, one for all prompts or one for each; "" by default.
+                Without guidance it has no effect, which is a warning.
             num_waveforms_per_prompt: candidates per prompt. Unless `prompt` is None or `output_type` is
                 "latent", they are ordered by CLAP's score, best first.
-            eta: how much noise a DDIM step adds (Song et al. 2021, eq. 16); other samplers ignore it.
+            eta: how much noise a DDIM step adds (Song et al. 2021, eq. 16). With other samplers it has no
+                effect, which is a warning.
             generator: the source of random numbers; a list has one for each of the B waveforms.
-            latents: the initial noise, (B, channels, frames/4, mels/4), instead of drawing it. The sound is
-                cut to `audio_length_in_s`; pass the duration that the latents have.
+            latents: the initial noise, (B, channels, frames/4, mels/4), instead of drawing it.
             prompt_embeds: see `encode_prompt`.
             negative_prompt_embeds: see `encode_prompt`.
             generated_prompt_embeds: see `encode_prompt`.
@@ -407,26 +343,46 @@ class AudioLDM2Pipeline(StageRunner):
             attention_mask: see `encode_prompt`.
             negative_attention_mask: see `encode_prompt`.
             max_new_tokens: how many vectors GPT-2 generates; its config's number (8) by default.
-            return_dict: False returns a plain tuple.
+            return_dict: accepted for diffusers; the output is a tuple, `(audios,)`, in either case.
             callback: called as callback(step, timestep, latents) after steps 0, `callback_steps`,
                 2 `callback_steps` and so on.
             callback_steps: see `callback`.
+            cross_attention_kwargs: accepted if it is empty, for diffusers: there are no attention processors
+                to pass it to.
             output_type: "np" or "pt" for waveforms, (B, samples), 16 kHz, float32, on the CPU; "latent" for
                 the latents before decoding.
+            callback_on_step_end: called as callback_on_step_end(pipe, step, timestep, tensors) after every
+                step; the tensors that it returns replace those of the run.
+            callback_on_step_end_tensor_inputs: the names of its tensors: "latents", "prompt_embeds",
+                "generated_prompt_embeds" or "attention_mask".
 
         Returns:
             `.audios`: B waveforms, those of one prompt together, the best of ranked candidates first.
+            `.scores`: CLAP's scores of ranked candidates. `.sampling_rate`: in Hz.
 
         Raises:
             ValueError, TypeError: an argument that cannot be used; the message names it.
+            NonFiniteError: a stage returned NaN or infinity; the message names the stage.
         """
         check_choice("output_type", output_type, ("np", "pt", "latent"))
-        check_count("num_waveforms_per_prompt", num_waveforms_per_prompt)
-        check_count("callback_steps", callback_steps)
+        for name, count in (
+            ("num_waveforms_per_prompt", num_waveforms_per_prompt),
+            ("callback_steps", callback_steps),
+            ("num_inference_steps", num_inference_steps),
+            ("max_new_tokens", max_new_tokens),
+        ):
+            if count is not None or name in ("num_waveforms_per_prompt", "callback_steps"):
+                check_count(name, count)
         check_number("guidance_scale", guidance_scale)
-        if max_new_tokens is not None:
-            check_count("max_new_tokens", max_new_tokens)
-        frames, samples = frames_and_samples(self.unet, self.vae, self.vocoder, audio_length_in_s)
+        check_number("eta", eta)
+        check_callbacks(callback, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        if cross_attention_kwargs:
+            raise ValueError(
+                f"cross_attention_kwargs = {cross_attention_kwargs!r} is not supported: there are no "
+                "attention processors; leave it out"
+            )
+        if latents is not None:
+            check_tensor("latents", latents, "(B, channels, T/4, F/4)")
         cond = PromptInputs("prompt", prompt, prompt_embeds, generated_prompt_embeds, attention_mask)
         uncond = PromptInputs(
             "negative_prompt",
@@ -436,43 +392,59 @@ class AudioLDM2Pipeline(StageRunner):
             negative_attention_mask,
         )
         with self.generation(), exclusive(self.scheduler) as scheduler:
+            self.check_stages()
+            vae, vocoder = self.part("vae"), self.part("vocoder")
+            rows = None if latents is None else latents.shape[2]
+            frames, samples = frames_and_samples(self.unet, vae, vocoder, audio_length_in_s, rows)
             if num_inference_steps is None:
                 num_inference_steps = getattr(scheduler, "default_num_inference_steps", 200)
-            scheduler.set_timesteps(num_inference_steps, device=self.device)
+            steps = int(num_inference_steps)
+            scheduler.set_timesteps(steps, device=self.device)
             conditioning = condition(
                 self,
                 cond,
-                uncond if guidance_scale > 1 else None,
+                uncond,
+                guidance_scale > 1,
                 transcription,
                 max_new_tokens,
-                num_waveforms_per_prompt,
+                int(num_waveforms_per_prompt),
             )
-            shape = self._latent_shape(conditioning.batch, frames)
+            shape = (
+                conditioning.batch,
+                vae.config.latent_channels,
+                frames // vae.downsampling,
+                vocoder.config.model_in_dim // vae.downsampling,
+            )
             dtype = conditioning.t5_states.dtype
             latents = initial_latents(shape, scheduler, generator, self.device, dtype, latents)
-            with self.running("unet") as unet, self.progress("Denoising", len(scheduler.timesteps)) as bar:
+            with self.running("unet") as unet, self.progress("Denoising", steps) as bar:
                 latents = denoise(
                     unet,
                     scheduler,
                     latents,
                     conditioning,
-                    guidance_scale,
+                    float(guidance_scale),
+                    steps,
                     generator=generator,
-                    eta=eta,
-                    callback=self.refreshing(callback),
-                    callback_steps=callback_steps,
+                    eta=float(eta),
+                    after_step=callbacks(
+                        self,
+                        self.refreshing(callback),
+                        callback_steps,
+                        self.refreshing(callback_on_step_end),
+                        callback_on_step_end_tensor_inputs,
+                    ),
                     progress=bar.update,
                 )
-            audio = latents
+            check_finite("unet", latents, f"weights and guidance_scale = {guidance_scale:g}")
+            audio: Any = latents
+            scores: Any = None
             if output_type != "latent":
                 mel = self.decode(latents)
                 audio = self.vocode(mel)[:, :samples]
                 if num_waveforms_per_prompt > 1 and conditioning.clap is not None:
-                    audio = self.rank(audio, conditioning.clap, generator)
-        result = audio.numpy() if output_type == "np" else audio
-        return AudioPipelineOutput(result) if return_dict else (result,)
-
-    def _latent_shape(self, batch: int, frames: int) -> tuple[int, int, int, int]:
-        scale = self.vae.downsampling
-        bands = self.vocoder.config.model_in_dim
-        return batch, self.vae.config.latent_channels, frames // scale, bands // scale
+                    audio, scores = self.rank(audio, conditioning.clap, generator)
+                    scores = scores.float().cpu()
+        if output_type == "np":
+            audio, scores = audio.numpy(), None if scores is None else scores.numpy()
+        return AudioPipelineOutput(audio, vocoder.config.sampling_rate, scores)

@@ -14,7 +14,9 @@ from einops import rearrange
 from torch import Tensor
 
 from audioldm2.audio.resample import resample
+from audioldm2.runtime.foreign import setting
 from audioldm2.runtime.precision import stage_device, stage_dtype
+from audioldm2.tensors import check_finite
 
 
 def score(
@@ -38,16 +40,26 @@ def score(
     Returns:
         Cosine similarities, (prompts, n).
     """
-    rate = feature_extractor.config.sampling_rate
+    rate = setting(feature_extractor, "sampling_rate") or feature_extractor.sampling_rate
     resampled = resample(audio.to(stage_device(text_encoder)), sampling_rate, rate)
     features = feature_extractor(resampled, rate, generator)
     sound_embeddings = text_encoder.audio_features(features.to(stage_dtype(text_encoder)))
+    check_finite("text_encoder", sound_embeddings)
     sound_embeddings = rearrange(sound_embeddings, "(b n) p -> b n p", b=len(text_embeddings))
     return torch.einsum("bnp,bp->bn", sound_embeddings, text_embeddings.to(sound_embeddings))
 
 
-def best_first(audio: Tensor, scores: Tensor) -> Tensor:
-    """Order each prompt's candidates (prompts * n, samples) by their scores (prompts, n), best first."""
-    order = scores.argsort(dim=1, descending=True, stable=True).to(audio.device)
+def best_first(audio: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Order the candidates of each prompt by their scores, best first.
+
+    Args:
+        audio: n candidates per prompt, those of one prompt together, (prompts * n, samples).
+        scores: (prompts, n).
+
+    Returns:
+        audio: in the new order.
+        scores: in the same order, (prompts * n,).
+    """
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
     rows = rearrange(torch.arange(len(audio), device=audio.device), "(b n) -> b n", b=len(scores))
-    return audio[rows.gather(1, order).flatten()]
+    return audio[rows.gather(1, order.to(audio.device)).flatten()], scores.flatten()

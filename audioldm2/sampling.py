@@ -10,9 +10,11 @@ negative prompt (uncond). Guidance extrapolates from uncond past cond (Ho and Sa
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,10 +22,21 @@ import torch
 from torch import Tensor, nn
 
 from audioldm2.conditioning import Conditioning
-from audioldm2.noise import Generators, randn
+from audioldm2.noise import Generators, check_generators, randn
 from audioldm2.runtime.precision import stage_dtype
+from audioldm2.tensors import check_tensor
 
 Callback = Callable[[int, Tensor, Tensor], None]
+StepCallback = Callable[[Any, int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]
+AfterStep = Callable[[int, Tensor, Tensor, Conditioning], tuple[Tensor, Conditioning] | None]
+
+# What `callback_on_step_end` may ask for and return, and the fields of `Conditioning` behind it.
+CALLBACK_TENSORS = {
+    "latents": None,
+    "prompt_embeds": "t5_states",
+    "attention_mask": "t5_mask",
+    "generated_prompt_embeds": "gpt2_vectors",
+}
 
 
 def initial_latents(
@@ -42,20 +55,20 @@ def initial_latents(
         generator: draws the noise; a list has one for each of the B sounds.
         device: where the latents go.
         dtype: their dtype.
-        latents: noise to use instead, of any length in time.
+        latents: noise to use instead, of that shape.
 
     Raises:
-        ValueError: a list of generators or latents of another shape.
+        TypeError: a generator or latents of another type.
+        ValueError: a list of generators of another length, or latents that do not have this shape or finite
+            numbers.
     """
-    batch, channels, _, bands = shape
-    if isinstance(generator, Sequence) and len(generator) != batch:
-        raise ValueError(f"{len(generator)} generators for {batch} waveforms; give one, or one per waveform")
+    check_generators(generator, shape[0])
     if latents is None:
         latents = randn(shape, generator, device, dtype)
-    elif latents.dim() != 4 or (*latents.shape[:2], latents.shape[3]) != (batch, channels, bands):
-        raise ValueError(
-            f"latents have shape {tuple(latents.shape)}; they should be ({batch}, {channels}, any, {bands})"
-        )
+    else:
+        check_tensor("latents", latents, "(B, channels, T/4, F/4)")
+        if latents.shape != shape:
+            raise ValueError(f"latents have shape {tuple(latents.shape)}; here they must have {shape}")
     scaled: Tensor = latents.to(device, dtype) * scheduler.init_noise_sigma
     return scaled
 
@@ -66,10 +79,10 @@ def denoise(
     latents: Tensor,
     conditioning: Conditioning,
     guidance_scale: float,
+    num_inference_steps: int | None = None,
     generator: Generators = None,
     eta: float = 0.0,
-    callback: Callback | None = None,
-    callback_steps: int = 1,
+    after_step: AfterStep | None = None,
     progress: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """Run the sampler from noise to latents.
@@ -80,11 +93,13 @@ def denoise(
         latents: noise, (B, channels, T/4, F/4).
         conditioning: what the UNet attends to; with guidance, 2 B rows.
         guidance_scale: the weight w of guidance.
+        num_inference_steps: what `set_timesteps` was called with, which is less than the number of timesteps
+            for samplers that evaluate the UNet several times a step; by default, the number of timesteps.
         generator: draws the noise that some samplers add.
-        eta: how much of it DDIM adds (Song et al. 2021, eq. 16); other samplers ignore it.
-        callback: called as callback(step, timestep, latents) after steps 0, `callback_steps`,
-            2 `callback_steps` and so on.
-        callback_steps: see `callback`.
+        eta: how much of it DDIM adds (Song et al. 2021, eq. 16); other samplers have none, which is a
+            warning.
+        after_step: called as after_step(step, timestep, latents, conditioning) after each step; what it
+            returns, if anything, replaces latents and conditioning.
         progress: called after each step.
 
     Returns:
@@ -92,18 +107,100 @@ def denoise(
     """
     accepted = inspect.signature(scheduler.step).parameters
     options = {name: v for name, v in {"eta": eta, "generator": generator}.items() if name in accepted}
+    if eta and "eta" not in options:
+        warnings.warn(
+            f"eta = {eta} has no effect: {type(scheduler).__name__} has no such setting", stacklevel=2
+        )
+    timesteps = scheduler.timesteps
+    order = getattr(scheduler, "order", 1)
+    # Evaluations that a sampler spends on its start and that are no steps of their own, as in diffusers.
+    starting = len(timesteps) - (num_inference_steps or len(timesteps)) * order
     predict = _predictor(unet, conditioning)
-    for step, t in enumerate(scheduler.timesteps):
+    for i, t in enumerate(timesteps):
         noise = predict(scheduler.scale_model_input(latents, t), t)
         if conditioning.guided:
             uncond, cond = noise.chunk(2)
             noise = uncond + guidance_scale * (cond - uncond)
         latents = scheduler.step(noise, t, latents, **options).prev_sample
-        if callback is not None and step % callback_steps == 0:
-            callback(step, t, latents)
-            predict = _predictor(unet, conditioning)  # the callback may have changed weights
+        if i + 1 < len(timesteps) and (i < starting or (i + 1) % order):
+            continue
+        if after_step is not None:
+            changed = after_step(i // order, t, latents, conditioning)
+            if changed is not None:
+                latents, conditioning = changed
+                predict = _predictor(unet, conditioning)
         progress()
     return latents
+
+
+def check_callbacks(callback: Any, on_step_end: Any, tensor_inputs: Any) -> None:
+    """Check a caller's callbacks before the first step.
+
+    Args:
+        callback: None, or called as in `callbacks`.
+        on_step_end: the same.
+        tensor_inputs: names from `CALLBACK_TENSORS`.
+
+    Raises:
+        TypeError: something that cannot be called.
+        ValueError: another name.
+    """
+    for name, one in (("callback", callback), ("callback_on_step_end", on_step_end)):
+        if one is not None and not callable(one):
+            raise TypeError(f"{name} must be a function, got {one!r}")
+    if isinstance(tensor_inputs, str) or not all(name in CALLBACK_TENSORS for name in tensor_inputs):
+        raise ValueError(
+            f"callback_on_step_end_tensor_inputs must be a list of names from {', '.join(CALLBACK_TENSORS)}; "
+            f"got {tensor_inputs!r}"
+        )
+
+
+def callbacks(
+    pipe: Any,
+    callback: Callback | None,
+    callback_steps: int,
+    on_step_end: StepCallback | None,
+    tensor_inputs: Sequence[str],
+) -> AfterStep | None:
+    """A caller's two callbacks as one function for `denoise`.
+
+    Args:
+        pipe: the pipeline, which diffusers passes to `on_step_end`.
+        callback: called as callback(step, timestep, latents) after steps 0, `callback_steps`,
+            2 `callback_steps` and so on.
+        callback_steps: see `callback`.
+        on_step_end: called as on_step_end(pipe, step, timestep, tensors) after every step; the tensors that
+            it returns, by name, replace those of the run.
+        tensor_inputs: the names of its tensors, from `CALLBACK_TENSORS`.
+    """
+    if callback is None and on_step_end is None:
+        return None
+
+    def after_step(
+        step: int, t: Tensor, latents: Tensor, conditioning: Conditioning
+    ) -> tuple[Tensor, Conditioning] | None:
+        due = callback is not None and step % callback_steps == 0
+        if callback is not None and due:
+            callback(step, t, latents)
+        if on_step_end is None:
+            return (latents, conditioning) if due else None
+        values = {
+            name: latents if field is None else getattr(conditioning, field)
+            for name, field in CALLBACK_TENSORS.items()
+        }
+        returned = on_step_end(pipe, step, t, {name: values[name] for name in tensor_inputs}) or {}
+        for name, tensor in returned.items():
+            if name not in values or not isinstance(tensor, Tensor) or tensor.shape != values[name].shape:
+                raise ValueError(
+                    f"callback_on_step_end returned {name!r}; it may return {', '.join(tensor_inputs)}, as "
+                    "tensors of the shapes that it was given"
+                )
+        values |= {name: tensor.to(values[name]) for name, tensor in returned.items()}
+        latents = values.pop("latents")
+        fields = {CALLBACK_TENSORS[name]: tensor for name, tensor in values.items()}
+        return latents, dataclasses.replace(conditioning, **fields)  # type: ignore[arg-type]
+
+    return after_step
 
 
 def _predictor(unet: nn.Module, conditioning: Conditioning) -> Callable[[Tensor, Tensor], Tensor]:

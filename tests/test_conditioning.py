@@ -32,7 +32,7 @@ def embeddings(pipe: Any, prompt: str | list[str], names: tuple[str, str, str] =
 # --- texts
 
 
-@pytest.mark.filterwarnings("ignore:.*cut off")
+@pytest.mark.filterwarnings("ignore:.*cut off", "ignore:negative_prompt has no effect")
 @pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize("waveforms", [1, 3])
 @pytest.mark.parametrize(
@@ -81,9 +81,9 @@ def test_prompts_are_encoded_once_and_in_one_batch(
     def count(name: str, owner: object, method: str) -> None:
         original = getattr(owner, method)
 
-        def counting(first: Tensor, *arguments: object) -> object:
-            batches.setdefault(name, []).append(len(first))
-            return original(first, *arguments)
+        def counting(*arguments: Tensor, **options: Tensor) -> object:
+            batches.setdefault(name, []).append(len([*arguments, *options.values()][0]))
+            return original(*arguments, **options)
 
         monkeypatch.setattr(owner, method, counting)
 
@@ -170,6 +170,7 @@ TEXTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:negative_prompt has no effect")
 @pytest.mark.parametrize("layout", TEXTS)
 @pytest.mark.parametrize(("cond_is", "uncond_is"), product(("text", "embeddings"), repeat=2))
 @pytest.mark.parametrize("guided", [True, False])

@@ -76,7 +76,7 @@ def test_a_list_has_one_generator_for_each_waveform(base: Both) -> None:
 
 @pytest.mark.parametrize("height", [16, 13])
 def test_given_latents_replace_the_noise(base: Both, height: int) -> None:
-    base.check(prompt=HAMMER, latents=noise(1, 4, height, 4, seed=1))
+    base.check(prompt=HAMMER, latents=noise(1, 4, height, 4, seed=1), audio_length_in_s=None)
 
 
 def test_given_latents_are_converted_to_the_pipelines_dtype(base: Both) -> None:
@@ -144,8 +144,7 @@ def test_arguments_are_in_diffusers_order(name: str) -> None:
         list(inspect.signature(getattr(kind, name)).parameters)
         for kind in (AudioLDM2Pipeline, diffusers.AudioLDM2Pipeline)
     )
-    # It is for attention processors, which this package does not have.
-    assert ours == [argument for argument in theirs if argument != "cross_attention_kwargs"]
+    assert ours[: len(theirs)] == theirs
 
 
 # --- weights and parts that go from one package to the other
@@ -227,8 +226,6 @@ def test_default_dtype_and_device_make_no_difference(random_checkpoint: Path, le
 
 BAD = {
     "nothing": ({}, ValueError, "pass prompt"),
-    "empty": ({"prompt": ""}, ValueError, "prompt is empty"),
-    "blank": ({"prompt": [HAMMER, "  "]}, ValueError, "prompt is empty"),
     "no prompts": ({"prompt": []}, ValueError, "empty list"),
     "no text": ({"prompt": "\udcff"}, ValueError, "prompt is not valid UTF-8 text"),
     "no negative text": (

@@ -24,24 +24,26 @@ from tests.test_conditioning import embeddings
 def test_each_prompts_candidates_are_ordered_by_their_own_scores() -> None:
     audio = torch.arange(6.0)[:, None].expand(6, 2)  # each candidate is named by its samples
     scores = torch.tensor([[0.1, 0.9, 0.5], [-0.2, -0.4, -0.3]])
-    assert best_first(audio, scores)[:, 0].tolist() == [1, 2, 0, 3, 5, 4]
+    ordered, sorted_scores = best_first(audio, scores)
+    assert ordered[:, 0].tolist() == [1, 2, 0, 3, 5, 4]
+    assert torch.equal(sorted_scores, torch.tensor([0.9, 0.5, 0.1, -0.2, -0.3, -0.4]))
 
 
 @pytest.mark.parametrize("values", permutations((0.1, 0.2, 0.3)))
 def test_the_best_candidate_is_the_first(values: tuple[float, ...]) -> None:
     scores = torch.tensor([values])
-    ordered = best_first(scores.T, scores)
+    ordered, _ = best_first(scores.T, scores)
     assert ordered.flatten().tolist() == torch.tensor([0.3, 0.2, 0.1]).tolist()
 
 
 def test_candidates_with_equal_scores_keep_their_order() -> None:
     audio = torch.arange(40.0)[:, None]
-    assert torch.equal(best_first(audio, torch.ones(2, 20)), audio)
+    assert torch.equal(best_first(audio, torch.ones(2, 20))[0], audio)
 
 
 def test_one_candidate_needs_no_order() -> None:
     audio = noise(3, 5)
-    assert torch.equal(best_first(audio, noise(3, 1)), audio)
+    assert torch.equal(best_first(audio, noise(3, 1))[0], audio)
 
 
 # --- the scores

@@ -1,0 +1,250 @@
+"""Methods that scripts written for diffusers call on a pipeline, on top of the pipeline's own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from audioldm2.arguments import as_texts, check_count
+from audioldm2.conditioning import Text, tokenize
+from audioldm2.noise import Generators
+from audioldm2.ranking import best_first, score
+from audioldm2.runtime.precision import stage_device, stage_dtype
+from audioldm2.runtime.stages import StageRunner
+from audioldm2.sampling import initial_latents
+from audioldm2.tensors import check_finite, check_tensor
+
+
+class DiffusersMethods(StageRunner, ABC):
+    """What diffusers' `AudioLDM2Pipeline` has beside its call; a base class of ours."""
+
+    tokenizer: Any
+    tokenizer_2: Any
+    text_encoder: Any
+    text_encoder_2: Any
+    projection_model: Any
+    language_model: Any
+    feature_extractor: Any
+    scheduler: Any
+
+    @abstractmethod
+    def vocode(self, mel: Tensor) -> Tensor:
+        """Turn log-mel spectrograms into waveforms."""
+
+    other_parts: ClassVar[tuple[str, ...]]  # beside the stages: tokenizers, feature extractor and scheduler
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """All parts by name, as another pipeline takes them: `AudioLDM2Pipeline(**pipe.components)`."""
+        return {name: getattr(self, name) for name in (*self.stage_names, *self.other_parts)}
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__} on {self.device}, {str(self.dtype).removeprefix('torch.')}"]
+        for name, part in self.components.items():
+            size = ""
+            if name in self.stage_names:
+                millions = sum(p.numel() for p in part.parameters()) / 1e6
+                size = f", {millions:.1f} M parameters"
+                if stage_dtype(part) != self.dtype:
+                    size += f", {str(stage_dtype(part)).removeprefix('torch.')}"
+                if stage_device(part) != stage_device(getattr(self, self.main_stage)):
+                    size += f", on {stage_device(part)}"
+            lines.append(f"  {name}: {type(part).__name__}{size}")
+        return "\n".join(lines)
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Mel frames, and mel bands, per latent: 4 in AudioLDM 2."""
+        factor: int = self.part("vae").downsampling
+        return factor
+
+    @property
+    def _execution_device(self) -> torch.device:
+        return self.device
+
+    # --- steps of a generation
+
+    @torch.no_grad()
+    def generate_language_model(
+        self,
+        inputs_embeds: Tensor,
+        max_new_tokens: int | None = 8,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Continue a sequence with GPT-2.
+
+        Args:
+            inputs_embeds: the projection model's output, (B, N, C).
+            max_new_tokens: how many vectors; None is the number in GPT-2's config.
+            attention_mask: (B, N), 1 for tokens and 0 for padding; all ones by default.
+
+        Returns:
+            The new vectors, (B, max_new_tokens, C).
+
+        Raises:
+            ValueError, TypeError: an argument that cannot be used; the message names it.
+        """
+        check_tensor("inputs_embeds", inputs_embeds, "(B, N, C)")
+        if max_new_tokens is not None:
+            check_count("max_new_tokens", max_new_tokens)
+        with self.generation(), self.running("language_model") as gpt2:
+            if attention_mask is None:
+                shape = inputs_embeds.shape[:2]
+                attention_mask = torch.ones(shape, dtype=torch.long, device=inputs_embeds.device)
+            vectors: Tensor = gpt2.generate(inputs_embeds, attention_mask, max_new_tokens)
+        check_finite("language_model", vectors)
+        return vectors
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        num_channels_latents: int,
+        height: int,
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """The noise that denoising starts from, at the scheduler's first noise level.
+
+        Args:
+            batch_size: number of sounds, B.
+            num_channels_latents: channels of the latents, as in the VAE's config (8).
+            height: mel frames T, a multiple of `vae_scale_factor`.
+            dtype: of the result.
+            device: of the result; the pipeline's by default.
+            generator: draws the noise; a list has one for each sound.
+            latents: noise to use instead, of the shape of the result.
+
+        Returns:
+            (B, channels, T/4, F/4), for F mel bands.
+
+        Raises:
+            ValueError, TypeError: an argument that cannot be used; the message names it.
+        """
+        for name, count in (("batch_size", batch_size), ("num_channels_latents", num_channels_latents)):
+            check_count(name, count)
+        check_count("height", height, lowest=self.vae_scale_factor)
+        bands = self.part("vocoder").config.model_in_dim // self.vae_scale_factor
+        shape = (batch_size, num_channels_latents, height // self.vae_scale_factor, bands)
+        device = self.device if device is None else torch.device(device)
+        return initial_latents(shape, self.scheduler, generator, device, dtype, latents)
+
+    def mel_spectrogram_to_waveform(self, mel_spectrogram: Tensor) -> Tensor:
+        """Turn log-mel spectrograms into waveforms; `vocode` under the name that it has in diffusers.
+
+        Args:
+            mel_spectrogram: (B, 1, T, F) or (B, T, F).
+
+        Returns:
+            (B, samples) in [-1, 1], float32, on the CPU.
+        """
+        mel = mel_spectrogram[:, None] if mel_spectrogram.dim() == 3 else mel_spectrogram
+        return self.vocode(mel)
+
+    @torch.no_grad()
+    def score_waveforms(
+        self,
+        text: Text,
+        audio: Tensor,
+        num_waveforms_per_prompt: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Order the candidates of each prompt by CLAP's score, best first.
+
+        Args:
+            text: one prompt or several.
+            audio: (prompts * num_waveforms_per_prompt, samples), the candidates of one prompt together.
+            num_waveforms_per_prompt: candidates per prompt.
+            device: where the result goes; that of `audio` by default. CLAP runs where it is.
+            dtype: CLAP's is used, so another one is refused.
+
+        Returns:
+            `audio` in the new order.
+
+        Raises:
+            ValueError, TypeError: an argument that cannot be used; the message names it.
+        """
+        texts = as_texts("text", text, empty=True)
+        check_count("num_waveforms_per_prompt", num_waveforms_per_prompt)
+        check_tensor("audio", audio, "(B, samples)")
+        if len(audio) != len(texts) * num_waveforms_per_prompt:
+            raise ValueError(
+                f"audio has {len(audio)} sounds; {len(texts)} prompts of {num_waveforms_per_prompt} "
+                f"candidates are {len(texts) * num_waveforms_per_prompt}"
+            )
+        if dtype is not None and dtype != stage_dtype(self.text_encoder):
+            raise ValueError(f"dtype = {dtype}, but CLAP is in {stage_dtype(self.text_encoder)}")
+        with self.generation(), self.running("text_encoder") as clap:
+            embeddings = clap.text_features(*tokenize(self, self.tokenizer, texts))
+            extractor = self.part("feature_extractor")
+            rate = self.part("vocoder").config.sampling_rate
+            scores = score(clap, extractor, embeddings, audio, rate)
+        return best_first(audio, scores)[0].to(audio.device if device is None else device)
+
+    # --- switches
+
+    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> tqdm[Any]:
+        """A progress bar with the options of `set_progress_bar_config`.
+
+        Args:
+            iterable: what to iterate over.
+            total: number of steps, if there is no iterable.
+
+        Raises:
+            ValueError: neither or both are given.
+        """
+        if (iterable is None) == (total is None):
+            raise ValueError("progress_bar takes either an iterable or a total")
+        return tqdm(iterable, **{"total": total, **self._progress})
+
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str = "cuda"
+    ) -> None:
+        """The same as `enable_model_cpu_offload`: whole stages move, of which the largest decides the memory.
+
+        Args:
+            gpu_id: index of the GPU.
+            device: where stages run.
+        """
+        self.enable_model_cpu_offload(gpu_id, device)
+
+    def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
+        """Accepted for diffusers: attention here never holds a whole matrix of weights where that matters.
+
+        `scaled_dot_product_attention` computes it in blocks, so there is nothing to slice.
+
+        Args:
+            slice_size: diffusers' "auto", "max", a number, or None; has no meaning here.
+        """
+
+    def disable_attention_slicing(self) -> None:
+        """Accepted for diffusers; see `enable_attention_slicing`."""
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
+        """Accepted for diffusers; see `enable_attention_slicing`.
+
+        Args:
+            attention_op: has no meaning here.
+        """
+
+    def disable_xformers_memory_efficient_attention(self) -> None:
+        """Accepted for diffusers; see `enable_attention_slicing`."""
+
+    def enable_vae_slicing(self) -> None:
+        """Accepted for diffusers: batches are always decoded in groups that bound the memory.
+
+        Long sounds are decoded in chunks as well (see `decoding`), so nothing has to be enabled.
+        """
+
+    def disable_vae_slicing(self) -> None:
+        """Accepted for diffusers; see `enable_vae_slicing`."""
+
+    def maybe_free_model_hooks(self) -> None:
+        """Accepted for diffusers: a generation frees the offload device at its end by itself."""
