@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from audioldm2.noise import Generators
 from audioldm2.ranking import best_first, score
 from audioldm2.runtime.precision import stage_device, stage_dtype
 from audioldm2.runtime.stages import StageRunner
-from audioldm2.sampling import initial_latents
+from audioldm2.sampling import CALLBACK_TENSORS, initial_latents
 from audioldm2.tensors import check_finite, check_tensor
 
 
@@ -62,6 +63,33 @@ class DiffusersMethods(StageRunner, ABC):
         """Mel frames, and mel bands, per latent: 4 in AudioLDM 2."""
         factor: int = self.part("vae").downsampling
         return factor
+
+    # --- what a callback can read, and the scale also change
+
+    _callback_tensor_inputs: ClassVar[Sequence[str]] = CALLBACK_TENSORS
+    _guidance_scale: float = 3.5
+    _num_timesteps: int = 0
+
+    @property
+    def guidance_scale(self) -> float:
+        """The scale of the generation that runs, or ran last; a callback may set `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """The number of the scheduler's timesteps in the generation that runs, or ran last."""
+        return self._num_timesteps
+
+    @contextmanager
+    def _run_of(self, num_timesteps: int, guidance_scale: float) -> Iterator[None]:
+        """Set what callbacks can read; a generation inside another one's callback restores it at its end."""
+        outer = self._num_timesteps, self._guidance_scale
+        self._num_timesteps, self._guidance_scale = num_timesteps, guidance_scale
+        try:
+            yield
+        finally:
+            if self._depth > 1:
+                self._num_timesteps, self._guidance_scale = outer
 
     @property
     def _execution_device(self) -> torch.device:

@@ -88,6 +88,13 @@ class Conditioning:
         """The number of sounds to generate."""
         return len(self.t5_states) // (2 if self.guided else 1)
 
+    def without_guidance(self) -> Conditioning:
+        """The conditional half of the rows."""
+        half = -self.batch
+        return Conditioning(
+            self.t5_states[half:], self.t5_mask[half:], self.gpt2_vectors[half:], False, self.clap
+        )
+
 
 @dataclass(frozen=True)
 class PromptInputs:

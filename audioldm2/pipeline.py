@@ -352,7 +352,8 @@ class AudioLDM2Pipeline(DiffusersMethods):
             output_type: "np" or "pt" for waveforms, (B, samples), 16 kHz, float32, on the CPU; "latent" for
                 the latents before decoding.
             callback_on_step_end: called as callback_on_step_end(pipe, step, timestep, tensors) after every
-                step; the tensors that it returns replace those of the run.
+                step; the tensors that it returns replace those of the run. It may set
+                `pipe._guidance_scale`, as in diffusers.
             callback_on_step_end_tensor_inputs: the names of its tensors: "latents", "prompt_embeds",
                 "generated_prompt_embeds" or "attention_mask".
 
@@ -417,7 +418,11 @@ class AudioLDM2Pipeline(DiffusersMethods):
             )
             dtype = conditioning.t5_states.dtype
             latents = initial_latents(shape, scheduler, generator, self.device, dtype, latents)
-            with self.running("unet") as unet, self.progress("Denoising", steps) as bar:
+            with (
+                self._run_of(len(scheduler.timesteps), float(guidance_scale)),
+                self.running("unet") as unet,
+                self.progress("Denoising", steps) as bar,
+            ):
                 latents = denoise(
                     unet,
                     scheduler,

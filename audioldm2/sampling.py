@@ -28,15 +28,16 @@ from audioldm2.tensors import check_tensor
 
 Callback = Callable[[int, Tensor, Tensor], None]
 StepCallback = Callable[[Any, int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]
-AfterStep = Callable[[int, Tensor, Tensor, Conditioning], tuple[Tensor, Conditioning] | None]
+# From step, timestep, latents, conditioning and guidance scale to new latents, conditioning and scale.
+AfterStep = Callable[[int, Tensor, Tensor, Conditioning, float], tuple[Tensor, Conditioning, float] | None]
 
-# What `callback_on_step_end` may ask for and return, and the fields of `Conditioning` behind it.
-CALLBACK_TENSORS = {
-    "latents": None,
+# What `callback_on_step_end` may ask for and return beside the latents, and the fields of `Conditioning`.
+CONDITIONING_TENSORS = {
     "prompt_embeds": "t5_states",
     "attention_mask": "t5_mask",
     "generated_prompt_embeds": "gpt2_vectors",
 }
+CALLBACK_TENSORS = ("latents", *CONDITIONING_TENSORS)
 
 
 def initial_latents(
@@ -98,8 +99,8 @@ def denoise(
         generator: draws the noise that some samplers add.
         eta: how much of it DDIM adds (Song et al. 2021, eq. 16); other samplers have none, which is a
             warning.
-        after_step: called as after_step(step, timestep, latents, conditioning) after each step; what it
-            returns, if anything, replaces latents and conditioning.
+        after_step: called as after_step(step, timestep, latents, conditioning, guidance_scale) after each
+            step; what it returns, if anything, replaces the last three.
         progress: called after each step.
 
     Returns:
@@ -125,9 +126,9 @@ def denoise(
         if i + 1 < len(timesteps) and (i < starting or (i + 1) % order):
             continue
         if after_step is not None:
-            changed = after_step(i // order, t, latents, conditioning)
+            changed = after_step(i // order, t, latents, conditioning, guidance_scale)
             if changed is not None:
-                latents, conditioning = changed
+                latents, conditioning, guidance_scale = changed
                 predict = _predictor(unet, conditioning)
         progress()
     return latents
@@ -170,35 +171,44 @@ def callbacks(
             2 `callback_steps` and so on.
         callback_steps: see `callback`.
         on_step_end: called as on_step_end(pipe, step, timestep, tensors) after every step; the tensors that
-            it returns, by name, replace those of the run.
+            it returns, by name, replace those of the run. It may also change pipe._guidance_scale.
         tensor_inputs: the names of its tensors, from `CALLBACK_TENSORS`.
     """
     if callback is None and on_step_end is None:
         return None
 
     def after_step(
-        step: int, t: Tensor, latents: Tensor, conditioning: Conditioning
-    ) -> tuple[Tensor, Conditioning] | None:
+        step: int, t: Tensor, latents: Tensor, conditioning: Conditioning, guidance_scale: float
+    ) -> tuple[Tensor, Conditioning, float] | None:
         due = callback is not None and step % callback_steps == 0
         if callback is not None and due:
             callback(step, t, latents)
         if on_step_end is None:
-            return (latents, conditioning) if due else None
-        values = {
-            name: latents if field is None else getattr(conditioning, field)
-            for name, field in CALLBACK_TENSORS.items()
-        }
+            return (latents, conditioning, guidance_scale) if due else None
+        values = {name: getattr(conditioning, field) for name, field in CONDITIONING_TENSORS.items()}
+        values["latents"] = latents
         returned = on_step_end(pipe, step, t, {name: values[name] for name in tensor_inputs}) or {}
+        guidance_scale = pipe.guidance_scale
+        if conditioning.guided and not guidance_scale > 1:
+            # As in diffusers, where the callback then returns the second half of the rows.
+            conditioning = conditioning.without_guidance()
+            values |= {name: getattr(conditioning, field) for name, field in CONDITIONING_TENSORS.items()}
         for name, tensor in returned.items():
-            if name not in values or not isinstance(tensor, Tensor) or tensor.shape != values[name].shape:
+            if name not in values or not isinstance(tensor, Tensor):
                 raise ValueError(
-                    f"callback_on_step_end returned {name!r}; it may return {', '.join(tensor_inputs)}, as "
-                    "tensors of the shapes that it was given"
+                    f"callback_on_step_end returned {name!r}; it may return {', '.join(values)}, as tensors"
                 )
-        values |= {name: tensor.to(values[name]) for name, tensor in returned.items()}
-        latents = values.pop("latents")
-        fields = {CALLBACK_TENSORS[name]: tensor for name, tensor in values.items()}
-        return latents, dataclasses.replace(conditioning, **fields)  # type: ignore[arg-type]
+            if name != "latents":
+                tensor = tensor[-len(values[name]) :]
+            if tensor.shape != values[name].shape:
+                raise ValueError(
+                    f"callback_on_step_end returned {name} of shape {tuple(tensor.shape)}; it must keep the "
+                    f"shape {tuple(values[name].shape)}"
+                )
+            values[name] = tensor.to(values[name])
+        latents = values["latents"]
+        fields = {field: values[name] for name, field in CONDITIONING_TENSORS.items()}
+        return latents, dataclasses.replace(conditioning, **fields), guidance_scale
 
     return after_step
 

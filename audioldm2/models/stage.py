@@ -7,8 +7,10 @@ and `save_pretrained`, which read and write the Hub's checkpoint format.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 from torch import nn
@@ -17,6 +19,27 @@ from audioldm2.models.config import ConfigT
 
 # typing.Self needs Python 3.11.
 SelfT = TypeVar("SelfT", bound="Stage[Any]")
+MethodT = TypeVar("MethodT", bound=Callable[..., Any])
+
+
+def refuse_return_dict(name: str, arguments: Mapping[str, Any]) -> None:
+    """Raise TypeError if a stage is called like one of diffusers or transformers, with `return_dict`."""
+    if "return_dict" in arguments:
+        raise TypeError(
+            f"{name} returns plain tensors and takes no return_dict: leave it out, and use the result itself "
+            "in place of result.sample or result[0]"
+        )
+
+
+def plain(method: MethodT) -> MethodT:
+    """Decorator of a stage's methods that refuses `return_dict` as calling the stage does."""
+
+    @functools.wraps(method)
+    def refusing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse_return_dict(f"{type(self).__name__}.{method.__name__}", kwargs)
+        return method(self, *args, **kwargs)
+
+    return cast(MethodT, refusing)
 
 
 class Stage(nn.Module, Generic[ConfigT]):
@@ -95,6 +118,10 @@ class Stage(nn.Module, Generic[ConfigT]):
         from audioldm2.checkpoints.folder import save_stage
 
         save_stage(self, Path(folder))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        refuse_return_dict(type(self).__name__, kwargs)
+        return super().__call__(*args, **kwargs)
 
     @property
     def device(self) -> torch.device:

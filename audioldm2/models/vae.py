@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from audioldm2.models.config import known_fields, refuse_unsupported
 from audioldm2.models.layers import ResNetBlock, SelfAttention, Upsample, activation
-from audioldm2.models.stage import Stage
+from audioldm2.models.stage import Stage, plain
 from audioldm2.noise import Generators, randn
 
 GROUP_NORM_EPS = 1e-6  # the configs have no key for it
@@ -119,6 +119,18 @@ class DiagonalGaussian:
         """
         noise = randn(self.mean.shape, generator, self.mean.device, self.mean.dtype)
         return self.mean + torch.exp(0.5 * self.log_variance) * noise
+
+    @property
+    def latent_dist(self) -> NoReturn:
+        """What diffusers' output has, and this package's does not need; asking for it is an error.
+
+        Raises:
+            AttributeError: always.
+        """
+        raise AttributeError(
+            "VAE.encode returns the distribution itself: write vae.encode(mel).mode() in place of "
+            "vae.encode(mel).latent_dist.mode()"
+        )
 
     def kl(self) -> Tensor:
         """The KL divergence from the unit Gaussian, in nats, (B,) (Kingma and Welling 2014, appendix B)."""
@@ -341,6 +353,7 @@ class VAE(Stage[VAEConfig]):
         downsampling: int = 2 ** (len(self.config.block_out_channels) - 1)
         return downsampling
 
+    @plain
     def encode(self, mel: Tensor) -> DiagonalGaussian:
         """Encode log-mel spectrograms.
 
@@ -356,6 +369,7 @@ class VAE(Stage[VAEConfig]):
         _check("mel", mel, self.config.in_channels, smallest=self.downsampling)
         return DiagonalGaussian(self.to_moments(self.encoder(mel)))
 
+    @plain
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents.
 
