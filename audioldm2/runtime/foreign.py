@@ -162,7 +162,7 @@ class ForeignEncoder(Adapter):
         if _is_from_transformers(part) and getattr(config, "model_type", None) == "vits":
             part = unwrapped(part).text_encoder
             inputs["padding_mask"] = attention_mask[:, :, None]
-        elif getattr(config, "is_encoder_decoder", False) and hasattr(unwrapped(part), "get_encoder"):
+        elif hasattr(unwrapped(part), "decoder") and hasattr(unwrapped(part), "get_encoder"):
             part = unwrapped(part).get_encoder()
         # The token ids by position, as diffusers passes them, so that hooks see them among their inputs.
         states = first_output(part(input_ids, **inputs))
