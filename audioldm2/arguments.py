@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -57,17 +58,27 @@ def as_negatives(value: Any, batch: int) -> list[str]:
     return texts
 
 
+def as_integer(value: Any) -> int | None:
+    """An integer of any type (Python's, NumPy's, a tensor of one element) as int; None if it is not one."""
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
 def check_count(name: str, value: Any, lowest: int = 1, highest: int | None = None) -> None:
-    """Raise ValueError unless `value` is an integer from `lowest` to `highest`."""
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    if not is_integer or value < lowest or (highest is not None and value > highest):
+    """Raise ValueError unless `value` is an integer, of any type, from `lowest` to `highest`."""
+    number = as_integer(value)
+    if number is None or number < lowest or (highest is not None and number > highest):
         limits = f"of at least {lowest}" if highest is None else f"from {lowest} to {highest}"
         raise ValueError(f"{name} must be an integer {limits}, got {value!r}")
 
 
 def check_length(seconds: Any, shortest: float = 0.0) -> None:
     """Raise ValueError unless `seconds` is a number from `shortest` to MAX_LENGTH_IN_S, and positive."""
-    if not isinstance(seconds, Real) or isinstance(seconds, bool) or not math.isfinite(seconds):
+    if not _is_finite(seconds):
         raise ValueError(f"audio_length_in_s must be a number of seconds, got {seconds!r}")
     if not 0 < float(seconds) <= MAX_LENGTH_IN_S or float(seconds) < shortest:
         raise ValueError(
@@ -77,11 +88,18 @@ def check_length(seconds: Any, shortest: float = 0.0) -> None:
 
 def check_number(name: str, value: Any) -> None:
     """Raise ValueError unless `value` is a finite number."""
-    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+    if not _is_finite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond the largest float
+        return False
 
 
 def check_choice(name: str, value: Any, choices: Sequence[object]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
-    if value not in choices:
+    if not any(isinstance(value, type(choice)) and value == choice for choice in choices):
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")

@@ -149,7 +149,8 @@ def check_callbacks(callback: Any, on_step_end: Any, tensor_inputs: Any) -> None
     for name, one in (("callback", callback), ("callback_on_step_end", on_step_end)):
         if one is not None and not callable(one):
             raise TypeError(f"{name} must be a function, got {one!r}")
-    if isinstance(tensor_inputs, str) or not all(name in CALLBACK_TENSORS for name in tensor_inputs):
+    is_list = isinstance(tensor_inputs, list | tuple)
+    if not is_list or not all(name in CALLBACK_TENSORS for name in tensor_inputs):
         raise ValueError(
             f"callback_on_step_end_tensor_inputs must be a list of names from {', '.join(CALLBACK_TENSORS)}; "
             f"got {tensor_inputs!r}"

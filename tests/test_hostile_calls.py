@@ -1,0 +1,263 @@
+"""Arguments of any kind give a finite sound of the right length, or one line that names the argument."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from audioldm2 import AudioLDM2Pipeline
+from audioldm2.tensors import NonFiniteError
+from tests.helpers import HAMMER, noise, seeded
+from tests.reference import Both
+
+NAN = math.nan
+NUMBERS = st.one_of(
+    st.floats(allow_nan=True, allow_infinity=True),
+    st.integers(-3, 3),
+    st.sampled_from(
+        [None, "3", True, 1e400, -0.0, 10**400, np.int64(2), np.float32(2), 2j, [2], torch.tensor(2.0)]
+    ),
+)
+COUNTS = st.sampled_from([0, -1, 1, 2, True, 2.0, "2", None, np.int64(2), np.uint8(1), 10**9, NAN, [1]])
+TEXTS = st.one_of(
+    st.text(max_size=5),
+    st.sampled_from([None, 3, [], [""], ["a", "b"], ("a",), ["a", 3], b"a", "\udcff", "a" * 3000, {"a": 1}]),
+)
+
+
+def tensors(*shape: int) -> st.SearchStrategy[Any]:
+    """Tensors of a shape that fits and of others, good and bad, and what is not a tensor."""
+    good = noise(*shape)
+    return st.sampled_from(
+        [
+            None,
+            good,
+            good.double(),
+            good.half(),
+            good[:, :0],
+            good[:0],
+            good[0],
+            good[..., None],
+            good[..., :-1],
+            good.long(),
+            good.bool(),
+            good.to(torch.complex64),
+            good.to("meta"),
+            good.to_sparse(),
+            good * NAN,
+            good / 0,
+            good * 1e30,
+            good.numpy(),
+            good.tolist(),
+            "x",
+            3,
+        ]
+    )
+
+
+ARGUMENTS: dict[str, st.SearchStrategy[Any]] = {
+    "prompt": TEXTS,
+    "transcription": st.sampled_from([None, None, "hello", 3]),
+    "audio_length_in_s": st.one_of(
+        st.sampled_from([None, 0.16, 0.32, np.float64(0.16)]),
+        NUMBERS.filter(
+            lambda x: not isinstance(x, float | int) or isinstance(x, bool) or not 0.5 < x <= 3600
+        ),
+    ),
+    "num_inference_steps": COUNTS.filter(lambda x: x is not None),  # the default is 200
+    "guidance_scale": NUMBERS,
+    "negative_prompt": TEXTS,
+    "num_waveforms_per_prompt": COUNTS.filter(lambda x: x != 10**9),
+    "eta": NUMBERS,
+    "generator": st.sampled_from(
+        [None, seeded(), [seeded()], (seeded(),), [], [None], 3, "x", [seeded()] * 3]
+    ),
+    "latents": tensors(1, 4, 8, 4),
+    "prompt_embeds": tensors(1, 3, 20),
+    "generated_prompt_embeds": tensors(1, 8, 16),
+    "negative_prompt_embeds": tensors(1, 4, 20),
+    "negative_generated_prompt_embeds": tensors(1, 8, 16),
+    "attention_mask": tensors(1, 3),
+    "negative_attention_mask": tensors(1, 4),
+    "max_new_tokens": COUNTS,
+    "callback": st.sampled_from([None, 3, "x", lambda *step: None]),
+    "callback_steps": COUNTS,
+    "cross_attention_kwargs": st.sampled_from([None, {}, {"scale": 0.5}, 3]),
+    "output_type": st.sampled_from(["np", "pt", "latent", "pil", None, 3, ["np"]]),
+    "callback_on_step_end": st.sampled_from([None, 3, lambda *step: None, lambda *step: {"latents": 3}]),
+    "callback_on_step_end_tensor_inputs": st.sampled_from(["latents", ["latents"], [], ["x"], None, 3, [[]]]),
+}
+# What an error may call an argument, beside its own name: those that are only valid together.
+ALSO = {
+    "prompt": "negative prompts|prompts|prompt_embeds",
+    "latents": "audio_length_in_s",
+    "generator": "generators",
+}
+
+
+def call(pipe: AudioLDM2Pipeline, arguments: dict[str, Any]) -> None:
+    """Call the pipeline: it returns finite numbers, or what it raises names an argument in one short line."""
+    arguments = {"num_inference_steps": 1, "audio_length_in_s": None, "generator": seeded(), **arguments}
+    if arguments["audio_length_in_s"] is None and arguments.get("latents") is None:
+        arguments["audio_length_in_s"] = 0.16
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*(cut off|has no effect)")
+        try:
+            output = pipe(**arguments)
+        except (ValueError, TypeError) as error:
+            refused = error
+        else:
+            refused = None
+    if refused is not None:
+        names = [*arguments, *(ALSO.get(name, name) for name in arguments)]
+        named = r"^unet turned|^vae turned" if isinstance(refused, NonFiniteError) else "|".join(names)
+        message = str(refused)
+        assert re.search(named, message), message
+        assert len(message) < 400
+        assert "\n" not in message
+        return
+    audios = torch.as_tensor(output.audios)
+    assert bool(audios.isfinite().all())
+    assert audios.shape[-1] > 0
+    assert len(audios) >= 1
+
+
+@pytest.fixture(scope="module")
+def session_pipe(_base: Both) -> AudioLDM2Pipeline:
+    _base.use("DDIMScheduler")
+    return _base.ours
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
+@given(data=st.data())
+def test_one_argument_of_any_kind(session_pipe: AudioLDM2Pipeline, name: str, data: st.DataObject) -> None:
+    arguments = {"prompt": HAMMER, name: data.draw(ARGUMENTS[name])}
+    if "embeds" in name or "mask" in name:
+        negative = "negative_" if name.startswith("negative") else ""
+        if not negative:
+            del arguments["prompt"]
+        shape = (1, 4, 20) if negative else (1, 3, 20)
+        arguments = {
+            f"{negative}prompt_embeds": noise(*shape),
+            f"{negative}generated_prompt_embeds": noise(1, 8, 16),
+            **arguments,
+        }
+    call(session_pipe, arguments)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
+@given(
+    arguments=st.fixed_dictionaries(
+        {"prompt": st.sampled_from([HAMMER, [HAMMER, "Rain"], ""])},
+        optional={name: values for name, values in ARGUMENTS.items() if name != "prompt"},
+    )
+)
+def test_several_arguments_of_any_kind(session_pipe: AudioLDM2Pipeline, arguments: dict[str, Any]) -> None:
+    call(session_pipe, arguments)
+
+
+# --- each kind that was found, by name
+
+
+REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "transcription": (
+        {
+            "prompt": None,
+            "prompt_embeds": noise(1, 3, 20),
+            "generated_prompt_embeds": noise(1, 8, 16),
+            "transcription": "hello",
+        },
+        ValueError,
+        "transcription is for the speech checkpoints",
+    ),
+    "negative of another type": (
+        {"negative_prompt": 123, "guidance_scale": 1.0},
+        TypeError,
+        "negative_prompt",
+    ),
+    "negative embeddings of another type": (
+        {"negative_prompt_embeds": "x", "negative_generated_prompt_embeds": "x", "guidance_scale": 1.0},
+        TypeError,
+        "negative_prompt_embeds must be a torch.Tensor",
+    ),
+    "nan": ({"guidance_scale": NAN}, ValueError, "guidance_scale must be a finite number, got nan"),
+    "infinity": ({"guidance_scale": math.inf}, ValueError, "guidance_scale must be a finite number, got inf"),
+    "lengths": (
+        {"latents": noise(1, 4, 8, 4), "audio_length_in_s": 0.64},
+        ValueError,
+        r"latents have 8 rows, which are 0\.32 s, but audio_length_in_s = 0\.64 needs 16",
+    ),
+    "complex": (
+        {"latents": noise(1, 4, 8, 4) * 1j},
+        ValueError,
+        "latents must be floating-point, got complex64",
+    ),
+    "not finite": ({"latents": noise(1, 4, 8, 4) / 0}, ValueError, "latents has numbers that are not finite"),
+    "sparse": ({"latents": noise(1, 4, 8, 4).to_sparse()}, ValueError, "latents is a sparse_coo tensor"),
+    "meta": ({"latents": noise(1, 4, 8, 4).to("meta")}, ValueError, "latents is a meta tensor"),
+    "empty": ({"latents": noise(1, 4, 0, 4)}, ValueError, r"latents has shape \(1, 4, 0, 4\)"),
+    "array": ({"latents": noise(1, 4, 8, 4).numpy()}, TypeError, "latents must be a torch.Tensor"),
+    "seed": ({"generator": 3}, TypeError, r"generator must be .* got 3; for a seed pass torch\.Generator"),
+    "callback": ({"callback": 3}, TypeError, "callback must be a function, got 3"),
+    "attention": ({"cross_attention_kwargs": {"scale": 0.5}}, ValueError, "no attention processors"),
+    "widths": (
+        {"prompt": None, "prompt_embeds": noise(1, 3, 21), "generated_prompt_embeds": noise(1, 8, 16)},
+        ValueError,
+        r"prompt_embeds has shape \(1, 3, 21\); its width must be this checkpoint's, 20",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "kind", "message"), REFUSED.values(), ids=REFUSED)
+def test_each_kind_is_refused_by_name(
+    base: Both, arguments: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        base.ours(**{"prompt": HAMMER, **arguments})
+
+
+def test_encode_prompt_refuses_what_the_call_refuses(base: Both) -> None:
+    with pytest.raises(ValueError, match="num_waveforms_per_prompt must be an integer of at least 1, got 0"):
+        base.ours.encode_prompt(HAMMER, num_waveforms_per_prompt=0)
+    with pytest.raises(TypeError, match="negative_prompt must be a string"):
+        base.ours.encode_prompt(HAMMER, do_classifier_free_guidance=False, negative_prompt=3)
+
+
+def test_what_has_no_effect_is_a_warning(base: Both) -> None:
+    with pytest.warns(UserWarning, match="negative_prompt has no effect without guidance"):
+        base.ours.encode_prompt(HAMMER, do_classifier_free_guidance=False, negative_prompt="Rain")
+    base.use("DPMSolverMultistepScheduler")
+    with pytest.warns(UserWarning, match=r"eta = 0\.5 has no effect: DPMSolverMultistepScheduler"):
+        base.ours(HAMMER, num_inference_steps=1, audio_length_in_s=0.16, eta=0.5)
+
+
+# --- the stage at which numbers stop being finite
+
+
+@pytest.mark.parametrize("name", AudioLDM2Pipeline.stage_names)
+def test_the_stage_that_turns_finite_numbers_into_nan_is_named(pipe: AudioLDM2Pipeline, name: str) -> None:
+    for parameter in pipe.stages[name].parameters():
+        parameter.data.fill_(NAN)
+    with pytest.raises(
+        NonFiniteError, match=rf"^{name} turned finite numbers into NaN or infinity, in float32"
+    ):
+        pipe(HAMMER, num_inference_steps=1, audio_length_in_s=0.16, num_waveforms_per_prompt=2)
+
+
+def test_an_audio_tower_that_returns_nan_is_named(pipe: AudioLDM2Pipeline) -> None:
+    next(pipe.text_encoder.audio.parameters()).data.fill_(NAN)
+    with pytest.raises(NonFiniteError, match=r"^text_encoder turned finite numbers into NaN"):
+        pipe(HAMMER, num_inference_steps=1, audio_length_in_s=0.16, num_waveforms_per_prompt=2)
+
+
+def test_too_much_guidance_is_named(base: Both) -> None:
+    with pytest.raises(NonFiniteError, match=r"unet turned.*guidance_scale = 1e\+38"):
+        base.ours(HAMMER, num_inference_steps=3, audio_length_in_s=0.16, guidance_scale=1e38)
