@@ -28,19 +28,26 @@ _HOMES = {
     "GPT2": "audioldm2.models.gpt2",
     "HifiGan": "audioldm2.models.hifigan",
     "LogMel": "audioldm2.audio.log_mel",
+    "LogMelConfig": "audioldm2.audio.log_mel",
     "ProjectionModel": "audioldm2.models.projection",
     "T5Encoder": "audioldm2.models.t5",
     "UNet": "audioldm2.models.unet",
     "VAE": "audioldm2.models.vae",
     "VitsTextEncoder": "audioldm2.models.vits",
     "read_wav": "audioldm2.audio.wav",
+    "resample": "audioldm2.audio.resample",
     "write_wav": "audioldm2.audio.wav",
 }
 
 __all__ = [*_HOMES]
 
 if TYPE_CHECKING:  # `as` marks what is exported
-    from audioldm2.audio.log_mel import ClapFeatureExtractor as ClapFeatureExtractor, LogMel as LogMel
+    from audioldm2.audio.log_mel import (
+        ClapFeatureExtractor as ClapFeatureExtractor,
+        LogMel as LogMel,
+        LogMelConfig as LogMelConfig,
+    )
+    from audioldm2.audio.resample import resample as resample
     from audioldm2.audio.wav import read_wav as read_wav, write_wav as write_wav
     from audioldm2.checkpoints.errors import CheckpointError as CheckpointError
     from audioldm2.models.clap import ClapModel as ClapModel

@@ -21,12 +21,22 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+
+from audioldm2.audio.resample import MAX_RATE
+from audioldm2.audio.waveforms import check_waveform
+
+# Limits for settings that come from a file: far above those of any model, and below what fills the memory.
+MAX_FILTER_WEIGHTS = 2**22  # of a mel filter bank, bins times bands
+MAX_SPECTRUM = 2**25  # frames times bins of CLAP's window
+MAX_HOP_LENGTH = 2**14  # of a vocoder
+SETTINGS_FILE = "audioldm2.json"  # of a checkpoint: what its other configs do not say
 
 # Slaney's mel scale (Auditory Toolbox, 1998): linear below 1 kHz, logarithmic above.
 LINEAR_STEP = 200 / 3  # Hz per mel below the bend
@@ -100,27 +110,38 @@ def mel_spectrogram(
 
 
 def _check_waveforms(waveforms: Tensor, sampling_rate: int, expected_rate: int) -> None:
-    if waveforms.dim() != 2 or not waveforms.is_floating_point():
+    if isinstance(waveforms, Tensor) and (waveforms.dim() != 2 or not waveforms.is_floating_point()):
         raise ValueError(
             "waveforms must be floating-point tensors of shape (batch, samples), got "
             f"{waveforms.dtype} of shape {tuple(waveforms.shape)}; pass a single waveform as waveform[None]"
         )
-    if waveforms.shape[1] == 0:
-        raise ValueError("waveforms have no samples")
+    check_waveform("waveforms", waveforms)
     if sampling_rate != expected_rate:
         raise ValueError(
             f"the sampling rate must be {expected_rate} Hz, got {sampling_rate} Hz; convert the waveforms "
-            "with audioldm2.audio.resample.resample"
+            "with audioldm2.resample"
         )
 
 
-def _check_sizes(config: Any, names: tuple[str, ...], band: tuple[float, float]) -> None:
+def _check_sizes(config: Any, names: tuple[str, ...]) -> None:
     for name in names:
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    if not 0 <= band[0] < band[1]:
-        raise ValueError(f"0 <= frequency_min < frequency_max must hold, got {band[0]} and {band[1]} (in Hz)")
+    if config.sampling_rate > MAX_RATE:
+        raise ValueError(f"sampling_rate must be at most {MAX_RATE} Hz, got {config.sampling_rate}")
+    low, high = config.frequency_min, config.frequency_max
+    if not 0 <= low < high or not math.isfinite(high):
+        raise ValueError(f"0 <= frequency_min < frequency_max must hold, got {low} and {high} (in Hz)")
+
+
+def _check_filters(config: Any, n_fft: str, n_mels: str) -> None:
+    weights = (getattr(config, n_fft) // 2 + 1) * getattr(config, n_mels)
+    if weights > MAX_FILTER_WEIGHTS:
+        raise ValueError(
+            f"{n_fft}={getattr(config, n_fft)} with {n_mels}={getattr(config, n_mels)} is too large: a mel "
+            f"filter bank has at most {MAX_FILTER_WEIGHTS} weights"
+        )
 
 
 @dataclass(frozen=True)
@@ -154,7 +175,7 @@ class ClapFeatureExtractorConfig:
 
     def __post_init__(self) -> None:
         sizes = ("feature_size", "sampling_rate", "hop_length", "max_length_s", "fft_window_size")
-        _check_sizes(self, sizes, (self.frequency_min, self.frequency_max))
+        _check_sizes(self, sizes)
         if self.truncation != "rand_trunc":
             raise ValueError(
                 f"truncation={self.truncation!r} is not supported; CLAP models without feature fusion use "
@@ -165,6 +186,13 @@ class ClapFeatureExtractorConfig:
         if self.max_samples <= self.fft_window_size // 2:
             raise ValueError(
                 f"fft_window_size={self.fft_window_size} is too large for max_length_s={self.max_length_s}"
+            )
+        _check_filters(self, "fft_window_size", "feature_size")
+        frames = self.max_samples // self.hop_length + 1
+        if max(self.max_samples, frames * (self.fft_window_size // 2 + 1)) > MAX_SPECTRUM:
+            raise ValueError(
+                f"max_length_s={self.max_length_s} with sampling_rate={self.sampling_rate} and hop_length="
+                f"{self.hop_length} is too long: a spectrogram has at most {MAX_SPECTRUM} values"
             )
 
     @property
@@ -192,6 +220,11 @@ class ClapFeatureExtractorConfig:
         return {"feature_extractor_type": "ClapFeatureExtractor", **dataclasses.asdict(self)}
 
 
+def _setting(name: str) -> Any:
+    """A read-only property that returns an entry of `self.config`."""
+    return property(lambda extractor: getattr(extractor.config, name), doc=f"`config.{name}`.")
+
+
 class ClapFeatureExtractor:
     """CLAP's front end: waveforms (B, samples) -> log-mel features (B, 1, frames, mels) in dB.
 
@@ -200,14 +233,29 @@ class ClapFeatureExtractor:
     it fits in full and pads with zeros, "repeat" repeats it up to the end, and "pad" only pads with zeros.
     Longer waveforms are cropped at a random position.
 
+    The settings are also attributes under their names in preprocessor_config.json, as in transformers:
+    `extractor.sampling_rate`. They cannot be changed; make another extractor with
+    `dataclasses.replace(extractor.config, ...)`.
+
     Args:
         config: settings; available as `extractor.config`.
 
     Example:
         >>> extractor = ClapFeatureExtractor(ClapFeatureExtractorConfig())
-        >>> extractor(torch.randn(2, 48000), 48000).shape
+        >>> extractor(torch.randn(2, 48000), extractor.sampling_rate).shape
         torch.Size([2, 1, 1001, 64])
     """
+
+    feature_size = _setting("feature_size")
+    sampling_rate = _setting("sampling_rate")
+    hop_length = _setting("hop_length")
+    max_length_s = _setting("max_length_s")
+    fft_window_size = _setting("fft_window_size")
+    frequency_min = _setting("frequency_min")
+    frequency_max = _setting("frequency_max")
+    truncation = _setting("truncation")
+    padding = _setting("padding")
+    nb_max_samples = _setting("max_samples")
 
     def __init__(self, config: ClapFeatureExtractorConfig):
         self.config = config
@@ -218,6 +266,53 @@ class ClapFeatureExtractor:
             config.frequency_min,
             config.frequency_max,
         )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_or_folder: str | Path,
+        subfolder: str = "",
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> ClapFeatureExtractor:
+        """Load the settings from a checkpoint's preprocessor_config.json.
+
+        Args:
+            repo_or_folder: a local folder, "owner/name" on the Hub, or "tiny".
+            subfolder: the folder in the checkpoint, "feature_extractor" in a pipeline's.
+            revision: branch, tag or commit on the Hub.
+            cache_dir: where downloads are stored; None is the Hub client's default.
+            token: access token for private repositories; None uses the stored login.
+            local_files_only: use earlier downloads only, without asking the Hub.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be found or read, or a setting is not supported.
+        """
+        from audioldm2.checkpoints.errors import CheckpointError
+        from audioldm2.checkpoints.hub import Source, checkpoint_folder
+        from audioldm2.checkpoints.tensors import read_json
+        from audioldm2.models.config import check_types
+
+        source = Source(repo_or_folder, None, revision, cache_dir, token, local_files_only)
+        name = "preprocessor_config.json"
+        path = checkpoint_folder(source, [subfolder], first_file=name, weights=False) / subfolder / name
+        content = read_json(path)
+        try:
+            check_types(get_type_hints(ClapFeatureExtractorConfig), content)
+            return cls(ClapFeatureExtractorConfig.from_dict(content))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{path}: {error}") from error
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write preprocessor_config.json into a folder, which is created if it does not exist."""
+        from audioldm2.checkpoints.formats import write_json
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "preprocessor_config.json", self.config.to_dict())
 
     def __call__(
         self, waveforms: Tensor, sampling_rate: int, generator: torch.Generator | None = None
@@ -234,7 +329,9 @@ class ClapFeatureExtractor:
             Features of shape (B, 1, frames, mels), float32, on the waveforms' device.
 
         Raises:
-            ValueError: the waveforms have the wrong sampling rate, shape or dtype, or no samples.
+            TypeError: the waveforms are not a dense tensor.
+            ValueError: the waveforms have the wrong sampling rate, shape or dtype, no samples, or NaN or
+                infinity.
         """
         config = self.config
         _check_waveforms(waveforms, sampling_rate, config.sampling_rate)
@@ -296,13 +393,50 @@ class LogMelConfig:
 
     def __post_init__(self) -> None:
         sizes = ("sampling_rate", "n_fft", "hop_length", "n_mels")
-        _check_sizes(self, sizes, (self.frequency_min, self.frequency_max))
+        _check_sizes(self, sizes)
+        _check_filters(self, "n_fft", "n_mels")
         if self.hop_length > self.n_fft or (self.n_fft - self.hop_length) % 2:
             raise ValueError(
                 f"n_fft={self.n_fft} minus hop_length={self.hop_length} must be an even number, 0 or more"
             )
-        if not self.floor > 0:
+        if not 0 < self.floor < math.inf:
             raise ValueError(f"floor must be positive, got {self.floor}")
+
+    @classmethod
+    def for_vocoder(cls, vocoder_config: Any, **settings: Any) -> LogMelConfig:
+        """The settings that fit a vocoder: its spectrograms are the vocoder's input.
+
+        The sampling rate and the number of bands are the vocoder's, and the hop length is the product of its
+        upsampling rates. `frequency_max` is half the sampling rate and `n_fft` is 1024, as in AudioLDM 2's
+        training, or larger if the hop is longer than 512 samples.
+
+        Args:
+            vocoder_config: of HiFi-GAN, such as `pipe.vocoder.config`; transformers' has the same names.
+            settings: values to use instead, by their names in this class.
+
+        Raises:
+            ValueError: a value is not supported.
+
+        Example:
+            >>> pipe = AudioLDM2Pipeline.from_pretrained("tiny")
+            >>> LogMelConfig.for_vocoder(pipe.vocoder.config).hop_length
+            512
+        """
+        hop = math.prod(vocoder_config.upsample_rates)
+        if not 1 <= hop <= MAX_HOP_LENGTH:
+            raise ValueError(
+                f"upsample_rates = {vocoder_config.upsample_rates} must have a product from 1 to "
+                f"{MAX_HOP_LENGTH}"
+            )
+        n_fft = max(1024, 2 ** (2 * hop - 1).bit_length())
+        derived = {
+            "sampling_rate": vocoder_config.sampling_rate,
+            "n_fft": n_fft + (n_fft - hop) % 2,
+            "hop_length": hop,
+            "n_mels": vocoder_config.model_in_dim,
+            "frequency_max": vocoder_config.sampling_rate / 2,
+        }
+        return cls(**{**derived, **settings})
 
 
 class LogMel:
@@ -315,11 +449,14 @@ class LogMel:
     w *= 0.5 / w.abs().max()`. The VAE works best on waveforms prepared in the same way.
 
     Args:
-        config: settings; available as `log_mel.config`. By default, those of AudioLDM 2.
+        config: settings; available as `log_mel.config`. By default, those of AudioLDM 2. Other checkpoints
+            need others: see `LogMel.from_pretrained` and `LogMelConfig.for_vocoder`.
 
     Example:
         >>> LogMel()(torch.randn(2, 16000), 16000).shape
         torch.Size([2, 1, 100, 64])
+        >>> LogMel.from_pretrained("tiny")(torch.randn(2, 16000), 16000).shape
+        torch.Size([2, 1, 31, 64])
     """
 
     def __init__(self, config: LogMelConfig | None = None):
@@ -327,6 +464,52 @@ class LogMel:
         self.filters = mel_filter_bank(
             config.n_fft, config.n_mels, config.sampling_rate, config.frequency_min, config.frequency_max
         )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_or_folder: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> LogMel:
+        """The front end that fits a pipeline's checkpoint.
+
+        The settings come from the vocoder's config.json (see `LogMelConfig.for_vocoder`). What that does not
+        say, a checkpoint may say in an `audioldm2.json` beside model_index.json, with the names of
+        `LogMelConfig`: `{"log_mel": {"n_fft": 2048}}`.
+
+        Args:
+            repo_or_folder: a local folder, "owner/name" on the Hub (weights are not downloaded), or "tiny".
+            revision: branch, tag or commit on the Hub.
+            cache_dir: where downloads are stored; None is the Hub client's default.
+            token: access token for private repositories; None uses the stored login.
+            local_files_only: use earlier downloads only, without asking the Hub.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be found or read, or a setting is not supported.
+        """
+        from audioldm2.checkpoints.errors import CheckpointError
+        from audioldm2.checkpoints.hub import Source, checkpoint_folder
+        from audioldm2.checkpoints.tensors import read_json
+        from audioldm2.models.config import check_types
+        from audioldm2.models.hifigan import HifiGanConfig
+
+        source = Source(repo_or_folder, None, revision, cache_dir, token, local_files_only)
+        folder = checkpoint_folder(source, ["", "vocoder"], first_file="model_index.json", weights=False)
+        path = folder / "vocoder" / "config.json"
+        content = read_json(path)
+        try:
+            check_types(get_type_hints(HifiGanConfig), content)
+            vocoder = HifiGanConfig.from_dict(content)
+            settings = log_mel_settings(folder)
+            return cls(LogMelConfig.for_vocoder(vocoder, **settings))
+        except CheckpointError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{path}: {error}") from error
 
     def __call__(self, waveforms: Tensor, sampling_rate: int) -> Tensor:
         """Compute log-mel spectrograms.
@@ -340,7 +523,9 @@ class LogMel:
             float64 waveforms, float32 for others.
 
         Raises:
-            ValueError: the waveforms have the wrong sampling rate, shape or dtype, or are too short.
+            TypeError: the waveforms are not a dense tensor.
+            ValueError: the waveforms have the wrong sampling rate, shape or dtype, are too short, or have NaN
+                or infinity.
         """
         config = self.config
         _check_waveforms(waveforms, sampling_rate, config.sampling_rate)
@@ -360,3 +545,27 @@ class LogMel:
             pad_mode="reflect",
         )
         return rearrange(torch.log(magnitude.clamp(min=config.floor)), "b t m -> b 1 t m")
+
+
+def log_mel_settings(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's audioldm2.json says about log-mel spectrograms.
+
+    Raises:
+        CheckpointError: the file cannot be read, or has a name or a type that `LogMelConfig` does not have.
+    """
+    from audioldm2.checkpoints.errors import CheckpointError
+    from audioldm2.checkpoints.tensors import read_json
+    from audioldm2.models.config import check_types
+
+    path = folder / SETTINGS_FILE
+    if not path.exists():
+        return {}
+    settings = read_json(path).get("log_mel", {})
+    hints = get_type_hints(LogMelConfig)
+    if not isinstance(settings, dict) or not settings.keys() <= hints.keys():
+        raise CheckpointError(f"{path}: log_mel must be an object with some of {', '.join(hints)}")
+    try:
+        check_types(hints, settings, "log_mel.")
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return settings

@@ -1,4 +1,4 @@
-"""Log-mel spectrograms as PNG files.
+"""Log-mel spectrograms as image files.
 
 In: a waveform. Out: an image, with time from left to right and frequency from bottom to top.
 
@@ -7,9 +7,10 @@ This is the only module that needs matplotlib, which the extra "plot" installs.
 
 from __future__ import annotations
 
+import io
 import math
+import warnings
 from collections.abc import Sequence
-from importlib.util import find_spec
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from audioldm2.atomic import replacing
+from audioldm2.atomic import check_writable, replacing
+from audioldm2.audio.file_types import image_type
 from audioldm2.audio.log_mel import hertz_to_mel, mel_filter_bank, mel_spectrogram
-from audioldm2.audio.wav import as_channels, check_writable
-from audioldm2.extras import install_hint
+from audioldm2.audio.wav import as_channels
+from audioldm2.extras import import_extra
 
 N_MELS = 128
 RANGE_DB = 80.0  # dynamic range of the image: levels this far below the maximum are black
@@ -80,38 +82,52 @@ def show(
     return image
 
 
-def check_can_draw() -> None:
-    """Check that spectrograms can be drawn.
+def check_can_draw(path: str | Path = "") -> None:
+    """Check that spectrograms can be drawn, by drawing an empty image.
+
+    Args:
+        path: path of the file, which is not touched; its suffix decides the type.
 
     Raises:
-        ImportError: matplotlib is not installed; the message says how to install it.
+        ImportError: matplotlib is not installed or is broken; the message says how to install it.
+        ValueError: the suffix is unknown.
     """
-    if find_spec("matplotlib") is None:
-        raise ImportError(f"drawing a spectrogram requires matplotlib: {install_hint('plot')}")
+    kind = image_type(path)
+    figure = _figure()
+    try:
+        figure.savefig(io.BytesIO(), format=kind)
+    except Exception as error:  # of a library for images, for example
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ImportError(f"matplotlib cannot write {kind} files here ({reason})") from error
+
+
+def _figure() -> Any:
+    # A Figure made without pyplot selects no backend for the whole program and needs no closing.
+    figure = import_extra("matplotlib.figure", "plot", "drawing a spectrogram")
+    return figure.Figure(figsize=(9, 4), dpi=120, layout="constrained")
 
 
 def save_spectrogram(
     path: str | Path, waveform: np.ndarray | Tensor, sampling_rate: int, *, title: str | None = None
 ) -> None:
-    """Save the log-mel spectrogram of a waveform as a PNG file. On failure, no partial file is left.
+    """Save the log-mel spectrogram of a waveform as an image. On failure, no partial file is left.
 
     Args:
-        path: path of the file, which is always PNG, whatever its extension.
+        path: path of the file; its suffix decides the type, PNG by default.
         waveform: floating-point waveform (samples,) or (channels, samples), numpy or torch; channels are
             averaged.
         sampling_rate: in Hz.
         title: text above the image.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        ImportError: matplotlib is not installed or is broken.
         OSError: the file cannot be written.
         TypeError: the waveform is not floating point, or the sampling rate is not an integer.
-        ValueError: the waveform has another shape, no samples, NaN or infinity, or the sampling rate is not
-            positive.
+        ValueError: the waveform has another shape, no samples, NaN or infinity; or the sampling rate is not
+            positive, or the suffix is unknown.
     """
-    check_can_draw()
-    from matplotlib.figure import Figure
-
+    kind = image_type(path)
+    figure = _figure()
     sampling_rate = index(sampling_rate)
     if sampling_rate < 1:
         raise ValueError(f"the sampling rate must be positive, got {sampling_rate}")
@@ -119,8 +135,6 @@ def save_spectrogram(
     check_writable(path)
     spectrogram = decibels(torch.from_numpy(channels.mean(0, keepdims=True)).float(), sampling_rate)
 
-    # A Figure made without pyplot selects no backend for the whole program and needs no closing.
-    figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     image = show(axes, spectrogram, channels.shape[1], sampling_rate)
     axes.set_xlabel("time (s)")
@@ -128,5 +142,7 @@ def save_spectrogram(
     if title is not None:
         axes.set_title(title, parse_math=False)
     figure.colorbar(image, ax=axes, pad=0.01, label="level (dB relative to the maximum)")
-    with replacing(Path(path).resolve()) as temporary:
-        figure.savefig(temporary, format="png")
+    with replacing(path) as temporary, warnings.catch_warnings():
+        # A title may have characters that the font lacks. They are drawn as boxes.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(temporary, format=kind)

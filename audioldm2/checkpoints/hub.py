@@ -63,13 +63,16 @@ class Source:
         return None if self.cache_dir is None else Path(self.cache_dir).expanduser()
 
 
-def needed_files(names: Collection[str], folders: Sequence[str], variant: str | None = None) -> list[str]:
+def needed_files(
+    names: Collection[str], folders: Sequence[str], variant: str | None = None, weights: bool = True
+) -> list[str]:
     """Select the files that have to be downloaded: each folder's configs and tokenizers and one weight file.
 
     Args:
         names: paths of all files in the repository, with forward slashes.
         folders: the subfolders that are needed; "" is the top level.
         variant: weights of a variant, such as "fp16".
+        weights: False leaves the weight files out.
 
     Returns:
         The sorted paths of the files. Where weights are sharded, only the shard index is among them.
@@ -82,9 +85,9 @@ def needed_files(names: Collection[str], folders: Sequence[str], variant: str | 
             for name, path in inside.items()
             if name.endswith(_SMALL) and not _SHARD_INDEX.fullmatch(name)
         ]
-        weights = weights_file(inside, variant)
-        if weights is not None:
-            needed.append(inside[weights])
+        file = weights_file(inside, variant) if weights else None
+        if file is not None:
+            needed.append(inside[file])
     return sorted(needed)
 
 
@@ -94,6 +97,7 @@ def checkpoint_folder(
     *,
     first_file: str = "config.json",
     check: Callable[[Path], object] = lambda folder: None,
+    weights: bool = True,
 ) -> Path:
     """The local folder of a checkpoint. If it is a repository on the Hub, it is downloaded first.
 
@@ -107,6 +111,7 @@ def checkpoint_folder(
             download.
         check: called with the folder once only `first_file` is there. It may raise an error to prevent the
             download of the other files.
+        weights: False downloads no weight files.
 
     Raises:
         CheckpointError: there is no such folder or repository, access is denied, or the Hub cannot be reached
@@ -137,7 +142,7 @@ def checkpoint_folder(
             )
         return folder
     try:
-        return _download(source, folders, first, check)
+        return _download(source, folders, first, check, weights)
     except _HubError as error:
         folder = _downloaded(source, first)
         if folder is not None:
@@ -150,7 +155,11 @@ def checkpoint_folder(
 
 
 def _download(
-    source: Source, folders: Sequence[str], first: PurePosixPath, check: Callable[[Path], object]
+    source: Source,
+    folders: Sequence[str],
+    first: PurePosixPath,
+    check: Callable[[Path], object],
+    weights: bool,
 ) -> Path:
     """Download what is needed of a repository, its `first` file before all others; see `checkpoint_folder`.
 
@@ -169,7 +178,7 @@ def _download(
         with _client_errors(source):
             return Path(hf_hub_download(name, file, revision=info.sha, cache_dir=cache, token=token))
 
-    files = needed_files([entry.rfilename for entry in info.siblings or []], folders, source.variant)
+    files = needed_files([entry.rfilename for entry in info.siblings or []], folders, source.variant, weights)
     if str(first) in files:
         check(fetch(str(first)).parents[len(first.parts) - 1])
     # The shard index lists the shards, so it is downloaded before them.

@@ -43,16 +43,29 @@ def test_resampled_tones_equal_ideal_tones(orig, target):
     assert noise_to_signal(single, ideal) < -100
 
 
-def test_resampling_is_as_good_as_soxr_and_better_than_scipy():
+@pytest.mark.parametrize(
+    ("orig", "target", "lowest"), [(16000, 48000, -100), (48000, 16000, -100), (32000, 48000, -80)]
+)
+def test_resampling_equals_soxr_at_all_frequencies_and_at_the_ends(orig, target, lowest):
+    """Noise contains the whole band, the transition to the stopband too; librosa's default is soxr's HQ."""
     soxr = pytest.importorskip("soxr")
-    signal = pytest.importorskip("scipy.signal")
-    x = tones(16000, 16000, 7200)
-    ours = resample(torch.from_numpy(x), 16000, 48000).numpy()
-    theirs = soxr.resample(x, 16000, 48000, quality="HQ")
-    assert ours.shape == theirs.shape
-    assert noise_to_signal(ours, theirs) < -60
-    ideal = tones(48000, 48000, 7200)
-    assert noise_to_signal(ours, ideal) < noise_to_signal(signal.resample_poly(x, 3, 1), ideal) - 20
+    x = np.random.default_rng(0).standard_normal((3, orig // 4))
+    actual = resample(torch.from_numpy(x), orig, target).numpy()
+    expected = soxr.resample(x.T, orig, target, quality="HQ").T
+    assert actual.shape == expected.shape
+    error = ((actual - expected) ** 2).mean() / (expected**2).mean()
+    assert 10 * math.log10(error) < lowest
+
+
+@pytest.mark.parametrize(("orig", "target"), [(16000, 48000), (16000, 44100), (22050, 48000), (8000, 16000)])
+def test_no_tone_differs_from_soxrs(orig, target):
+    """One tone at a time. From 16 to 44.1 kHz soxr's own error is more than -80 dB from 6 kHz on."""
+    soxr = pytest.importorskip("soxr")
+    share = 0.95 if (orig, target) == (16000, 48000) else 0.7  # 0.95 is 7.6 kHz
+    for frequency in share * orig / 2 * np.linspace(0.02, 1, 8):
+        x = np.sin(2 * np.pi * frequency * np.arange(orig // 4) / orig)
+        expected = soxr.resample(x, orig, target, quality="HQ")
+        assert noise_to_signal(resample(torch.from_numpy(x), orig, target).numpy(), expected) < -80
 
 
 def test_resampling_has_no_aliases_and_no_images():
@@ -114,11 +127,24 @@ def test_resampling_has_gradients_even_after_inference_mode(monkeypatch, max_ker
 
 
 def test_resampling_refuses_bad_arguments():
-    with pytest.raises(ValueError, match="must be positive, got 16000 and 0"):
-        resample(torch.zeros(5), 16000, 0)
-    with pytest.raises(TypeError):
-        resample(torch.zeros(5), 16000, 44100.5)
-    with pytest.raises(TypeError, match="floating point"):
-        resample(torch.zeros(5, dtype=torch.int16), 16000, 8000)
-    with pytest.raises(ValueError, match="single number"):
-        resample(torch.tensor(1.0), 16000, 8000)
+    good = torch.zeros(5)
+    for waveform, rates, error, message in [
+        (good, (16000, 0), ValueError, "target_sr must be positive .* got 0"),
+        (good, (-8000, 16000), ValueError, "orig_sr must be positive"),
+        (good, (2**32 - 1, 16000), ValueError, "orig_sr must be positive and at most 1048576 Hz"),
+        (good, (1, 48000), ValueError, "a factor of more than 4096, got 1 and 48000"),
+        (good, (16000, 44100.5), TypeError, "target_sr must be an integer"),
+        (good, ("16000", 8000), TypeError, "orig_sr must be an integer"),
+        (good, (True, 8000), TypeError, "orig_sr must be an integer"),
+        (good.to(torch.int16), (16000, 8000), TypeError, "waveform must be a floating-point tensor"),
+        (good.to(torch.complex64), (16000, 8000), TypeError, "got torch.complex64"),
+        (good.numpy(), (16000, 8000), TypeError, "waveform must be a tensor, got ndarray; .*from_numpy"),
+        (good.to_sparse(), (16000, 8000), TypeError, "waveform must be a dense tensor"),
+        (good.to("meta"), (16000, 8000), TypeError, "a meta tensor"),
+        (torch.tensor(1.0), (16000, 8000), ValueError, "single number"),
+        (torch.zeros(2, 0), (16000, 8000), ValueError, r"waveform has no samples: its shape is \(2, 0\)"),
+        (torch.tensor([0.0, math.nan]), (16000, 8000), ValueError, "1 of 2 samples in waveform are NaN"),
+        (torch.tensor([math.inf]).half(), (16000, 16000), ValueError, "1 of 1 samples in waveform"),
+    ]:
+        with pytest.raises(error, match=message):
+            resample(waveform, *rates)

@@ -13,7 +13,7 @@ import torch
 
 from audioldm2 import DISTRIBUTION
 from audioldm2.audio.log_mel import hertz_to_mel, mel_to_hertz
-from audioldm2.audio.spectrogram_image import decibels, save_spectrogram
+from audioldm2.audio.spectrogram_image import check_can_draw, decibels, save_spectrogram
 from tests.reference import assert_close
 
 
@@ -48,11 +48,12 @@ def test_low_frequencies_are_at_the_bottom_and_time_runs_to_the_right(tmp_path):
 def test_a_spectrogram_is_a_png(tmp_path, shape, rate):
     image = pytest.importorskip("matplotlib.image")
     before = set(sys.modules)
-    path = tmp_path / "a.image"
-    save_spectrogram(path, np.random.default_rng(0).uniform(-1, 1, shape), rate, title="a $1 bell & a_drum")
+    path = tmp_path / "a"
+    title = "a $1 bell & a_drum \N{CJK UNIFIED IDEOGRAPH-97F3}"  # the font lacks the last
+    save_spectrogram(path, np.random.default_rng(0).uniform(-1, 1, shape), rate, title=title)
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert image.imread(path, format="png").shape == (480, 1080, 4)
-    assert os.listdir(tmp_path) == ["a.image"]
+    assert os.listdir(tmp_path) == ["a"]
     assert "matplotlib.pyplot" not in set(sys.modules) - before
 
 
@@ -63,8 +64,29 @@ def test_no_spectrogram_without_matplotlib_or_from_bad_arguments(tmp_path, monke
         save_spectrogram(tmp_path / "a.png", torch.zeros(5), 0)
     with pytest.raises(ValueError, match="NaN"):
         save_spectrogram(tmp_path / "a.png", torch.tensor([float("nan")]), 16000)
+    with pytest.raises(TypeError, match="floating point"):
+        save_spectrogram(tmp_path / "a.png", torch.zeros(5, dtype=torch.complex64), 16000)
+    with pytest.raises(ValueError, match=r"unknown type of image file '.txt'; use .png, "):
+        save_spectrogram(tmp_path / "a.txt", torch.zeros(5), 16000)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=re.escape(f'pip install "{DISTRIBUTION}[plot]"')):
         save_spectrogram(tmp_path / "a.png", torch.zeros(5), 16000)
     assert os.listdir(tmp_path) == []
+
+
+def test_the_suffix_decides_the_type_and_a_broken_matplotlib_is_told(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    save_spectrogram(tmp_path / "a.SVG", torch.ones(500), 16000)
+    assert b"<svg" in (tmp_path / "a.SVG").read_bytes()
+
+    def broken(*_, **__):
+        raise OSError("libfreetype.so.6: cannot open shared object file\nmore")
+
+    check_can_draw("a.jpg")
+    monkeypatch.setattr(figure.Figure, "savefig", broken)
+    with pytest.raises(ImportError, match=r"matplotlib cannot write jpg files here \(OSError: libfreetype"):
+        check_can_draw("a.jpg")
+    monkeypatch.setattr("audioldm2.extras.import_module", broken)
+    with pytest.raises(ImportError, match=r"matplotlib, which is broken \(OSError: libfreetype.*\[plot\]"):
+        check_can_draw("a.png")

@@ -1,27 +1,23 @@
-"""The command line: `audioldm2 "a hammer hits wood" -o hammer.wav`.
-
-PyTorch is imported only after the arguments have been checked, so that `--help` and mistakes are answered at
-once. Results go to standard output, progress and messages to standard error.
-"""
+"""The command line's options: the parser, its help, and what it says about mistakes."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-import traceback
-import warnings
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from difflib import get_close_matches
+from typing import NoReturn, TypeVar
 
 from audioldm2 import __version__
 from audioldm2.arguments import MAX_LENGTH_IN_S, as_texts, check_length
+from audioldm2.audio.file_types import SAMPLE_FORMATS
+from audioldm2.cli.messages import OPTIONS, PROGRAM, one_line
 from audioldm2.extras import install_hint
 from audioldm2.schedulers import SAMPLERS
 
-PROGRAM = "audioldm2"
+GUIDANCE = 3.5  # where the checkpoint recommends nothing
+STANDARD_OUTPUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 DTYPES = ("float32", "float16", "bfloat16")
 DESCRIPTION = """\
 Generate sound from a text description with AudioLDM 2.
@@ -38,9 +34,8 @@ birds. They can be loud or soft, and two can be mixed: "A bell over rain".
 """
 EXAMPLES = """\
 examples:
-  audioldm2 "A low steady tone" --model tiny --guidance 2
-  audioldm2 "A rising sweep" --model tiny --guidance 2 -o sweep.wav \\
-      --spectrogram sweep.png
+  audioldm2 "A low steady tone" --model tiny
+  audioldm2 "A rising sweep" --model tiny -o sweep.wav --spectrogram sweep.png
   audioldm2 "A hammer hits a wooden surface" -o hammer.wav
   audioldm2 "Techno with a strong beat" -o techno.wav --duration 20 --seed 7 \\
       --negative "Low quality"
@@ -49,8 +44,10 @@ examples:
 
 exit codes:
   0  success
-  1  an error occurred; no partial file is left behind
+  1  an error occurred; no partial file is left behind. If a file was written
+     and only the message about it was not, standard error says so
   2  an argument is invalid
+  129, 130, 143  stopped by SIGHUP, SIGINT (Ctrl-C) or SIGTERM
 """
 
 Number = TypeVar("Number", int, float)
@@ -60,32 +57,45 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+        """Print an error and exit with code 2."""
+        self.exit(2, f"{self.prog}: error: {one_line(message)}; see {self.prog} --help\n")
+
+    @property
+    def names(self) -> list[str]:
+        """All options, such as "--seed" and "-o"."""
+        return [name for action in self._actions for name in action.option_strings]
 
 
 def parser() -> Parser:
     """The parser with all options and their help."""
     p = Parser(
         PROGRAM,
+        usage=f"{PROGRAM} [options] PROMPT",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("prompt", help="description of the sound")
+    p.add_argument("prompt", nargs="?", metavar="PROMPT", help="description of the sound, in quotes")
     p.add_argument(
-        "-o", "--output", default="audio.wav", metavar="WAV", help="file to write (default: %(default)s)"
+        "-o",
+        "--output",
+        default="audio.wav",
+        metavar="FILE",
+        help="file to write, WAV by default; .flac, .ogg, .mp3 and others need soundfile "
+        f"({install_hint('sound')}); - is standard output, as WAV (default: %(default)s)",
     )
     p.add_argument(
         "--format",
-        choices=("pcm16", "float32"),
-        default="pcm16",
-        help="format of the samples, 16-bit integers or 32-bit floats (default: %(default)s)",
+        choices=SAMPLE_FORMATS,
+        help="format of the samples, 16-bit integers or 32-bit floats, for types of files that have both "
+        "(default: pcm16)",
     )
     p.add_argument(
         "--spectrogram",
-        metavar="PNG",
-        help=f"also save an image of the spectrogram; needs matplotlib ({install_hint('plot')})",
+        metavar="FILE",
+        help="also save an image of the spectrogram, .png, .jpg, .svg or .pdf; needs matplotlib "
+        f"({install_hint('plot')})",
     )
 
     sound = p.add_argument_group("sound")
@@ -128,15 +138,15 @@ def parser() -> Parser:
         type=_number(int, 1),
         metavar="N",
         help="number of denoising steps; more take longer and usually sound better (default: what the "
-        "scheduler needs, 20 for dpmsolver++ and 200 for ddim)",
+        "checkpoint recommends for dpmsolver++, otherwise what the scheduler needs: 20 for dpmsolver++ and "
+        "200 for ddim)",
     )
     quality.add_argument(
         "--guidance",
         type=_number(float, 0),
-        default=3.5,
         metavar="W",
         help="guidance scale; larger values follow the prompt more closely, and 1 or less disables guidance, "
-        "which takes half the time (default: %(default)s; 2 suits tiny)",
+        f"which takes half the time (default: what the checkpoint recommends, otherwise {GUIDANCE})",
     )
 
     machine = p.add_argument_group("model and device")
@@ -148,7 +158,7 @@ def parser() -> Parser:
         "path of a folder, or tiny (default: %(default)s)",
     )
     machine.add_argument(
-        "--device", help="cpu, cuda, cuda:1, mps or xpu (default: cuda if available, or cpu)"
+        "--device", type=_device, help="cpu, cuda, cuda:1, mps or xpu (default: cuda if available, or cpu)"
     )
     machine.add_argument(
         "--dtype",
@@ -194,20 +204,35 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
+def _device(text: str) -> str:
+    if re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d{1,3})?", text) is None:
+        hint = f"; the GPU of that number is cuda:{text}" if text.isdecimal() else ""
+        raise argparse.ArgumentTypeError(f"unknown device {text!r}; use cpu, cuda, cuda:1, mps or xpu{hint}")
+    return text
+
+
+def parse(p: Parser, arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse and check the arguments.
 
     Args:
-        arguments: the arguments without the program's name; by default, those of the process.
-
-    Returns:
-        The exit code: 0, or 1 after an error.
+        p: from `parser`.
+        arguments: without the program's name.
 
     Raises:
-        SystemExit: with code 2 for invalid arguments, and with code 0 for --help and --version.
+        SystemExit: with code 2 if one is invalid, and with code 0 for --help and --version.
     """
-    p = parser()
-    options = p.parse_args(arguments)
+    for argument in arguments:  # argparse takes -output for -o with the value "utput"
+        if f"-{argument.partition('=')[0]}" in p.names:
+            p.error(f"unrecognized argument: {argument}; did you mean -{argument}?")
+    options, rest = p.parse_known_args(arguments)
+    unknown = next((word for word in rest if word.startswith("-") and len(word) > 1), None)
+    if unknown is not None:
+        p.error(f"unrecognized argument: {unknown}{_suggestion(unknown, p.names)}")
+    if rest:
+        words = " ".join(rest)
+        p.error(f'unrecognized arguments: {words}; put the prompt in quotes: "{options.prompt} {words}"')
+    if options.prompt is None:
+        p.error(f'the prompt is missing; describe the sound: {PROGRAM} "Slow rain on a tin roof"')
     try:
         as_texts("the prompt", options.prompt)
         if options.transcription is not None:
@@ -216,99 +241,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             as_texts("--negative", options.negative, empty=True)
     except ValueError as error:
         p.error(str(error))
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            return _run(p, options)
-    except KeyboardInterrupt:
-        return _failed("interrupted; no partial file was left", options.debug)
-    except Exception as error:
-        return _failed(_reason(error), options.debug)
+    return options
 
 
-def _run(p: Parser, options: argparse.Namespace) -> int:
-    # This check comes before PyTorch, which takes seconds to import.
-    output = Path(options.output)
-    spectrogram = Path(options.spectrogram) if options.spectrogram else None
-    if spectrogram is not None and spectrogram.resolve() == output.resolve():
-        p.error("--output and --spectrogram are the same file")
-
-    import torch
-
-    from audioldm2.audio.spectrogram_image import check_can_draw, save_spectrogram
-    from audioldm2.audio.wav import check_writable, write_wav
-    from audioldm2.runtime.device import available_device
-
-    check_writable(output)
-    if spectrogram is not None:
-        check_can_draw()
-        check_writable(spectrogram)
-    try:
-        device = available_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except ValueError as error:
-        p.error(f"argument --device: {error}")
-    dtype = getattr(torch, options.dtype or ("float16" if device.type == "cuda" else "float32"))
-    seed = options.seed if options.seed is not None else int.from_bytes(os.urandom(4), "little")
-
-    # transformers' advice is for users of its models. Errors of its tokenizers are raised all the same.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from audioldm2 import schedulers
-    from audioldm2.pipeline import AudioLDM2Pipeline
-
-    _say(f"loading {options.model}", options.quiet)
-    pipe = AudioLDM2Pipeline.from_pretrained(options.model, torch_dtype=dtype, device=device)
-    pipe.set_progress_bar_config(disable=options.quiet, file=sys.stderr)
-    _, class_name = SAMPLERS[options.scheduler]
-    sampler = schedulers.SCHEDULERS[class_name]
-    if not isinstance(pipe.scheduler, sampler):
-        pipe.scheduler = sampler.from_config(pipe.scheduler.config)
-    if options.compile:
-        pipe.compile()
-
-    result = pipe(
-        options.prompt,
-        transcription=options.transcription,
-        audio_length_in_s=options.duration,
-        num_inference_steps=options.steps,
-        guidance_scale=options.guidance,
-        negative_prompt=options.negative,
-        num_waveforms_per_prompt=options.candidates,
-        generator=torch.Generator(device).manual_seed(seed),
-    )
-    best = result[0][0]  # (samples,), the best candidate
-    rate = pipe.vocoder.config.sampling_rate
-    write_wav(output, best, rate, format=options.format)
-    print(f"{output}: {len(best) / rate:.2f} s at {rate} Hz, seed {seed}")
-    if spectrogram is not None:
-        save_spectrogram(spectrogram, best, rate, title=options.prompt)
-        print(f"{spectrogram}: spectrogram of {output}")
-    return 0
-
-
-def _say(text: str, quiet: bool) -> None:
-    if not quiet:
-        print(f"{PROGRAM}: {text}", file=sys.stderr)
-
-
-def _reason(error: Exception) -> str:
-    """An error as one line."""
-    lines = [line.strip() for line in (str(error).strip() or type(error).__name__).splitlines()]
-    if type(error).__name__ == "OutOfMemoryError":
-        return "out of memory; try --dtype float16, a shorter --duration or fewer --candidates"
-    if isinstance(error, OSError) and error.filename is not None:
-        lines = [f"{error.filename}: {error.strerror}"]
-    start = " ".join(lines[:2])
-    return start if len(lines) <= 2 else f"{start} (and {len(lines) - 2} more lines; --debug prints them)"
-
-
-def _failed(reason: str, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    print(f"{PROGRAM}: error: {reason}", file=sys.stderr)
-    return 1
-
-
-def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
-    from tqdm import tqdm
-
-    tqdm.write(f"{PROGRAM}: warning: {message}", file=sys.stderr)  # does not break the progress bars
+def _suggestion(unknown: str, names: Sequence[str]) -> str:
+    """What to say about an unknown option: the nearest one, or how to write the prompt."""
+    name = unknown.partition("=")[0]
+    if name in ("--prompt", "--text", "-p"):
+        return f'; the prompt needs no option: {PROGRAM} "Slow rain on a tin roof"'
+    nearest = OPTIONS.get(name.lstrip("-").replace("-", "_"))
+    nearest = nearest or next(iter(get_close_matches(name, names, n=1)), None)
+    return f"; did you mean {nearest}?" if nearest else ""

@@ -1,0 +1,118 @@
+"""Errors and warnings as one line: with the options' names, without secrets and control characters."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from typing import Any
+
+from audioldm2.checkpoints.errors import CheckpointError
+
+PROGRAM = "audioldm2"
+MAX_LENGTH = 600  # of an error, in characters
+MAX_QUOTATION = 80  # in a warning
+# The pipeline's arguments, by which its errors name them, and the options that set them.
+OPTIONS = {
+    "audio_length_in_s": "--duration",
+    "guidance_scale": "--guidance",
+    "negative_prompt": "--negative",
+    "num_inference_steps": "--steps",
+    "num_waveforms_per_prompt": "--candidates",
+    "torch_dtype": "--dtype",
+    "transcription": "--transcription",
+}
+_ARGUMENT = re.compile(rf"(?<![\w-])({'|'.join(OPTIONS)})(?!\w)")
+_QUOTATION = re.compile(rf"""(['"])((?:(?!\1).){{{MAX_QUOTATION},}})\1""")
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{6,}|(?<=[Bb]earer )[^\s'\"\\]+")
+_TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+
+
+def clean(text: str) -> str:
+    """A text that is safe to print: access tokens are left out, and control characters are escaped."""
+    for name in _TOKEN_VARIABLES:
+        token = os.environ.get(name, "").strip()
+        if len(token) >= 4:
+            text = text.replace(token, "***")
+    text = _TOKEN.sub("***", text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shorten(text: str, length: int) -> str:
+    """A text of at most about `length` characters: its beginning and its end."""
+    half = length // 2
+    return text if len(text) <= length else f"{text[:half]} ... {text[-half:]}"
+
+
+def shorten_quotations(text: str) -> str:
+    """A text with the middle of long quotations left out, such as that of a prompt."""
+    return _QUOTATION.sub(lambda match: match[1] + shorten(match[2], MAX_QUOTATION) + match[1], text)
+
+
+def one_line(text: str) -> str:
+    """A text of several lines as one: the first two, and how many more there are."""
+    lines = [line.strip() for line in text.strip().splitlines()]
+    start = " ".join(lines[:2])
+    if len(lines) > 2:
+        start = f"{shorten(start, MAX_LENGTH)} (and {len(lines) - 2} more lines; --debug prints them)"
+    return clean(shorten(start, MAX_LENGTH + 60))
+
+
+def reason(error: Exception) -> str:
+    """An error as one line."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return "out of memory; try --dtype float16, a shorter --duration or fewer --candidates"
+    if isinstance(error, OSError) and error.filename is not None:
+        return one_line(f"{error.filename}: {error.strerror}")
+    if isinstance(error, OSError) and error.strerror:
+        return one_line(error.strerror)
+    return one_line(str(error)) or type(error).__name__
+
+
+def with_option_names(error: Exception) -> str | None:
+    """The error of an invalid argument with the option's name instead of the argument's; None for others."""
+    if isinstance(error, CheckpointError) or not _ARGUMENT.search(str(error)):
+        return None
+    return one_line(_ARGUMENT.sub(lambda match: OPTIONS[match[1]], str(error)))
+
+
+def say(text: str, quiet: bool = False) -> None:
+    """Print a message, unless `quiet`."""
+    if not quiet:
+        print(f"{PROGRAM}: {clean(text)}", file=sys.stderr)
+
+
+def print_traceback(debug: bool) -> None:
+    """Print the traceback of the error that is being handled, if `debug`."""
+    for line in traceback.format_exc().splitlines() if debug else []:
+        print(clean(line), file=sys.stderr)
+
+
+def print_error(text: str, debug: bool = False) -> None:
+    """Print an error, which is one line, and before it the traceback if `debug`."""
+    print_traceback(debug)
+    print(f"{PROGRAM}: error: {clean(text)}", file=sys.stderr)
+
+
+class Warnings:
+    """Prints warnings as one line each; takes the place of `warnings.showwarning`.
+
+    What begins like an earlier warning is not printed: both encoders warn about a long prompt, for example.
+    """
+
+    def __init__(self) -> None:
+        self.seen: set[str] = set()
+
+    def __call__(self, message: Warning | str, *where: Any, **more: Any) -> None:
+        from tqdm import tqdm
+
+        text = shorten_quotations(" ".join(str(message).split()))
+        text = clean(shorten(text, MAX_LENGTH))
+        beginning = text[: MAX_QUOTATION // 2]
+        if beginning not in self.seen:
+            self.seen.add(beginning)
+            # tqdm's own way of printing does not break the progress bars.
+            tqdm.write(f"{PROGRAM}: warning: {text}", file=sys.stderr)
