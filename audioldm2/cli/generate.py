@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack, redirect_stdout
 from math import prod
 from pathlib import Path
@@ -82,8 +83,6 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
         result = pipe(
             options.prompt,
             transcription=options.transcription,
-            audio_length_in_s=options.duration,
-            negative_prompt=options.negative,
             num_waveforms_per_prompt=options.candidates,
             generator=torch.Generator(device).manual_seed(seed),
             **_recommended(options, getattr(pipe, "recommended", {})),
@@ -195,12 +194,15 @@ def _check_with_checkpoint(options: argparse.Namespace, sampler: Any) -> None:
         frames_and_samples(*stand_ins, options.duration)
 
 
-def _recommended(options: argparse.Namespace, recommended: Any) -> dict[str, Any]:
+def _recommended(options: argparse.Namespace, recommended: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments for which a checkpoint may recommend values, unless the options say otherwise."""
-    guidance = options.guidance
-    if guidance is None:
-        guidance = recommended.get("guidance_scale", GUIDANCE)
-    steps = options.steps
-    if steps is None and options.scheduler == "dpmsolver++":  # the number is meant for this sampler
-        steps = recommended.get("num_inference_steps")
-    return {"guidance_scale": guidance, "num_inference_steps": steps}
+    given = {
+        "audio_length_in_s": options.duration,
+        "guidance_scale": options.guidance,
+        "negative_prompt": options.negative,
+        "num_inference_steps": options.steps,
+    }
+    if options.scheduler != "dpmsolver++":  # the number of steps is meant for this sampler
+        recommended = {name: value for name, value in recommended.items() if name != "num_inference_steps"}
+    defaults = {"guidance_scale": GUIDANCE, **recommended}
+    return {name: defaults.get(name) if value is None else value for name, value in given.items()}

@@ -231,6 +231,8 @@ def parse(p: Parser, arguments: Sequence[str]) -> argparse.Namespace:
     if rest:
         words = " ".join(rest)
         p.error(f'unrecognized arguments: {words}; put the prompt in quotes: "{options.prompt} {words}"')
+    if re.match(r"--[\w-]+=", options.prompt or ""):  # to argparse, what has a space is not an option
+        p.error(f"unrecognized argument: {options.prompt}{_suggestion(options.prompt, p.names)}")
     if options.prompt is None:
         p.error(f'the prompt is missing; describe the sound: {PROGRAM} "Slow rain on a tin roof"')
     try:

@@ -74,18 +74,20 @@ class Tolerant:
     """
 
     def __init__(self, stream: TextIO | None):
-        self._stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115
+        self._stream = stream
 
     def write(self, text: str) -> int:
         """Write text, or drop it. Returns its length."""
-        with _tolerated(self._stream):
-            self._stream.write(text)
+        if self._stream is not None:
+            with _tolerated(self._stream):
+                self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
         """Flush the stream, if it can be written."""
-        with _tolerated(self._stream):
-            self._stream.flush()
+        if self._stream is not None:
+            with _tolerated(self._stream):
+                self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import shutil
 import warnings
 
 import numpy as np
 import pytest
 import torch
 
+from audioldm2 import CheckpointError
 from audioldm2.audio.log_mel import (
     ClapFeatureExtractor,
     ClapFeatureExtractorConfig,
@@ -19,6 +22,8 @@ from audioldm2.audio.log_mel import (
     mel_filter_bank,
     mel_to_hertz,
 )
+from audioldm2.checkpoints.hub import TINY_FOLDER as TINY
+from audioldm2.models.hifigan import HifiGanConfig
 from tests.reference import assert_close
 
 # The config of cvssp/audioldm2, and a small one with odd sizes whose band ends above the Nyquist frequency.
@@ -169,6 +174,41 @@ def test_clap_config_refuses_unsupported_values(content, message):
         ClapFeatureExtractorConfig.from_dict(content)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"feature_size": 2**31 - 1}, "feature_size=2147483647 is too large"),
+        ({"sampling_rate": 2**31 - 1}, "sampling_rate must be at most 1048576 Hz, got 2147483647"),
+        ({"max_length_s": 2**31 - 1}, "max_length_s=2147483647 .* is too long"),
+        ({"hop_length": 1, "max_length_s": 100}, "hop_length=1 is too long"),
+        ({"frequency_max": math.inf}, "frequency_min < frequency_max must hold, got 50 and inf"),
+        ({"frequency_min": math.nan}, "frequency_min < frequency_max must hold, got nan"),
+    ],
+)
+def test_clap_sizes_are_bounded(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ClapFeatureExtractorConfig.from_dict({**HUB, **changes})
+
+
+def test_clap_settings_have_transformers_names_and_files(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours = ClapFeatureExtractor.from_pretrained("tiny", subfolder="feature_extractor")
+    theirs = transformers.ClapFeatureExtractor.from_pretrained(TINY / "feature_extractor")
+    for name in (*SMALL, "padding", "nb_max_samples"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.sampling_rate == 16000
+    with pytest.raises(AttributeError):
+        ours.padding = "pad"  # it would have no effect on what was computed from it
+    assert copy.deepcopy(ours).hop_length == ours.hop_length
+    ours.save_pretrained(tmp_path / "new" / "folder")
+    assert ClapFeatureExtractor.from_pretrained(tmp_path / "new" / "folder").config == ours.config
+    (tmp_path / "preprocessor_config.json").write_text('{"truncation": "rand_trunc", "hop_length": "ten"}')
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json: hop_length = 'ten'"):
+        ClapFeatureExtractor.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json is missing"):
+        ClapFeatureExtractor.from_pretrained(tmp_path / "new")
+
+
 @pytest.mark.parametrize("make", [lambda: ClapFeatureExtractor(ClapFeatureExtractorConfig(**HUB)), LogMel])
 def test_front_ends_refuse_bad_waveforms(make):
     front_end = make()
@@ -181,6 +221,14 @@ def test_front_ends_refuse_bad_waveforms(make):
         front_end(torch.zeros(1, 2000, dtype=torch.int16), rate)
     with pytest.raises(ValueError, match="no samples"):
         front_end(torch.zeros(1, 0), rate)
+    with pytest.raises(ValueError, match=r"got torch\.complex64"):
+        front_end(torch.zeros(1, 2000, dtype=torch.complex64), rate)
+    for value in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="1 of 2000 samples in waveforms are NaN or infinite"):
+            front_end(torch.zeros(1, 2000).index_fill(1, torch.tensor([7]), value), rate)
+    for waveforms in (np.zeros((1, 2000), np.float32), torch.zeros(1, 2000, device="meta")):
+        with pytest.raises(TypeError, match="waveforms must be a"):
+            front_end(waveforms, rate)
 
 
 # --- AudioLDM's front end
@@ -228,3 +276,60 @@ def test_log_mel_floor_and_shortest_clip():
         LogMelConfig(hop_length=161)
     with pytest.raises(ValueError, match="n_mels must be a positive integer, got 0"):
         LogMelConfig(n_mels=0)
+
+
+def test_log_mel_sizes_are_bounded():
+    for changes, message in [
+        ({"n_mels": 2**31}, "n_mels=2147483648 is too large"),
+        ({"n_fft": 2**31, "hop_length": 2}, "n_fft=2147483648 with n_mels=64 is too large"),
+        ({"sampling_rate": 2**31}, "sampling_rate must be at most"),
+        ({"frequency_max": math.inf}, "must hold, got 0 and inf"),
+        ({"floor": math.nan}, "floor must be positive, got nan"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            LogMelConfig(**changes)
+
+
+# --- the front end that fits a checkpoint
+
+
+def test_settings_for_a_vocoder():
+    hub = HifiGanConfig(
+        model_in_dim=64, upsample_rates=(5, 4, 2, 2, 2), upsample_kernel_sizes=(16, 16, 8, 4, 4)
+    )
+    assert LogMelConfig.for_vocoder(hub) == LogMelConfig()
+    transformers = pytest.importorskip("transformers")
+    foreign = transformers.SpeechT5HifiGanConfig(sampling_rate=48000, upsample_rates=[6, 5, 4, 4])
+    expected = LogMelConfig(48000, 2048, 480, 80, 20, 24000)
+    assert LogMelConfig.for_vocoder(foreign, n_fft=2048, frequency_min=20) == expected
+    for rates, n_fft in (((512,), 1024), ((600,), 2048), ((3, 5), 1025)):
+        foreign.upsample_rates = rates
+        assert LogMelConfig.for_vocoder(foreign).n_fft == n_fft
+    foreign.upsample_rates = [2**31 - 1] * 50
+    with pytest.raises(ValueError, match="must have a product from 1 to"):
+        LogMelConfig.for_vocoder(foreign)
+
+
+def test_log_mel_fits_a_checkpoint(tmp_path):
+    log_mel = LogMel.from_pretrained("tiny")
+    assert log_mel.config == LogMelConfig(hop_length=512)  # scripts/tiny trained with these settings
+    assert log_mel(torch.zeros(1, 81920), 16000).shape == (1, 1, 160, 64)
+
+    shutil.copytree(TINY / "vocoder", tmp_path / "vocoder", ignore=shutil.ignore_patterns("*.safetensors"))
+    settings = tmp_path / "audioldm2.json"
+    assert LogMel.from_pretrained(tmp_path).config == log_mel.config
+    settings.write_text(json.dumps({"log_mel": {"n_fft": 2048, "frequency_min": 30}, "recommended": {}}))
+    assert LogMel.from_pretrained(tmp_path).config == LogMelConfig(16000, 2048, 512, 64, 30, 8000)
+    for content, message in [
+        ({"log_mel": 5}, r"audioldm2\.json: log_mel must be an object with some of sampling_rate, "),
+        ({"log_mel": {"hop": 5}}, r"audioldm2\.json: log_mel must be an object"),
+        ({"log_mel": {"n_fft": "2048"}}, r"audioldm2\.json: log_mel\.n_fft = '2048' is not supported"),
+        ({"log_mel": {"n_fft": 511}}, "n_fft=511 minus hop_length=512"),
+        ([], r"audioldm2\.json must contain a JSON object"),
+    ]:
+        settings.write_text(json.dumps(content))
+        with pytest.raises(CheckpointError, match=message):
+            LogMel.from_pretrained(tmp_path)
+    (tmp_path / "vocoder" / "config.json").write_text('{"upsample_rates": "four"}')
+    with pytest.raises(CheckpointError, match=r"config\.json: upsample_rates = 'four'"):
+        LogMel.from_pretrained(tmp_path)

@@ -252,6 +252,20 @@ def test_which_files_are_needed(names, folders, variant, needed):
     assert needed_files(names, folders, variant) == needed
 
 
+def test_weights_can_be_left_out():
+    names = [
+        "model_index.json",
+        "vocoder/config.json",
+        "vocoder/model.safetensors",
+        "vocoder/pytorch_model.bin",
+    ]
+    assert needed_files(names, ["", "vocoder"], weights=False) == names[:2]
+    assert (
+        needed_files([*names, "vocoder/model.safetensors.index.json"], ["vocoder"], weights=False)
+        == names[1:2]
+    )
+
+
 # --- the real checkpoints, with samples from diffusers' nightly tests
 
 
