@@ -17,16 +17,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from audioldm2.arguments import check_choice, check_count, check_number
-from audioldm2.audio.log_mel import ClapFeatureExtractor
+from audioldm2.audio.log_mel import ClapFeatureExtractor, LogMel, LogMelConfig
 from audioldm2.checkpoints.folder import load_parts, save_parts
 from audioldm2.checkpoints.hub import Source
 from audioldm2.compatibility import DiffusersMethods
 from audioldm2.conditioning import PromptInputs, Text, condition
 from audioldm2.decoding import decode, frames_and_samples, vocode
+from audioldm2.editing import as_waveforms, encode
 from audioldm2.models.clap import ClapModel
 from audioldm2.models.gpt2 import GPT2
 from audioldm2.models.hifigan import HifiGan
@@ -245,8 +247,9 @@ class AudioLDM2Pipeline(DiffusersMethods):
             (B, 1, T, F), for T frames and F mel bands.
 
         Raises:
-            ValueError: `latents` has another shape.
+            ValueError, TypeError: `latents` has another shape, or numbers that are not finite.
         """
+        check_tensor("latents", latents, "(B, channels, T/4, F/4)")
         with self.generation(), self.running("vae") as vae:
             return decode(vae, latents, self.progress)
 
@@ -261,10 +264,57 @@ class AudioLDM2Pipeline(DiffusersMethods):
             (B, samples) in [-1, 1], float32, on the CPU.
 
         Raises:
-            ValueError: `mel` has another number of mel bands.
+            ValueError, TypeError: `mel` has another number of mel bands, or numbers that are not finite.
         """
+        check_tensor("mel", mel, "(B, 1, T, F)")
         with self.generation(), self.running("vocoder") as vocoder:
             return vocode(vocoder, mel, self.progress)
+
+    @torch.no_grad()
+    def encode_audio(self, audio: Tensor | np.ndarray[Any, Any], sampling_rate: int) -> Tensor:
+        """Encode sounds into latents, as a generation with `output_type="latent"` returns them.
+
+        The VAE was trained on clips that were centered and scaled to a peak of 0.5; it works best on sounds
+        prepared in the same way (see `LogMel`).
+
+        Args:
+            audio: (samples,) or (B, samples) in [-1, 1], a tensor or an array.
+            sampling_rate: of `audio`, in Hz; sounds are resampled to the checkpoint's rate.
+
+        Returns:
+            (B, 8, T/4, F/4), on the VAE's device. The end of a sound is padded with silence to a whole number
+            of latents (T mel frames).
+
+        Raises:
+            ValueError, TypeError: an argument that cannot be used; the message names it.
+
+        Example:
+            >>> waveform, rate = read_wav("dog.wav")
+            >>> latents = pipe.encode_audio(waveform, rate)
+            >>> again = pipe.decode_latents(latents)[:, : waveform.shape[-1]]  # if the rates are equal
+        """
+        waveforms = as_waveforms(audio)
+        vocoder = self.part("vocoder")
+        settings = {"hop_length": vocoder.hop_length, **self._settings.get("log_mel", {})}
+        log_mel = LogMel(LogMelConfig.for_vocoder(vocoder.config, **settings))
+        with self.generation(), self.running("vae") as vae:
+            return encode(vae, log_mel, waveforms, sampling_rate)
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Decode latents into waveforms: `decode`, then `vocode`.
+
+        Args:
+            latents: as a generation with `output_type="latent"` or `encode_audio` returns them, (B, 8, T/4,
+                F/4).
+
+        Returns:
+            (B, samples) in [-1, 1], float32, on the CPU.
+
+        Raises:
+            ValueError, TypeError: latents that cannot be used.
+        """
+        with self.generation():
+            return self.vocode(self.decode(latents))
 
     @torch.no_grad()
     def rank(

@@ -1,4 +1,4 @@
-"""Scripts written for diffusers, run with only the import changed, and in diffusers itself where it can run them.
+"""Scripts written for diffusers, run with only the import changed, and in diffusers itself.
 
 Each script is text, as a user would have it. It is executed once with this package's names and once with
 diffusers', and leaves its result in `audio`.
@@ -78,7 +78,7 @@ assert rate == 16000 and len(written) == len(audio[0])
 
 HUB = """
 DiffusionPipeline = AudioLDM2Pipeline
-pipe = DiffusionPipeline.from_pretrained(REPO, torch_dtype=torch.float32, use_safetensors=True, device_map="cpu")
+pipe = DiffusionPipeline.from_pretrained(REPO, dtype=torch.float32, device_map="cpu")
 pipe.set_progress_bar_config(disable=True)
 prompt = "Something drips in a cave"
 torch.manual_seed(0)
@@ -99,7 +99,10 @@ class TextToSound:
     def load(self, repo, dtype):
         if repo not in self.loaded:
             pipe = AudioLDM2Pipeline.from_pretrained(
-                pretrained_model_name_or_path=repo, torch_dtype=dtype, low_cpu_mem_usage=True, local_files_only=True
+                pretrained_model_name_or_path=repo,
+                torch_dtype=dtype,
+                low_cpu_mem_usage=True,
+                local_files_only=True,
             )
             for name, part in pipe.components.items():
                 assert getattr(pipe, name) is part
@@ -178,7 +181,10 @@ with torch.no_grad():
     encoded = vae.encode(mel)ENCODED.mode()
     latents = encoded * vae.config.scaling_factor
     embeds, mask, generated = pipe.encode_prompt(
-        prompt="A dog barks", device=pipe.device, num_waveforms_per_prompt=1, do_classifier_free_guidance=False
+        prompt="A dog barks",
+        device=pipe.device,
+        num_waveforms_per_prompt=1,
+        do_classifier_free_guidance=False,
     )
 
     def predict(latents, t):
@@ -301,7 +307,8 @@ audio = np.concatenate([scored.numpy().ravel(), rest.ravel(), vectors.detach().n
 OUTPUT = """
 pipe = AudioLDM2Pipeline.from_pretrained(REPO, torch_dtype=torch.float32)
 pipe.set_progress_bar_config(disable=True)
-out = pipe("A clock", num_inference_steps=2, audio_length_in_s=0.32, generator=torch.Generator().manual_seed(0))
+generator = torch.Generator().manual_seed(0)
+out = pipe("A clock", num_inference_steps=2, audio_length_in_s=0.32, generator=generator)
 assert isinstance(out, AudioPipelineOutput)
 assert out.audios is out["audios"] is out[0] is out.to_tuple()[0]
 assert list(out.keys()) == ["audios"]

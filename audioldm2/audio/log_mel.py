@@ -422,11 +422,10 @@ class LogMelConfig:
             >>> LogMelConfig.for_vocoder(pipe.vocoder.config).hop_length
             512
         """
-        hop = math.prod(vocoder_config.upsample_rates)
+        hop = settings.get("hop_length") or math.prod(vocoder_config.upsample_rates)
         if not 1 <= hop <= MAX_HOP_LENGTH:
             raise ValueError(
-                f"upsample_rates = {vocoder_config.upsample_rates} must have a product from 1 to "
-                f"{MAX_HOP_LENGTH}"
+                f"the hop length, the product of upsample_rates, must be from 1 to {MAX_HOP_LENGTH} samples"
             )
         n_fft = max(1024, 2 ** (2 * hop - 1).bit_length())
         derived = {

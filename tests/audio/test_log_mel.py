@@ -306,7 +306,7 @@ def test_settings_for_a_vocoder():
         foreign.upsample_rates = rates
         assert LogMelConfig.for_vocoder(foreign).n_fft == n_fft
     foreign.upsample_rates = [2**31 - 1] * 50
-    with pytest.raises(ValueError, match="must have a product from 1 to"):
+    with pytest.raises(ValueError, match="product of upsample_rates, must be from 1 to"):
         LogMelConfig.for_vocoder(foreign)
 
 
