@@ -23,12 +23,21 @@ from torch import Tensor
 
 from audioldm2.arguments import check_choice, check_count, check_number
 from audioldm2.audio.log_mel import ClapFeatureExtractor, LogMel, LogMelConfig
-from audioldm2.checkpoints.folder import load_parts, save_parts
-from audioldm2.checkpoints.hub import Source
+from audioldm2.checkpoints.folder import load_checkpoint, save_parts
+from audioldm2.checkpoints.formats import part_classes
+from audioldm2.checkpoints.options import (
+    MAX_SHARD_SIZE,
+    DeviceArgument,
+    DtypeArgument,
+    load_options,
+    save_options,
+)
+from audioldm2.checkpoints.recommended import RECOMMENDED
 from audioldm2.compatibility import DiffusersMethods
 from audioldm2.conditioning import PromptInputs, Text, condition
 from audioldm2.decoding import decode, frames_and_samples, vocode
 from audioldm2.editing import as_waveforms, encode
+from audioldm2.frozen import FrozenMapping
 from audioldm2.models.clap import ClapModel
 from audioldm2.models.gpt2 import GPT2
 from audioldm2.models.hifigan import HifiGan
@@ -117,19 +126,29 @@ class AudioLDM2Pipeline(DiffusersMethods):
         self.unet = unet
         self.scheduler = scheduler
         self.vocoder = vocoder
+        self.recommended: Mapping[str, Any] = FrozenMapping({})
+        self._name_or_path = ""
+        self._settings: dict[str, Any] = {}  # all of the checkpoint's audioldm2.json
 
     @classmethod
     def from_pretrained(
         cls,
-        repo_or_folder: str | Path,
+        repo_or_folder: str | Path | None = None,
         *,
-        torch_dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        pretrained_model_name_or_path: str | Path | None = None,
+        torch_dtype: DtypeArgument = None,
+        dtype: DtypeArgument = None,
+        device: DeviceArgument = None,
+        device_map: DeviceArgument | Mapping[str, Any] = None,
         variant: str | None = None,
+        use_safetensors: bool | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
+        force_download: bool = False,
+        low_cpu_mem_usage: bool = True,
+        **parts: Any,
     ) -> AudioLDM2Pipeline:
         """Load a checkpoint in the Hub's layout: model_index.json and one subfolder per part.
 
@@ -137,34 +156,108 @@ class AudioLDM2Pipeline(DiffusersMethods):
             repo_or_folder: a folder, "tiny" for the checkpoint in this package, or "owner/name" on the Hub,
                 of which only the needed files are downloaded. An existing folder takes precedence; one named
                 "tiny" only if it holds a checkpoint.
-            torch_dtype: the checkpoint's own by default; float32 for "tiny", whose weights are stored in
-                float16 only to save space.
-            device: where the parts go; the CPU by default.
+            pretrained_model_name_or_path: the same, under the name that it has in diffusers.
+            torch_dtype: a dtype, or its name as text. By default the checkpoint's own, but float32 for
+                "tiny", whose weights are stored in float16 only to save space; "auto" is always that of the
+                stored weights. A dict has a dtype for each part, such as `{"unet": torch.float16, "default":
+                torch.float32}`; parts that it leaves out are loaded in float32.
+            dtype: the same, under the name that it has in newer releases of diffusers.
+            device: where the stages go, such as "cuda" or the number of a CUDA device; the CPU by default.
+            device_map: the same; "balanced" and "auto" are this machine's accelerator, or its CPU if there is
+                none. The stages are not spread over several devices.
             variant: weights of a variant, such as "fp16".
+            use_safetensors: True reads safetensors files only, False `.bin` files only; by default
+                safetensors are preferred.
             revision: branch, tag or commit on the Hub.
             cache_dir: where downloads are stored; the Hub client's default if None.
             token: for private repositories; None uses the stored login.
             local_files_only: use an earlier download, without asking the Hub.
+            force_download: download again what was downloaded earlier.
+            low_cpu_mem_usage: has no effect, as loading never needs more memory than the weights.
+            **parts: parts that replace the checkpoint's, such as `unet=mine`. They are used as they are, not
+                moved or converted, and the checkpoint's files for them are not needed.
+
+        Returns:
+            The pipeline. Its `recommended` has the arguments with which the checkpoint and its scheduler give
+            good results, if the checkpoint says so: `pipe("a bell", **pipe.recommended)`.
 
         Raises:
             CheckpointError: the checkpoint cannot be found or read, is not safe to read, or does not fit;
                 the message names the file.
-            ValueError: `torch_dtype` or `device` is not supported or not available.
-        """
-        source = Source(repo_or_folder, variant, revision, cache_dir, token, local_files_only)
-        return cls(**load_parts(source, torch_dtype, device))
+            TypeError: an argument is not known.
+            ValueError: an argument has a value that is not supported, such as a device that is not available.
 
-    def save_pretrained(self, folder: str | Path) -> None:
+        Example:
+            >>> import torch
+            >>> from audioldm2 import AudioLDM2Pipeline
+            >>> pipe = AudioLDM2Pipeline.from_pretrained("tiny", dtype=torch.float32, device_map="auto")
+            >>> dict(pipe.recommended)
+            {'guidance_scale': 2.0, 'num_inference_steps': 20}
+        """
+        options = load_options(
+            repo_or_folder,
+            pretrained_model_name_or_path,
+            torch_dtype=torch_dtype,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            variant=variant,
+            use_safetensors=use_safetensors,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            force_download=force_download,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            others=parts,
+            part_names=part_classes().keys(),
+        )
+        loaded, settings = load_checkpoint(options.source, options.dtype, options.device, options.parts)
+        pipe = cls(**loaded)
+        pipe._name_or_path = options.source.name
+        pipe._settings = settings
+        pipe.recommended = FrozenMapping(settings.get(RECOMMENDED, {}))
+        return pipe
+
+    def save_pretrained(
+        self,
+        folder: str | Path | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = MAX_SHARD_SIZE,
+        *,
+        save_directory: str | Path | None = None,
+        **others: Any,
+    ) -> None:
         """Write all parts into `folder`, in a format that diffusers and this package can load.
 
+        Parts of diffusers and transformers are written too if the pipeline's checkpoints can hold their
+        class: a T5EncoderModel, for example, and any scheduler of diffusers. A stage in the wrapper of
+        torch.compile or DataParallel is written without it.
+
         Args:
-            folder: created if it does not exist.
+            folder: created if it does not exist. Files of an earlier save are replaced; its weights of the
+                same variant are removed, also those in the other format.
+            safe_serialization: False writes `.bin` files instead of safetensors.
+            variant: goes into the names of the weight files: "fp16" writes model.fp16.safetensors. It does
+                not change the dtype, which is that of the stages.
+            max_shard_size: larger weights are split into several files; bytes, or text such as "5GB".
+            save_directory: `folder`, under the name that it has in diffusers.
 
         Raises:
-            TypeError: a part was replaced by something that this package cannot write.
+            TypeError: a part cannot be written, or an argument is not known. Nothing has been written then.
+            ValueError: an argument has a value that is not supported.
         """
+        path, options = save_options(
+            folder,
+            save_directory,
+            safe_serialization=safe_serialization,
+            variant=variant,
+            max_shard_size=max_shard_size,
+            **others,
+        )
         with self.generation():
-            save_parts(vars(self), Path(folder))
+            save_parts(vars(self), path, options, {**self._settings, RECOMMENDED: dict(self.recommended)})
 
     # --- the steps of a generation
 

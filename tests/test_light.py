@@ -221,7 +221,7 @@ def test_a_stage_imports_no_other_stage(path: Path):
     if path.stem == "stage":
         # When something is loaded or saved, or asked for its device or dtype.
         helpers |= {
-            f"audioldm2.{name}" for name in ("checkpoints.folder", "checkpoints.hub", "runtime.precision")
+            f"audioldm2.{name}" for name in ("checkpoints.folder", "checkpoints.options", "runtime.precision")
         }
         assert {name for name in imports(path, True) if name.startswith("audioldm2")} == {
             "audioldm2.models.config"

@@ -13,19 +13,19 @@ import dataclasses
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, get_type_hints
+from reprlib import repr as shortened
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from audioldm2.atomic import replacing
+from audioldm2.arguments import check_count
 from audioldm2.audio.log_mel import ClapFeatureExtractor, ClapFeatureExtractorConfig
 from audioldm2.checkpoints.errors import CheckpointError
 from audioldm2.checkpoints.fill import fill
 from audioldm2.checkpoints.formats import (
     CONFIG_FILES,
-    FEATURE_EXTRACTOR,
     INDEX,
     PARTS,
     TOKENIZERS,
@@ -33,21 +33,37 @@ from audioldm2.checkpoints.formats import (
     StageT,
     check_folders,
     format_of,
+    index_entry,
+    index_of,
     part_classes,
+    part_format,
     read_index,
+    scheduler_class,
     write_index,
     write_json,
 )
-from audioldm2.checkpoints.hub import Source, checkpoint_folder, default_dtype
+from audioldm2.checkpoints.hub import Source, checkpoint_folder
+from audioldm2.checkpoints.options import Dtypes, SaveOptions, part_dtype
+from audioldm2.checkpoints.recommended import RECOMMENDED, SETTINGS_FILE, check_recommended, read_settings
 from audioldm2.checkpoints.tensors import WeightFiles, read_json
 from audioldm2.checkpoints.weight_map import weight_map
+from audioldm2.checkpoints.writing import (
+    remove_stale_tokenizer,
+    remove_stale_weights,
+    save_itself,
+    staging,
+    take,
+    write_weights,
+    writes_format,
+)
 from audioldm2.models.config import check_types
 from audioldm2.models.stage import Stage
 from audioldm2.runtime.device import available_device
+from audioldm2.runtime.foreign import unwrapped
 from audioldm2.runtime.precision import check_dtype
-from audioldm2.schedulers import SCHEDULERS
 from audioldm2.schedulers.base import Scheduler
 
+MAX_TRAINING_STEPS = 100_000  # of a scheduler of diffusers, which allocates memory for each
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 
 
@@ -58,15 +74,16 @@ def load_pretrained_stage(
     stage_class: type[StageT],
     source: Source,
     subfolder: str = "",
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
+    dtype: Dtypes = None,
+    device: torch.device | str = "cpu",
 ) -> StageT:
     """Find a checkpoint, download it if necessary, and load a stage; see `Stage.from_pretrained`."""
     # A subclass is loaded from the checkpoints of the stage that it extends.
     form = dataclasses.replace(format_of(stage_class), stage=stage_class)
     folder = checkpoint_folder(source, [subfolder])
-    dtype = default_dtype(folder) if dtype is None else dtype
-    return load_stage(folder / subfolder, form, dtype, device or "cpu", source.variant)
+    return load_stage(
+        folder / subfolder, form, part_dtype(dtype, folder), device, source.variant, source.use_safetensors
+    )
 
 
 @torch.inference_mode(False)  # parameters made in inference mode could never be trained
@@ -76,6 +93,7 @@ def load_stage(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     variant: str | None = None,
+    use_safetensors: bool | None = None,
 ) -> StageT:
     """Load a stage from a local folder.
 
@@ -85,6 +103,7 @@ def load_stage(
         dtype: dtype of the weights; None keeps the checkpoint's.
         device: where the weights are placed.
         variant: weights of a variant, such as "fp16".
+        use_safetensors: True for weights in safetensors files only, False for `.bin` files only.
 
     Returns:
         The stage, in eval mode.
@@ -96,6 +115,16 @@ def load_stage(
     """
     check_dtype(dtype)
     device = available_device(device)
+    stage = _stage_without_weights(folder, form)
+    files = WeightFiles(folder, variant, use_safetensors)
+    try:
+        return fill(stage, weight_map(form.weights), files, dtype, device)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+
+
+def _stage_without_weights(folder: Path, form: Format[StageT]) -> StageT:
+    """The stage of a folder's config.json, on the meta device."""
     path = folder / "config.json"
     content = read_json(path)
     named = content.get("_class_name") or content.get("architectures") or form.class_name
@@ -104,8 +133,7 @@ def load_stage(
         raise CheckpointError(f"{path} is for class {named}; class {form.class_name} is needed here")
     try:
         check_types(get_type_hints(form.config), content)
-        config = form.config.from_dict(content)
-        stage = _built(form, config)
+        return _built(form, form.config.from_dict(content))
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (TypeError, LookupError, ArithmeticError, RuntimeError, AssertionError) as error:
@@ -114,11 +142,6 @@ def load_stage(
         raise CheckpointError(
             f"{path}: the sizes are not valid for class {form.class_name} ({reason})"
         ) from error
-    files = WeightFiles(folder, variant)
-    try:
-        return fill(stage, weight_map(form.weights), files, dtype, device)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
 
 
 def _built(form: Format[StageT], config: Any) -> StageT:
@@ -143,7 +166,7 @@ class _SkipInit(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def save_stage(stage: Stage[Any], folder: Path) -> None:
+def save_stage(stage: Stage[Any], folder: Path, options: SaveOptions | None = None) -> None:
     """Write a stage's config.json and weights such that diffusers or transformers can load them.
 
     Tensors of the reference that the stage does not have are not written: buffers that are computed here
@@ -152,24 +175,23 @@ def save_stage(stage: Stage[Any], folder: Path) -> None:
 
     Args:
         stage: what to write.
-        folder: created if it does not exist; files of an earlier save are replaced.
+        folder: created if it does not exist; files of an earlier save are replaced, and its other weights of
+            the same variant removed.
+        options: the format of the weight files.
 
     Raises:
         TypeError: the stage's class has no checkpoint format, or its parameters are not those of its class;
             nothing has been written then.
     """
     _check_weights(stage)
-    _write_stage(stage, folder)
+    _write_stage(stage, folder, options or SaveOptions())
 
 
-def _write_stage(stage: Stage[Any], folder: Path) -> None:
-    from safetensors.torch import save_file
-
+def _write_stage(stage: Stage[Any], folder: Path, options: SaveOptions) -> None:
     form = format_of(type(stage))
     weights = weight_map(form.weights).save(_weights_to_save(stage))
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / form.weights_file) as temporary:
-        save_file(weights, temporary, metadata={"format": "pt"})
+    write_weights(folder, form.weights_file(options.safe_serialization), weights, options)
     write_json(folder / "config.json", {**form.identity, **dataclasses.asdict(stage.config)})
 
 
@@ -209,40 +231,69 @@ def _floats(stage: Stage[Any]) -> dict[str, Tensor]:
 # --- all parts of a pipeline
 
 
-def load_parts(
-    source: Source, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-) -> dict[str, Any]:
-    """Find a pipeline's checkpoint, download it if necessary, and load all of its parts.
+class Checkpoint(NamedTuple):
+    """What a pipeline's checkpoint holds.
+
+    Attributes:
+        parts: the stages, tokenizers, feature extractor and scheduler, by their names in model_index.json.
+        settings: the content of audioldm2.json; see `recommended`.
+    """
+
+    parts: dict[str, Any]
+    settings: dict[str, Any]
+
+
+def load_checkpoint(
+    source: Source,
+    dtype: Dtypes = None,
+    device: torch.device | str = "cpu",
+    replaced: Mapping[str, Any] | None = None,
+) -> Checkpoint:
+    """Find a pipeline's checkpoint, download it if necessary, and load its parts.
 
     Args:
         source: the checkpoint; only the needed files are downloaded.
-        dtype: dtype of the weights; None keeps the checkpoint's own ("tiny" is loaded in float32).
-        device: where the weights are placed; None is the CPU.
-
-    Returns:
-        The stages, tokenizers, feature extractor and scheduler, by their names in model_index.json.
+        dtype: dtype of the weights, or one for each part; see `part_dtype`.
+        device: where the weights are placed.
+        replaced: parts to use as they are, in place of the checkpoint's. The checkpoint's are not needed.
 
     Raises:
         CheckpointError: the checkpoint cannot be found or read, or a part does not fit; the message names the
             file.
         ValueError: the dtype or the device is not supported.
     """
-    device = available_device(device or "cpu")
-    check_dtype(dtype)
-    folder = checkpoint_folder(source, ["", *part_classes()], first_file=INDEX, check=read_index)
-    dtype = default_dtype(folder) if dtype is None else dtype
-    classes = read_index(folder)
-    check_folders(folder, [*classes])
-    parts: dict[str, Any] = {}
+    parts = dict(replaced or {})
+    needed = [name for name in part_classes() if name not in parts]
+    folder = checkpoint_folder(
+        source, ["", *needed], first_file=INDEX, check=lambda folder: read_index(folder, replaced=parts)
+    )
+    classes = read_index(folder, replaced=parts)
+    check_folders(folder, needed)
+    settings = read_settings(folder)
     # Importing transformers takes a second, during which weights are read.
     with ThreadPoolExecutor(max_workers=1) as pool:
-        tokenizers = {name: pool.submit(load_tokenizer, folder / name, classes[name]) for name in TOKENIZERS}
+        tokenizers = {
+            name: pool.submit(load_tokenizer, folder / name, classes[name])
+            for name in TOKENIZERS
+            if name in classes
+        }
         for name, forms in PARTS.items():
+            if name not in classes:
+                continue
             form = next(form for form in forms if classes[name] in form.classes)
-            parts[name] = load_stage(folder / name, form, dtype, device, source.variant)
+            parts[name] = load_stage(
+                folder / name,
+                form,
+                part_dtype(dtype, folder, name),
+                device,
+                source.variant,
+                source.use_safetensors,
+            )
         for name, tokenizer in tokenizers.items():
             parts[name] = tokenizer.result()
     for name, file in CONFIG_FILES.items():
+        if name not in classes:
+            continue
         path = folder / name / file
         content = read_json(path)
         try:
@@ -251,54 +302,96 @@ def load_parts(
             )
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{path}: {error}") from error
-    return parts
+    return Checkpoint(parts, settings)
 
 
-def save_parts(parts: Mapping[str, Any], folder: str | Path) -> None:
+def save_parts(
+    parts: Mapping[str, Any],
+    folder: str | Path,
+    options: SaveOptions | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
     """Write all parts of a pipeline into a folder that diffusers and this package can load.
 
+    Models of diffusers and transformers, and their tokenizers, are written by their own `save_pretrained`.
+
     Args:
-        parts: as `load_parts` returns them.
-        folder: created if it does not exist; files of an earlier save are replaced.
+        parts: as in a `Checkpoint`, perhaps in wrappers such as that of torch.compile.
+        folder: created if it does not exist; files of an earlier save are replaced, and its other weights of
+            the same variant removed.
+        options: the format of the weight files.
+        settings: the content of audioldm2.json.
 
     Raises:
         TypeError: a part is of a class that cannot be written, or a stage's parameters are not those of its
             class; nothing has been written then.
+        ValueError: settings that cannot be recommended; nothing has been written then.
     """
-    folder = Path(folder)
-    forms = {name: _format_of_part(name, parts[name]) for name in PARTS}
-    kinds: dict[str, tuple[type, ...]] = {
-        "scheduler": tuple(SCHEDULERS.values()),
-        "feature_extractor": (ClapFeatureExtractor,),
-    }
-    for name, classes in kinds.items():
-        if not isinstance(parts[name], classes):
-            raise TypeError(f"{name} is a {type(parts[name]).__name__}, which this package cannot save")
-    for name in TOKENIZERS:
-        if not callable(getattr(parts[name], "save_pretrained", None)):
-            raise TypeError(f"{name} is a {type(parts[name]).__name__}, which has no save_pretrained")
-    for name in PARTS:
-        _check_weights(parts[name])
-    configs = {
-        "feature_extractor": parts["feature_extractor"].config.to_dict(),
-        "scheduler": parts["scheduler"].config_dict(),
-    }
-    for name in PARTS:
-        _write_stage(parts[name], folder / name)
-    for name in TOKENIZERS:
-        parts[name].save_pretrained(folder / name)
-    for name, config in configs.items():
-        (folder / name).mkdir(exist_ok=True)
-        write_json(folder / name / CONFIG_FILES[name], config)
-    write_index(
-        folder,
-        {
-            **{name: (form.library, form.class_name) for name, form in forms.items()},
-            **{name: ("transformers", type(parts[name]).__name__) for name in TOKENIZERS},
-            "feature_extractor": ("transformers", FEATURE_EXTRACTOR),
-            "scheduler": ("diffusers", type(parts["scheduler"]).__name__),
-        },
-    )
+    folder, options, settings = Path(folder), options or SaveOptions(), settings or {}
+    parts = {name: unwrapped(parts[name]) for name in part_classes()}
+    own = {name: part for name, part in parts.items() if isinstance(part, Stage)}
+    for name, part in parts.items():
+        _check_part(name, part, options)
+    for stage in own.values():
+        _check_weights(stage)
+    check_recommended(settings.get(RECOMMENDED, {}))
+    configs: dict[str, Mapping[str, Any]] = {}
+    if isinstance(parts["feature_extractor"], ClapFeatureExtractor):
+        configs["feature_extractor"] = parts["feature_extractor"].config.to_dict()
+    if isinstance(parts["scheduler"], Scheduler):
+        class_name = index_of(parts)["scheduler"][1]
+        configs["scheduler"] = {**parts["scheduler"].config_dict(), "_class_name": class_name}
+
+    with staging(folder) as staged:
+        for name, part in parts.items():
+            if name not in own and name not in configs:
+                save_itself(part, staged / name, options)
+                if name in PARTS:
+                    _check_saved(name, part, staged / name, options)
+        for name, stage in own.items():
+            _write_stage(stage, folder / name, options)
+        for path in sorted(staged.iterdir()):
+            name = path.name
+            written = take(path, folder / name)
+            if name in PARTS:
+                remove_stale_weights(folder / name, written, options.variant)
+            elif name in TOKENIZERS:
+                remove_stale_tokenizer(folder / name, written)
+        for name, config in configs.items():
+            (folder / name).mkdir(exist_ok=True)
+            write_json(folder / name / CONFIG_FILES[name], config)
+        if any(settings.values()):
+            write_json(folder / SETTINGS_FILE, settings)
+        else:
+            (folder / SETTINGS_FILE).unlink(missing_ok=True)
+        write_index(folder, index_of(parts))
+
+
+def _check_part(name: str, part: Any, options: SaveOptions) -> None:
+    """Raise TypeError unless a checkpoint can hold a part, and its own `save_pretrained` the format."""
+    kind = f"{name} is a {type(part).__name__}"
+    if index_entry(name, part) is None:
+        raise TypeError(f"{kind}, which this package cannot save as a {name}")
+    if name in PARTS and not isinstance(part, Stage) and not writes_format(part, options):
+        raise TypeError(f"{kind}, which writes safetensors only; leave out safe_serialization=False")
+
+
+def _check_saved(name: str, part: Any, folder: Path, options: SaveOptions) -> None:
+    """Raise TypeError unless what a part's own `save_pretrained` wrote can be loaded.
+
+    With an adapter, for example, it writes the adapter alone.
+    """
+    form = part_format(name, part)
+    assert form is not None
+    try:
+        files = WeightFiles(folder, options.variant)
+        fill(_stage_without_weights(folder, form), weight_map(form.weights), files, device="meta")
+    except CheckpointError as error:
+        reason = shortened(str(error).replace(f"{folder}", name))
+        raise TypeError(
+            f"{name} is a {type(part).__name__} that cannot be loaded again from what it saves ({reason}); "
+            "first merge adapters, remove parametrizations and undo quantization"
+        ) from error
 
 
 def load_tokenizer(folder: Path, class_name: str) -> Any:
@@ -338,17 +431,21 @@ def _load_extractor(content: Mapping[str, Any]) -> ClapFeatureExtractor:
     return ClapFeatureExtractor(ClapFeatureExtractorConfig.from_dict(content))
 
 
-def _load_scheduler(content: Mapping[str, Any], class_name: str) -> Scheduler:
-    scheduler = SCHEDULERS[class_name]
+def _load_scheduler(content: Mapping[str, Any], class_name: str) -> Any:
+    scheduler = scheduler_class("diffusers", class_name)
+    if not issubclass(scheduler, Scheduler):
+        return _load_foreign_scheduler(content, scheduler)
     hints = {**get_type_hints(scheduler.__init__), "_use_default_values": tuple[str, ...]}
     # A null may stand for False, as in diffusers' signatures.
     check_types(hints, {key: value for key, value in content.items() if value is not None})
     return scheduler.from_config(content)
 
 
-def _format_of_part(name: str, stage: Any) -> Format[Any]:
-    if isinstance(stage, Stage):
-        form = format_of(type(stage))
-        if form in PARTS[name]:
-            return form
-    raise TypeError(f"{name} is a {type(stage).__name__}, which this package cannot save as a {name}")
+def _load_foreign_scheduler(content: Mapping[str, Any], scheduler: type[Any]) -> Any:
+    if content.get("num_train_timesteps") is not None:
+        check_count("num_train_timesteps", content["num_train_timesteps"], highest=MAX_TRAINING_STEPS)
+    try:
+        return scheduler.from_config(dict(content))
+    except Exception as error:  # whatever its constructor raises for settings that it does not expect
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"diffusers' {scheduler.__name__} refuses these settings ({reason})") from error

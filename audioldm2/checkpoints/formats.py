@@ -8,6 +8,7 @@ A checkpoint is a folder with one subfolder per part and a model_index.json that
     tokenizer/, tokenizer_2/    transformers' tokenizers, see TOKENIZERS
     feature_extractor/          preprocessor_config.json
     scheduler/                  scheduler_config.json
+    audioldm2.json              optional, see `recommended`
 
 `PARTS` is the one table that connects a stage (`audioldm2.models`) to its checkpoints. A new stage gets one
 line there; see docs/adding-a-stage.md.
@@ -16,12 +17,16 @@ line there; see docs/adding-a-stage.md.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any, Generic, TypeVar
 
 from audioldm2.atomic import replacing
+from audioldm2.audio.log_mel import ClapFeatureExtractor
 from audioldm2.checkpoints.errors import CheckpointError
 from audioldm2.checkpoints.tensors import read_json
 from audioldm2.models.clap import ClapConfig, ClapModel
@@ -35,6 +40,7 @@ from audioldm2.models.unet import UNet, UNetConfig
 from audioldm2.models.vae import VAE, VAEConfig
 from audioldm2.models.vits import VitsTextConfig, VitsTextEncoder
 from audioldm2.schedulers import SCHEDULERS
+from audioldm2.schedulers.base import Scheduler
 
 StageT = TypeVar("StageT", bound=Stage[Any])
 
@@ -45,6 +51,9 @@ TOKENIZERS = {
     "tokenizer_2": ("T5Tokenizer", "T5TokenizerFast", "VitsTokenizer"),
 }
 FEATURE_EXTRACTOR = "ClapFeatureExtractor"
+# Where model_index.json may say that classes are. "audioldm2" is the folder of diffusers' pipeline.
+LIBRARIES = ("transformers", "diffusers", "audioldm2")
+_SCHEDULER_NAME = re.compile(r"[A-Z]\w{,80}Scheduler", re.ASCII)
 # The parts that have neither weights nor a vocabulary, and the file that each consists of.
 CONFIG_FILES = {"feature_extractor": "preprocessor_config.json", "scheduler": "scheduler_config.json"}
 
@@ -84,11 +93,12 @@ class Format(Generic[StageT]):
             return {"architectures": [self.class_name], "model_type": self.model_type}
         return {"_class_name": self.class_name}
 
-    @property
-    def weights_file(self) -> str:
-        """The name of the weights file that the library writes."""
-        stem = "model" if self.library == "transformers" else "diffusion_pytorch_model"
-        return f"{stem}.safetensors"
+    def weights_file(self, safe_serialization: bool = True) -> str:
+        """The name of the weights file that the library writes: safetensors, or `.bin`."""
+        suffix = "safetensors" if safe_serialization else "bin"
+        if self.library != "transformers":
+            return f"diffusion_pytorch_model.{suffix}"
+        return f"model.{suffix}" if safe_serialization else f"pytorch_model.{suffix}"
 
 
 # The parts that have weights, by their folder names on the Hub and in the order in which they run. A part
@@ -160,19 +170,23 @@ def format_of(stage: type[StageT]) -> Format[StageT]:
 
 
 def part_classes() -> dict[str, tuple[str, ...]]:
-    """All parts of a pipeline's checkpoint, and the classes that model_index.json may name for each."""
+    """All parts of a pipeline's checkpoint, and the classes that model_index.json may name for each.
+
+    The scheduler can also be one of diffusers; see `scheduler_class`.
+    """
     stages = {name: tuple(c for form in forms for c in form.classes) for name, forms in PARTS.items()}
     return {**stages, **TOKENIZERS, "feature_extractor": (FEATURE_EXTRACTOR,), "scheduler": tuple(SCHEDULERS)}
 
 
-def read_index(folder: Path) -> dict[str, str]:
+def read_index(folder: Path, replaced: Collection[str] = ()) -> dict[str, str]:
     """Read model_index.json.
 
     Args:
         folder: the checkpoint's.
+        replaced: the parts that are not loaded; their entries are not checked.
 
     Returns:
-        The class of each part.
+        The class of each part that is not replaced.
 
     Raises:
         CheckpointError: the file is missing or is for another pipeline, or a part is missing or of a class
@@ -183,30 +197,169 @@ def read_index(folder: Path) -> dict[str, str]:
     if "_class_name" not in index:
         raise CheckpointError(f"{path} does not say which pipeline it is for (_class_name)")
     if index["_class_name"] != PIPELINE:
-        raise CheckpointError(f"{path} is for a {index['_class_name']}; this package runs {PIPELINE} only")
-    classes = part_classes()
+        raise CheckpointError(
+            f"{path} is for a {_named(index['_class_name'])}; this package runs {PIPELINE} only"
+        )
+    classes = {name: supported for name, supported in part_classes().items() if name not in replaced}
     wrong = []
     for name, supported in classes.items():
         entry = index.get(name)
         if not isinstance(entry, list) or len(entry) != 2 or entry[1] is None:
             wrong.append(f"{name} is missing")
+        elif entry[0] not in LIBRARIES:
+            wrong.append(f"{name} is from {_named(entry[0])}, not {' or '.join(LIBRARIES)}")
+        elif name == "scheduler":
+            try:
+                scheduler_class(*entry)
+            except ValueError as error:
+                wrong.append(str(error))
         elif entry[1] not in supported:
-            wrong.append(f"{name} is of class {entry[1]}, not {' or '.join(supported)}")
+            wrong.append(f"{name} is of class {_named(entry[1])}, not {' or '.join(supported)}")
     if wrong:
         raise CheckpointError(f"{path}: {'; '.join(wrong)}")
     return {name: index[name][1] for name in classes}
 
 
-def write_index(folder: Path, classes: Mapping[str, tuple[str, str]]) -> None:
+def _named(value: Any) -> str:
+    """A name from a file, for an error message."""
+    return (
+        value if isinstance(value, str) and re.fullmatch(r"\w{1,80}", value, re.ASCII) else shortened(value)
+    )
+
+
+def scheduler_class(library: Any, name: Any) -> type[Any]:
+    """The class of a scheduler that model_index.json names: this package's, or else that of diffusers.
+
+    Only a scheduler of diffusers is ever imported, and only if this package has none of that name.
+
+    Args:
+        library: as in model_index.json.
+        name: the class's.
+
+    Raises:
+        ValueError: there is no such class, or diffusers is not installed.
+    """
+    own = SCHEDULERS
+    if isinstance(name, str) and name in own:
+        return own[name]
+    refused = ValueError(
+        f"scheduler is of class {_named(name)}, not {' or '.join(own)} or another scheduler of diffusers; "
+        "pass scheduler="
+    )
+    if library != "diffusers" or not isinstance(name, str) or not _SCHEDULER_NAME.fullmatch(name):
+        raise refused
+    try:
+        diffusers = import_module("diffusers")
+        found = getattr(diffusers, name)
+        base = diffusers.SchedulerMixin
+    except ModuleNotFoundError as error:
+        if error.name != "diffusers":
+            raise ValueError(f"scheduler is diffusers' {name}, which cannot be imported: {error}") from error
+        raise ValueError(
+            f"scheduler is diffusers' {name}, and diffusers is not installed; pip install diffusers, or pass "
+            f"scheduler={' or '.join(own)}"
+        ) from error
+    except AttributeError:
+        raise refused from None
+    except Exception as error:  # an optional dependency of diffusers, for example
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"scheduler is diffusers' {name}, which cannot be imported: {reason}") from error
+    needed = ("set_timesteps", "step", "from_config")
+    if (
+        not isinstance(found, type)
+        or not issubclass(found, base)
+        or not all(hasattr(found, x) for x in needed)
+    ):
+        raise refused
+    return found
+
+
+def part_format(name: str, part: Any) -> Format[Any] | None:
+    """The checkpoint format of a stage, or of a model of diffusers or transformers in a stage's place.
+
+    Args:
+        name: the stage's name in the pipeline.
+        part: the stage; not in a wrapper such as that of torch.compile.
+
+    Returns:
+        None if this place has no format for `part`.
+    """
+    if isinstance(part, Stage):
+        known = {form.stage for form in PARTS[name]}
+        nearest = next((base for base in type(part).__mro__ if base in known), None)
+        return next((form for form in PARTS[name] if form.stage is nearest), None)
+    if _library(part) in ("diffusers", "transformers") and _can_save(part):
+        return next((form for form in PARTS[name] if type(part).__name__ in form.classes), None)
+    return None
+
+
+def index_entry(name: str, part: Any) -> tuple[str, str] | None:
+    """What model_index.json says of a part: the library and the class.
+
+    Args:
+        name: the part's name in the pipeline.
+        part: the part; not in a wrapper such as that of torch.compile.
+
+    Returns:
+        None if a checkpoint cannot hold `part`.
+    """
+    class_name = type(part).__name__
+    if name in PARTS:
+        form = part_format(name, part)
+        if form is None:
+            return None
+        return form.library, form.class_name if isinstance(part, Stage) else class_name
+    if name in TOKENIZERS:
+        return ("transformers", class_name) if class_name in TOKENIZERS[name] and _can_save(part) else None
+    if name == "feature_extractor":
+        known = class_name == FEATURE_EXTRACTOR and _can_save(part)
+        return (
+            ("transformers", FEATURE_EXTRACTOR) if known or isinstance(part, ClapFeatureExtractor) else None
+        )
+    if isinstance(part, Scheduler):
+        # A subclass is saved as the scheduler that it extends.
+        nearest = next((base for base in type(part).__mro__ if base in SCHEDULERS.values()), None)
+        return None if nearest is None else ("diffusers", nearest.__name__)
+    if _library(part) == "diffusers" and _can_save(part):
+        found = getattr(import_module("diffusers"), class_name, None)
+        return ("diffusers", class_name) if found is type(part) else None
+    return None
+
+
+def index_of(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of model_index.json for a pipeline's parts.
+
+    Args:
+        parts: the parts by name, not in wrappers; others than a pipeline's are ignored.
+
+    Returns:
+        The pipeline's class, and for each part the library and the name of its class. They are those of the
+        part itself if a checkpoint cannot hold it.
+    """
+    entries = {
+        name: index_entry(name, parts[name]) or (_library(parts[name]), type(parts[name]).__name__)
+        for name in part_classes()
+    }
+    return {"_class_name": PIPELINE, **entries}
+
+
+def _library(part: Any) -> str:
+    return type(part).__module__.partition(".")[0]
+
+
+def _can_save(part: Any) -> bool:
+    return callable(getattr(part, "save_pretrained", None))
+
+
+def write_index(folder: Path, index: Mapping[str, Any]) -> None:
     """Write model_index.json.
 
     Args:
         folder: the checkpoint's.
-        classes: for each part, the library and the name of its class.
+        index: from `index_of`.
     """
-    parts = {name: [library, class_name] for name, (library, class_name) in classes.items()}
     # diffusers expects a version; the pipeline came with 0.21.
-    write_json(folder / INDEX, {"_class_name": PIPELINE, "_diffusers_version": "0.21.0", **parts})
+    write_json(folder / INDEX, {**index, "_diffusers_version": "0.21.0"})
 
 
 def check_folders(folder: Path, names: Sequence[str]) -> None:

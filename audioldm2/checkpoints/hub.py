@@ -43,6 +43,8 @@ class Source:
         cache_dir: folder for downloads; None is the Hub client's default.
         token: access token for private repositories; None uses the stored login.
         local_files_only: use an earlier download, without asking the Hub.
+        use_safetensors: True for weights in safetensors files only, False for `.bin` files only.
+        force_download: download again what was downloaded earlier.
     """
 
     repo_or_folder: str | Path
@@ -51,6 +53,8 @@ class Source:
     cache_dir: str | Path | None = None
     token: str | bool | None = None
     local_files_only: bool = False
+    use_safetensors: bool | None = None
+    force_download: bool = False
 
     @property
     def name(self) -> str:
@@ -64,7 +68,11 @@ class Source:
 
 
 def needed_files(
-    names: Collection[str], folders: Sequence[str], variant: str | None = None, weights: bool = True
+    names: Collection[str],
+    folders: Sequence[str],
+    variant: str | None = None,
+    use_safetensors: bool | None = None,
+    weights: bool = True,
 ) -> list[str]:
     """Select the files that have to be downloaded: each folder's configs and tokenizers and one weight file.
 
@@ -72,6 +80,7 @@ def needed_files(
         names: paths of all files in the repository, with forward slashes.
         folders: the subfolders that are needed; "" is the top level.
         variant: weights of a variant, such as "fp16".
+        use_safetensors: True for safetensors only, False for `.bin` only.
         weights: False leaves the weight files out.
 
     Returns:
@@ -85,7 +94,7 @@ def needed_files(
             for name, path in inside.items()
             if name.endswith(_SMALL) and not _SHARD_INDEX.fullmatch(name)
         ]
-        file = weights_file(inside, variant) if weights else None
+        file = weights_file(inside, variant, use_safetensors) if weights else None
         if file is not None:
             needed.append(inside[file])
     return sorted(needed)
@@ -101,7 +110,7 @@ def checkpoint_folder(
 ) -> Path:
     """The local folder of a checkpoint. If it is a repository on the Hub, it is downloaded first.
 
-    If the Hub cannot be reached, an earlier download is used, with a warning.
+    If the Hub cannot be reached, an earlier download is used, with a warning, unless `force_download` is set.
 
     Args:
         source: the checkpoint. An existing folder takes precedence; one with the name "tiny" only if it
@@ -144,7 +153,7 @@ def checkpoint_folder(
     try:
         return _download(source, folders, first, check, weights)
     except _HubError as error:
-        folder = _downloaded(source, first)
+        folder = None if source.force_download else _downloaded(source, first)
         if folder is not None:
             warnings.warn(f"the Hub cannot be reached; using an earlier download of {name}", stacklevel=3)
             return folder
@@ -176,9 +185,18 @@ def _download(
 
     def fetch(file: str) -> Path:
         with _client_errors(source):
-            return Path(hf_hub_download(name, file, revision=info.sha, cache_dir=cache, token=token))
+            path = hf_hub_download(
+                name,
+                file,
+                revision=info.sha,
+                cache_dir=cache,
+                token=token,
+                force_download=source.force_download,
+            )
+            return Path(path)
 
-    files = needed_files([entry.rfilename for entry in info.siblings or []], folders, source.variant, weights)
+    names = [entry.rfilename for entry in info.siblings or []]
+    files = needed_files(names, folders, source.variant, source.use_safetensors, weights)
     if str(first) in files:
         check(fetch(str(first)).parents[len(first.parts) - 1])
     # The shard index lists the shards, so it is downloaded before them.
@@ -190,7 +208,12 @@ def _download(
         # Pass the branch and not its commit: the client then records which commit the branch was at, and
         # finds the snapshot again when the Hub cannot be reached.
         folder = snapshot_download(
-            name, revision=source.revision, cache_dir=cache, token=token, allow_patterns=patterns
+            name,
+            revision=source.revision,
+            cache_dir=cache,
+            token=token,
+            allow_patterns=patterns,
+            force_download=source.force_download,
         )
     return Path(folder)
 

@@ -33,18 +33,23 @@ FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F
 _WINDOW_BYTES = 32 * 2**20
 
 
-def weights_file(names: Collection[str], variant: str | None = None) -> str | None:
+def weights_file(
+    names: Collection[str], variant: str | None = None, use_safetensors: bool | None = None
+) -> str | None:
     """Select the file to read weights from.
 
     Args:
         names: the names of all files in a folder.
         variant: weights of a variant, such as "fp16".
+        use_safetensors: True for safetensors only, False for `.bin` only.
 
     Returns:
         The name of a weight file or of a shard index; None if there is neither.
     """
     dot = f".{variant}" if variant else ""
     for suffix, stems in STEMS.items():
+        if use_safetensors is not None and use_safetensors != (suffix == "safetensors"):
+            continue
         for stem in stems:
             for name in (f"{stem}{dot}.{suffix}", f"{stem}.{suffix}.index{dot}.json"):
                 if name in names:
@@ -95,6 +100,7 @@ class WeightFiles:
     Args:
         folder: folder with the weight files.
         variant: weights of a variant: "fp16" selects `model.fp16.safetensors` and such.
+        use_safetensors: True for safetensors only, False for `.bin` only.
 
     Attributes:
         shapes: from each tensor's name to its shape.
@@ -105,10 +111,17 @@ class WeightFiles:
             contains more than tensors, or a shard is missing or outside the folder.
     """
 
-    def __init__(self, folder: Path, variant: str | None = None):
-        name = weights_file({path.name for path in folder.iterdir()}, variant) if folder.is_dir() else None
+    def __init__(self, folder: Path, variant: str | None = None, use_safetensors: bool | None = None):
+        names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        name = weights_file(names, variant, use_safetensors)
         if name is None:
             kind = f"weights of the variant '{variant}'" if variant else "weights"
+            if use_safetensors is not None:
+                form = "safetensors" if use_safetensors else ".bin"
+                raise CheckpointError(
+                    f"{folder} has no {kind} in {form} files; leave out use_safetensors={use_safetensors} to "
+                    "read others"
+                )
             raise CheckpointError(
                 f"{folder} has no {kind} (looked for model.safetensors and "
                 "diffusion_pytorch_model.safetensors, their shards, and .bin files)"

@@ -68,16 +68,23 @@ class Stage(nn.Module, Generic[ConfigT]):
     @classmethod
     def from_pretrained(
         cls: type[SelfT],
-        repo_or_folder: str | Path,
-        subfolder: str = "",
+        repo_or_folder: str | Path | None = None,
+        subfolder: str | None = "",
         *,
-        torch_dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        pretrained_model_name_or_path: str | Path | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | int | None = None,
+        device_map: torch.device | str | int | None = None,
         variant: str | None = None,
+        use_safetensors: bool | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
+        force_download: bool = False,
+        low_cpu_mem_usage: bool = True,
+        **others: Any,
     ) -> SelfT:
         """Load the stage from a checkpoint, in eval mode.
 
@@ -85,39 +92,89 @@ class Stage(nn.Module, Generic[ConfigT]):
             repo_or_folder: a local folder, "owner/name" on the Hub (only the files of this stage are
                 downloaded), or "tiny" for the checkpoint inside this package.
             subfolder: the stage's folder in the checkpoint, such as "unet"; "" if config.json is at the top.
-            torch_dtype: dtype of the weights; None keeps the checkpoint's own ("tiny" is loaded in float32).
-            device: where the weights are placed; None is the CPU.
+            pretrained_model_name_or_path: `repo_or_folder`, under the name that it has in diffusers.
+            torch_dtype: dtype of the weights, or its name as text; None keeps the checkpoint's own ("tiny" is
+                loaded in float32), and "auto" that of the stored weights.
+            dtype: the same, under the name that it has in newer releases of diffusers.
+            device: where the weights are placed; None is the CPU, and a number a CUDA device.
+            device_map: the same; "balanced" and "auto" are this machine's accelerator, or its CPU.
             variant: weights of a variant, such as "fp16".
+            use_safetensors: True reads safetensors files only, False `.bin` files only; None prefers
+                safetensors.
             revision: branch, tag or commit on the Hub.
             cache_dir: where downloads are stored; None is the Hub client's default.
             token: access token for private repositories; None uses the stored login.
             local_files_only: use earlier downloads only, without asking the Hub.
+            force_download: download again what was downloaded earlier.
+            low_cpu_mem_usage: has no effect, as loading never needs more memory than the weights.
 
         Returns:
             An instance of the class that this is called on.
 
         Raises:
             CheckpointError: the checkpoint cannot be found or read, or does not fit the stage.
-            ValueError: the dtype or the device is not supported.
+            TypeError: an argument is not known.
+            ValueError: an argument has a value that is not supported, such as a device that is not available.
         """
         from audioldm2.checkpoints.folder import load_pretrained_stage
-        from audioldm2.checkpoints.hub import Source
+        from audioldm2.checkpoints.options import load_options
 
-        source = Source(repo_or_folder, variant, revision, cache_dir, token, local_files_only)
-        return load_pretrained_stage(cls, source, subfolder, torch_dtype, device)
+        options = load_options(
+            repo_or_folder,
+            pretrained_model_name_or_path,
+            torch_dtype=torch_dtype,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            variant=variant,
+            use_safetensors=use_safetensors,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            force_download=force_download,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            others=others,
+        )
+        return load_pretrained_stage(cls, options.source, subfolder or "", options.dtype, options.device)
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(
+        self,
+        folder: str | Path | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = "10GB",
+        *,
+        save_directory: str | Path | None = None,
+        **others: Any,
+    ) -> None:
         """Write config.json and the weights such that diffusers or transformers can load them.
 
         Args:
-            folder: created if it does not exist; files of an earlier save are replaced.
+            folder: created if it does not exist. Files of an earlier save are replaced; its weights of the
+                same variant are removed, also those in the other format.
+            safe_serialization: False writes `.bin` files instead of safetensors.
+            variant: goes into the names of the weight files: "fp16" writes model.fp16.safetensors.
+            max_shard_size: larger weights are split into several files; bytes, or text such as "5GB".
+            save_directory: `folder`, under the name that it has in diffusers.
 
         Raises:
-            TypeError: the class is not registered in `audioldm2.checkpoints.formats.PARTS`.
+            TypeError: the class is not registered in `audioldm2.checkpoints.formats.PARTS`, or an argument is
+                not known.
+            ValueError: an argument has a value that is not supported.
         """
         from audioldm2.checkpoints.folder import save_stage
+        from audioldm2.checkpoints.options import save_options
 
-        save_stage(self, Path(folder))
+        path, options = save_options(
+            folder,
+            save_directory,
+            safe_serialization=safe_serialization,
+            variant=variant,
+            max_shard_size=max_shard_size,
+            **others,
+        )
+        save_stage(self, path, options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         refuse_return_dict(type(self).__name__, kwargs)

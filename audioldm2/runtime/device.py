@@ -9,13 +9,17 @@ def available_device(name: torch.device | str | int) -> torch.device:
     """The device of that name, if this machine has it.
 
     Args:
-        name: a torch.device, a name such as "cpu", "cuda", "cuda:1" or "mps", or the index of a CUDA device.
+        name: a torch.device, a name such as "cpu", "cuda", "cuda:1" or "mps", or the number of a CUDA device.
 
     Raises:
         ValueError: the device is unknown, not supported, or not available on this machine.
     """
+    if isinstance(name, int) and not isinstance(name, bool):
+        name = f"cuda:{name}"  # PyTorch's own meaning of a number depends on the machine
     try:
-        device = torch.device("cuda", name) if isinstance(name, int) else torch.device(name)
+        device = torch.device(name)
+        if isinstance(name, str) and str(device) != name:
+            raise RuntimeError(f"PyTorch reads it as {device}")  # cuda:256 as cuda:0
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"unknown device {str(name)!r}; use cpu, cuda, cuda:1, mps or xpu") from error
     if device.type not in ("cpu", "cuda", "mps", "xpu"):
@@ -31,3 +35,13 @@ def available_device(name: torch.device | str | int) -> torch.device:
             "device xpu is not available: this machine has no Intel GPU, or this build of PyTorch no support"
         )
     return device
+
+
+def default_accelerator() -> torch.device:
+    """The first accelerator of this machine, or the CPU if it has none."""
+    for name in ("cuda", "mps", "xpu"):
+        try:
+            return available_device(name)
+        except ValueError:
+            continue
+    return torch.device("cpu")

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from audioldm2 import AudioLDM2Pipeline, ClapFeatureExtractor, DDIMScheduler
+from audioldm2 import AudioLDM2Pipeline, ClapFeatureExtractor, DDIMScheduler, DPMSolverMultistepScheduler
 from audioldm2.audio.log_mel import ClapFeatureExtractorConfig
 from audioldm2.checkpoints.formats import PARTS, TOKENIZERS
+from audioldm2.frozen import FrozenMapping
 from scripts.tiny.data.tokenizers import read_tokenizers
 from scripts.tiny.loop import Run
-from scripts.tiny.sizes import FEATURE_EXTRACTOR, SCHEDULER, TINY
+from scripts.tiny.sizes import FEATURE_EXTRACTOR, RECOMMENDED, SCHEDULER, TINY
 
 
 def pipeline(run: Run) -> AudioLDM2Pipeline:
@@ -67,7 +68,7 @@ def take_parts(run: Run, folder: Path) -> set[str]:
 
 
 def assemble(run: Run, folder: Path) -> None:
-    """Write the trained checkpoint, float16, in the Hub's layout.
+    """Write the trained checkpoint, float16, in the Hub's layout, with DPM-Solver++ and `RECOMMENDED`.
 
     Args:
         run: whose parts to take.
@@ -80,4 +81,7 @@ def assemble(run: Run, folder: Path) -> None:
     missing = [name for name in PARTS if name not in trained]
     if missing:
         raise FileNotFoundError(f"{run.checkpoint} lacks {', '.join(missing)}; train the missing parts first")
-    pipeline(run).to(torch.float16).save_pretrained(folder)
+    pipe = pipeline(run).to(torch.float16)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.recommended = FrozenMapping(RECOMMENDED)
+    pipe.save_pretrained(folder)

@@ -113,3 +113,6 @@ SCHEDULER: dict[str, Any] = {
     "rescale_betas_zero_snr": True,
     "timestep_spacing": "trailing",
 }
+
+# The arguments of the pipeline's call that the checkpoint recommends, for DPM-Solver++, its sampler.
+RECOMMENDED: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 2.0}

@@ -103,13 +103,13 @@ def test_parts_of_other_classes_are_all_named(checkpoint):
     edit_json(
         checkpoint / "model_index.json",
         unet=["diffusers", "UNet2DConditionModel"],
-        scheduler=["diffusers", "EulerDiscreteScheduler"],
+        scheduler=["diffusers", "EulerScheduler"],
         tokenizer=["transformers", "CLIPTokenizer"],
     )
     message = pipeline_refusal(checkpoint)
     assert "unet is of class UNet2DConditionModel, not AudioLDM2UNet2DConditionModel" in message
     assert (
-        "scheduler is of class EulerDiscreteScheduler, not DDIMScheduler or DPMSolverMultistepScheduler"
+        "scheduler is of class EulerScheduler, not DDIMScheduler or DPMSolverMultistepScheduler"
         in message
     )
     assert "tokenizer is of class CLIPTokenizer, not RobertaTokenizer" in message

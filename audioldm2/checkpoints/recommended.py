@@ -1,0 +1,102 @@
+"""audioldm2.json: what a checkpoint says about itself that only this package reads; diffusers ignores it.
+
+    {"recommended": {"num_inference_steps": 20, "guidance_scale": 2.0}, ...}
+
+`recommended` has arguments of the pipeline's call with which the checkpoint gives good results. Other entries
+are for other parts of the package; they are not checked here, and a pipeline that is saved keeps them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from reprlib import repr as shortened
+from typing import Any
+
+from audioldm2.arguments import as_texts, check_count, check_length, check_number
+from audioldm2.checkpoints.errors import CheckpointError
+from audioldm2.checkpoints.tensors import read_json
+
+SETTINGS_FILE = "audioldm2.json"
+RECOMMENDED = "recommended"
+MAX_GUIDANCE = 100.0
+MAX_NEGATIVE_PROMPT = 1000  # characters
+
+
+def _check_guidance(value: Any) -> None:
+    check_number("guidance_scale", value)
+    if abs(value) > MAX_GUIDANCE:
+        raise ValueError(f"guidance_scale must be at most {MAX_GUIDANCE:g}, got {shortened(value)}")
+
+
+def _check_negative_prompt(value: Any) -> None:
+    if not isinstance(value, str) or len(value) > MAX_NEGATIVE_PROMPT:
+        raise ValueError(
+            f"negative_prompt must be a string of at most {MAX_NEGATIVE_PROMPT} characters, "
+            f"got {shortened(value)}"
+        )
+    as_texts("negative_prompt", value, empty=True)
+
+
+_CHECKS: dict[str, Callable[[Any], None]] = {
+    "num_inference_steps": lambda value: check_count("num_inference_steps", value, highest=10_000),
+    "guidance_scale": _check_guidance,
+    "negative_prompt": _check_negative_prompt,
+    "audio_length_in_s": check_length,
+}
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Read audioldm2.json.
+
+    Args:
+        folder: the checkpoint's.
+
+    Returns:
+        The content of the file; {} if the checkpoint has none. Of the recommended settings, those whose names
+        are not known are left out, with a warning: a later version may know them.
+
+    Raises:
+        CheckpointError: the file cannot be read, or recommends something that is not possible.
+    """
+    path = folder / SETTINGS_FILE
+    if not path.exists():
+        return {}
+    content = read_json(path)
+    if RECOMMENDED not in content:
+        return content
+    settings = content[RECOMMENDED]
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path}: {RECOMMENDED} must be a JSON object, got {shortened(settings)}")
+    unknown = [name for name in settings if name not in _CHECKS]
+    if unknown:
+        warnings.warn(
+            f"{path}: recommended settings that are not known are ignored: {shortened(unknown)}", stacklevel=4
+        )
+    known = {name: value for name, value in settings.items() if name in _CHECKS}
+    try:
+        check_recommended(known)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return {**content, RECOMMENDED: known}
+
+
+def check_recommended(settings: Any) -> None:
+    """Check recommended settings.
+
+    Raises:
+        TypeError: `settings` is not a mapping.
+        ValueError: a name is not known, or a value is not possible.
+    """
+    if not isinstance(settings, Mapping):
+        raise TypeError(f"recommended settings must be a mapping, got {shortened(settings)}")
+    for name, value in settings.items():
+        if name not in _CHECKS:
+            raise ValueError(
+                f"{shortened(name)} cannot be recommended; the settings are {', '.join(_CHECKS)}"
+            )
+        try:
+            _CHECKS[name](value)
+        except OverflowError as error:  # an integer that is too large for a float
+            raise ValueError(f"{name} is too large: {shortened(value)}") from error
