@@ -29,6 +29,7 @@ from audioldm2.atomic import replacing
 from audioldm2.audio.log_mel import ClapFeatureExtractor
 from audioldm2.checkpoints.errors import CheckpointError
 from audioldm2.checkpoints.tensors import read_json
+from audioldm2.frozen import FrozenMapping
 from audioldm2.models.clap import ClapConfig, ClapModel
 from audioldm2.models.config import Config
 from audioldm2.models.gpt2 import GPT2, GPT2Config
@@ -39,6 +40,7 @@ from audioldm2.models.t5 import T5Config, T5Encoder
 from audioldm2.models.unet import UNet, UNetConfig
 from audioldm2.models.vae import VAE, VAEConfig
 from audioldm2.models.vits import VitsTextConfig, VitsTextEncoder
+from audioldm2.runtime.foreign import unwrapped
 from audioldm2.schedulers import SCHEDULERS
 from audioldm2.schedulers.base import Scheduler
 
@@ -279,11 +281,12 @@ def part_format(name: str, part: Any) -> Format[Any] | None:
 
     Args:
         name: the stage's name in the pipeline.
-        part: the stage; not in a wrapper such as that of torch.compile.
+        part: the stage, perhaps in a wrapper such as that of torch.compile.
 
     Returns:
         None if this place has no format for `part`.
     """
+    part = unwrapped(part)
     if isinstance(part, Stage):
         known = {form.stage for form in PARTS[name]}
         nearest = next((base for base in type(part).__mro__ if base in known), None)
@@ -298,11 +301,12 @@ def index_entry(name: str, part: Any) -> tuple[str, str] | None:
 
     Args:
         name: the part's name in the pipeline.
-        part: the part; not in a wrapper such as that of torch.compile.
+        part: the part, perhaps in a wrapper such as that of torch.compile.
 
     Returns:
         None if a checkpoint cannot hold `part`.
     """
+    part = unwrapped(part)
     class_name = type(part).__name__
     if name in PARTS:
         form = part_format(name, part)
@@ -330,7 +334,7 @@ def index_of(parts: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of model_index.json for a pipeline's parts.
 
     Args:
-        parts: the parts by name, not in wrappers; others than a pipeline's are ignored.
+        parts: the parts by name, perhaps in wrappers; others than a pipeline's are ignored.
 
     Returns:
         The pipeline's class, and for each part the library and the name of its class. They are those of the
@@ -340,7 +344,18 @@ def index_of(parts: Mapping[str, Any]) -> dict[str, Any]:
         name: index_entry(name, parts[name]) or (_library(parts[name]), type(parts[name]).__name__)
         for name in part_classes()
     }
-    return {"_class_name": PIPELINE, **entries}
+    # diffusers expects a version; the pipeline came with 0.21.
+    return {"_class_name": PIPELINE, "_diffusers_version": "0.21.0", **entries}
+
+
+def pipeline_config(parts: Mapping[str, Any], name_or_path: str) -> FrozenMapping:
+    """The config of a pipeline, as in diffusers: what model_index.json would say, and `_name_or_path`.
+
+    Args:
+        parts: as for `index_of`.
+        name_or_path: where the pipeline was loaded from; "" if it was not.
+    """
+    return FrozenMapping({**index_of(parts), "_name_or_path": name_or_path})
 
 
 def _library(part: Any) -> str:
@@ -358,8 +373,7 @@ def write_index(folder: Path, index: Mapping[str, Any]) -> None:
         folder: the checkpoint's.
         index: from `index_of`.
     """
-    # diffusers expects a version; the pipeline came with 0.21.
-    write_json(folder / INDEX, {**index, "_diffusers_version": "0.21.0"})
+    write_json(folder / INDEX, index)
 
 
 def check_folders(folder: Path, names: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import os
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -127,6 +128,8 @@ def checkpoint_folder(
             and there is no earlier download.
     """
     name = source.name
+    if not isinstance(source.repo_or_folder, str | os.PathLike):
+        raise CheckpointError(f"{_not_found(source.repo_or_folder)}{_TINY_HINT}")
     local = Path(name).expanduser()
     first = PurePosixPath(folders[0], first_file)
     if name and local.is_dir() and (name != TINY or (local / first).is_file()):
@@ -256,7 +259,7 @@ def _client_errors(source: Source) -> Iterator[None]:
         raise _HubError((str(error).strip() or type(error).__name__).splitlines()[0]) from error
 
 
-def _not_found(name: str) -> str:
+def _not_found(name: object) -> str:
     return f"{name!r} is neither a local folder nor a repository on the Hub (owner/name)"
 
 

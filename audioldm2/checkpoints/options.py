@@ -55,6 +55,9 @@ _LOADING_INSTEAD = {
     "use_onnx": _NO_ONNX,
     "quantization_config": "quantize the stages after loading, pipe.unet for example",
     "use_flashpack": "convert the checkpoint to safetensors",
+    "flashpack_kwargs": "convert the checkpoint to safetensors",
+    "dduf_file": "unpack it into a folder",
+    "parallel_config": _NO_SPLITTING,
     "disable_mmap": "copy the checkpoint to a local disk",
     "ignore_mismatched_sizes": "random weights make noise; load a checkpoint that fits",
     "output_loading_info": "loading is exact: every tensor is used, or an error names it",
@@ -171,19 +174,13 @@ def part_dtype(dtype: Dtypes, folder: Path, name: str = "") -> torch.dtype | Non
     return None if isinstance(dtype, str) else dtype
 
 
-def _location(repo_or_folder: Any, pretrained_model_name_or_path: Any) -> str | Path:
-    given = [x for x in (repo_or_folder, pretrained_model_name_or_path) if x is not None]
-    if len(given) != 1:
-        count = "both" if given else "neither"
+def _location(repo_or_folder: Any, pretrained_model_name_or_path: Any) -> Any:
+    if repo_or_folder is not None and pretrained_model_name_or_path is not None:
         raise TypeError(
-            "from_pretrained() needs a folder or a repository, as its first argument or as "
-            f"pretrained_model_name_or_path; got {count}"
+            "from_pretrained() got a checkpoint and pretrained_model_name_or_path; pass one of them"
         )
-    if not isinstance(given[0], str | os.PathLike):
-        raise TypeError(
-            f"from_pretrained() needs the name of a folder or repository, got {shortened(given[0])}"
-        )
-    return Path(given[0]) if isinstance(given[0], os.PathLike) else given[0]
+    location = pretrained_model_name_or_path if repo_or_folder is None else repo_or_folder
+    return Path(location) if isinstance(location, os.PathLike) else location  # checked in `checkpoint_folder`
 
 
 def _chosen_dtype(torch_dtype: Any, dtype: Any, part_names: Collection[str]) -> Dtypes:
