@@ -52,6 +52,7 @@ def weights_name(part: str) -> str:
 NEEDED = sorted(
     [
         "model_index.json",
+        "audioldm2.json",
         "feature_extractor/preprocessor_config.json",
         "scheduler/scheduler_config.json",
         *TOKENIZERS,
@@ -76,7 +77,10 @@ def load_all(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
     results = []
     for step in steps:
         result: dict[str, Any] = {}
-        part, name, options = step.get("part"), step["load"], step.get("options", {})
+        part, name, options = step.get("part"), step["load"], dict(step.get("options", {}))
+        if "parts" in step:  # of a local folder, in place of the repository's
+            local = AudioLDM2Pipeline.from_pretrained(step["parts_of"])
+            options |= {name: getattr(local, name) for name in step["parts"]}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
@@ -221,6 +225,7 @@ class LocalHub:
 def publish(checkpoint: Path, root: Path) -> dict[tuple[str, str], Path]:
     """Make repositories from a checkpoint; returns their folders by name and commit."""
     whole = Path(shutil.copytree(checkpoint, root / "whole"))
+    (whole / "audioldm2.json").write_text('{"recommended": {"guidance_scale": 2.0}}')
     binary = root / "binary" / "vocoder"
     for part in PARTS:
         safe = whole / weights_name(part)

@@ -32,6 +32,7 @@ from tests.checkpoints.local_hub import (
 
 TINY_HINT = '"tiny" is included in the package and needs no download'
 
+GIVEN = ["unet", "vocoder", "tokenizer", "scheduler"]
 # What is loaded while the Hub can be reached, and after it was stopped. Later steps find the downloads of
 # earlier ones in the cache.
 REACHED: dict[str, dict[str, Any]] = {
@@ -41,10 +42,14 @@ REACHED: dict[str, dict[str, Any]] = {
     "from the cache": {"load": WHOLE, "options": {"local_files_only": True}},
     "variant": {"load": WHOLE, "part": "vae", "options": {"variant": "fp16"}},
     "no such variant": {"load": WHOLE, "part": "vae", "options": {"variant": "int8"}},
+    "bin only": {"load": WHOLE, "part": "vae", "options": {"use_safetensors": False}},
+    "again": {"load": WHOLE, "part": "vae", "options": {"force_download": True}},
+    "other parts": {"load": WHOLE, "parts": GIVEN},
     "sharded": {"load": WHOLE, "part": "unet", "options": {"revision": "sharded"}},
     "commit": {"load": WHOLE, "part": "unet", "options": {"revision": SHARDED}},
     "evil": {"load": WHOLE, "part": "unet", "options": {"revision": "evil"}},
     "binary": {"load": BINARY, "part": "vocoder"},
+    "safetensors only": {"load": BINARY, "part": "vocoder", "options": {"use_safetensors": True}},
     "no such part": {"load": BINARY, "part": "unet"},
     "no such repository": {"load": "owner/unknown"},
     "no such revision": {"load": WHOLE, "options": {"revision": "unknown"}},
@@ -58,6 +63,7 @@ UNREACHED: dict[str, dict[str, Any]] = {
     "commit": {"load": WHOLE, "part": "unet", "options": {"revision": SHARDED}},
     "binary": {"load": BINARY, "part": "vocoder"},
     "local_files_only": {"load": WHOLE, "options": {"local_files_only": True}},
+    "again": {"load": WHOLE, "options": {"force_download": True}},
     "never downloaded": {"load": "owner/unknown"},
     "only in part downloaded": {"load": BINARY},
 }
@@ -71,7 +77,9 @@ def outcomes(
     root = tmp_path_factory.mktemp("hub")
     hub = LocalHub(publish(random_checkpoint, root))
     try:
-        reached = hub.outcomes(REACHED, root / "home")
+        steps = {name: {**step, "parts_of": str(random_checkpoint)} for name, step in REACHED.items()}
+        steps["other parts"]["options"] = {"cache_dir": str(root / "another cache")}
+        reached = hub.outcomes(steps, root / "home")
     finally:
         hub.stop()
     return reached, hub.outcomes(UNREACHED, root / "home")
@@ -124,6 +132,29 @@ def test_a_variant_is_downloaded_instead(reached, random_checkpoint):
     assert outcome.stages == {"vae": digest(half)}
     assert "has no weights of the variant 'int8'" in reached["no such variant"].error
     assert reached["no such variant"].downloads == []
+
+
+def test_bin_files_alone_or_safetensors_alone(reached, digests):
+    assert reached["bin only"].downloads == ["vae/diffusion_pytorch_model.bin"]
+    assert reached["bin only"].stages == {"vae": digests["vae"]}
+    assert "has no weights in safetensors files; leave out use_safetensors=True" in (
+        reached["safetensors only"].error
+    )
+    assert reached["safetensors only"].downloads == []  # it has the config already
+
+
+def test_a_forced_download_downloads_again(reached, unreached, digests):
+    assert reached["again"].downloads.count("vae/diffusion_pytorch_model.safetensors") == 1
+    assert "vae/config.json" in reached["again"].downloads
+    assert reached["again"].stages == {"vae": digests["vae"]}
+    # An earlier download does not do.
+    assert "the Hub cannot be reached" in unreached["again"].error
+
+
+def test_the_files_of_parts_that_are_passed_are_not_downloaded(reached, digests):
+    outcome = reached["other parts"]
+    assert outcome.stages == digests
+    assert outcome.downloads == [file for file in NEEDED if file.split("/")[0] not in GIVEN]
 
 
 def test_shards_are_downloaded_as_their_index_says(reached, digests):

@@ -11,7 +11,6 @@ import pytest
 from audioldm2 import AudioLDM2Pipeline, CheckpointError, DPMSolverMultistepScheduler
 from audioldm2.checkpoints.recommended import read_settings
 from tests.helpers import load_pipeline
-from tests.reference import reference_pipeline
 
 SETTINGS = {
     "num_inference_steps": 3,
@@ -44,7 +43,6 @@ def test_the_call_takes_what_is_recommended_and_saving_keeps_it(checkpoint, tmp_
     pipe.save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "audioldm2.json").read_text())
     assert saved == {"recommended": SETTINGS, "log_mel": {"hop_length": 160}}
-    assert reference_pipeline(tmp_path / "saved")
 
 
 def test_a_checkpoint_without_the_file_recommends_nothing(checkpoint, pipe):
