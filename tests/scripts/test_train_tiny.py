@@ -61,6 +61,10 @@ def test_all_stages_give_a_checkpoint_that_generates(tmp_path: Path, monkeypatch
     assert str(tmp_path / "tiny") in done.stdout
     pipe = AudioLDM2Pipeline.from_pretrained(tmp_path / "tiny")
     assert pipe.dtype == torch.float16
+    shipped = AudioLDM2Pipeline.from_pretrained("tiny")
+    assert pipe.recommended == shipped.recommended != {}
+    assert type(pipe.scheduler) is type(shipped.scheduler)
+    assert pipe.scheduler.config_dict() == shipped.scheduler.config_dict()
     pipe.to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a bell", num_inference_steps=1).audios.shape == (1, 81920)
