@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from audioldm2.arguments import as_texts, check_count
+from audioldm2.checkpoints.formats import pipeline_config
 from audioldm2.conditioning import Text, tokenize
 from audioldm2.noise import Generators
 from audioldm2.ranking import best_first, score
@@ -37,12 +38,23 @@ class DiffusersMethods(StageRunner, ABC):
     def vocode(self, mel: Tensor) -> Tensor:
         """Turn log-mel spectrograms into waveforms."""
 
+    _name_or_path: str
     other_parts: ClassVar[tuple[str, ...]]  # beside the stages: tokenizers, feature extractor and scheduler
 
     @property
     def components(self) -> dict[str, Any]:
         """All parts by name, as another pipeline takes them: `AudioLDM2Pipeline(**pipe.components)`."""
         return {name: getattr(self, name) for name in (*self.stage_names, *self.other_parts)}
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What model_index.json would say: the library and class of each part; and `_name_or_path`."""
+        return pipeline_config(self.components, self._name_or_path)
+
+    @property
+    def name_or_path(self) -> str:
+        """What the pipeline was loaded from; "" if it was made from parts."""
+        return self._name_or_path
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} on {self.device}, {str(self.dtype).removeprefix('torch.')}"]

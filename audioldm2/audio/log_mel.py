@@ -36,7 +36,6 @@ from audioldm2.audio.waveforms import check_waveform
 MAX_FILTER_WEIGHTS = 2**22  # of a mel filter bank, bins times bands
 MAX_SPECTRUM = 2**25  # frames times bins of CLAP's window
 MAX_HOP_LENGTH = 2**14  # of a vocoder
-SETTINGS_FILE = "audioldm2.json"  # of a checkpoint: what its other configs do not say
 
 # Slaney's mel scale (Auditory Toolbox, 1998): linear below 1 kHz, logarithmic above.
 LINEAR_STEP = 200 / 3  # Hz per mel below the bend
@@ -553,13 +552,11 @@ def log_mel_settings(folder: Path) -> dict[str, Any]:
         CheckpointError: the file cannot be read, or has a name or a type that `LogMelConfig` does not have.
     """
     from audioldm2.checkpoints.errors import CheckpointError
-    from audioldm2.checkpoints.tensors import read_json
+    from audioldm2.checkpoints.recommended import SETTINGS_FILE, read_settings
     from audioldm2.models.config import check_types
 
     path = folder / SETTINGS_FILE
-    if not path.exists():
-        return {}
-    settings = read_json(path).get("log_mel", {})
+    settings = read_settings(folder).get("log_mel", {})
     hints = get_type_hints(LogMelConfig)
     if not isinstance(settings, dict) or not settings.keys() <= hints.keys():
         raise CheckpointError(f"{path}: log_mel must be an object with some of {', '.join(hints)}")

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from audioldm2.arguments import check_count
-from audioldm2.audio.log_mel import ClapFeatureExtractor, ClapFeatureExtractorConfig
+from audioldm2.audio.log_mel import ClapFeatureExtractor, ClapFeatureExtractorConfig, log_mel_settings
 from audioldm2.checkpoints.errors import CheckpointError
 from audioldm2.checkpoints.fill import fill
 from audioldm2.checkpoints.formats import (
@@ -270,6 +270,7 @@ def load_checkpoint(
     classes = read_index(folder, replaced=parts)
     check_folders(folder, needed)
     settings = read_settings(folder)
+    log_mel_settings(folder)  # told now if they cannot be used, and not when a sound is encoded
     # Importing transformers takes a second, during which weights are read.
     with ThreadPoolExecutor(max_workers=1) as pool:
         tokenizers = {

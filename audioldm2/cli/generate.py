@@ -85,7 +85,7 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
             transcription=options.transcription,
             num_waveforms_per_prompt=options.candidates,
             generator=torch.Generator(device).manual_seed(seed),
-            **_recommended(options, getattr(pipe, "recommended", {})),
+            **_recommended(options, pipe.recommended),
         )
     best = result[0][0]  # (samples,), the best candidate
 
