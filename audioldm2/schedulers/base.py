@@ -14,13 +14,16 @@ them as Python floats. A step multiplies tensors by them and never waits for the
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from numbers import Real
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from audioldm2.arguments import check_choice, check_count
+from audioldm2.arguments import as_integer, check_choice, check_count, check_number
 from audioldm2.schedulers.config import Configurable
 from audioldm2.schedulers.noise_schedule import (
     BETA_SCHEDULES,
@@ -31,6 +34,9 @@ from audioldm2.schedulers.noise_schedule import (
     zero_terminal_snr,
 )
 from audioldm2.schedulers.prediction import PREDICTION_TYPES
+
+# Far more than any model was trained with (1000, at most 4000); a config with more is wrong or hostile.
+MAX_TRAIN_TIMESTEPS = 100_000
 
 
 class StepOutput(Protocol):
@@ -44,8 +50,9 @@ class Scheduler(Configurable, ABC):
     """Base class of the samplers; a subclass adds `__init__`, `set_timesteps` and `step`.
 
     Attributes:
-        betas: the variances of the training steps, (T,) float32 on the CPU.
-        alphas_cumprod: abar of the training steps, (T,) float32 on the CPU.
+        betas: the variances of the training steps, (T,) float32.
+        alphas: 1 - betas.
+        alphas_cumprod: abar of the training steps, (T,) float32. `set_timesteps` reads it.
         timesteps: the timesteps of the run, (N,) int64 on the device given to `set_timesteps`, from noisy to
             clean. Before `set_timesteps`, all T training steps.
         num_inference_steps: N, or None before `set_timesteps`.
@@ -64,20 +71,29 @@ class Scheduler(Configurable, ABC):
         """Build the noise schedule from `self.config`, which the subclass's `__init__` recorded."""
         config = self.config
         total = config.num_train_timesteps
-        check_count("num_train_timesteps", total, lowest=2)
+        check_count("num_train_timesteps", total, lowest=2, highest=MAX_TRAIN_TIMESTEPS)
         check_choice("beta_schedule", config.beta_schedule, BETA_SCHEDULES)
         check_choice("prediction_type", config.get("prediction_type", "epsilon"), PREDICTION_TYPES)
         check_choice("timestep_spacing", config.get("timestep_spacing", "leading"), TIMESTEP_SPACINGS)
+        check_count("steps_offset", config.get("steps_offset", 0), lowest=0, highest=total - 1)
         ratio = config.get("dynamic_thresholding_ratio", 1.0)
         if not 0 <= ratio <= 1:
             raise ValueError(f"dynamic_thresholding_ratio must lie in [0, 1], got {ratio}")
+        for name in ("sample_max_value", "clip_sample_range"):
+            check_number(name, config.get(name, 1.0))
+            if config.get(name, 1.0) <= 0:
+                raise ValueError(f"{name} must be positive, got {config[name]}")
 
-        betas = self._betas()
-        self.betas = zero_terminal_snr(betas) if config.get("rescale_betas_zero_snr") else betas
-        self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)
-        self._abar = self.alphas_cumprod  # the same values on the device where they were needed last
+        self.betas = self._betas()
+        self.alphas = 1 - self.betas
+        self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
+        self._moved = self.alphas_cumprod, self.alphas_cumprod  # and a copy where it was needed last
         self._set_timesteps(list(range(total - 1, -1, -1)))
         self.num_inference_steps = None
+
+    def __len__(self) -> int:
+        """T, the number of training steps."""
+        return self.config.num_train_timesteps
 
     @abstractmethod
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
@@ -127,8 +143,25 @@ class Scheduler(Configurable, ABC):
         Raises:
             ValueError: if a timestep on the CPU is not a training step.
         """
-        steps = self._training_timesteps(timesteps, original_samples.device)
+        steps = self._training_timesteps(timesteps, original_samples, noise)
         return mix_noise(original_samples, noise, self._abar_on(original_samples.device)[steps])
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
+        """The target of training with "v_prediction": v = sqrt(abar_t) noise - sqrt(1 - abar_t) x_0.
+
+        Args:
+            sample: x_0, (B, ...).
+            noise: (B, ...).
+            timesteps: t, training steps, (B,), or one for all.
+
+        Returns:
+            v, (B, ...).
+
+        Raises:
+            ValueError: as in `add_noise`.
+        """
+        steps = self._training_timesteps(timesteps, sample, noise, "sample")
+        return mix_noise(noise, -sample, self._abar_on(sample.device)[steps])
 
     # ------------------------------------------------------------ the noise schedule
 
@@ -140,20 +173,45 @@ class Scheduler(Configurable, ABC):
                     raise ValueError(f"{name} must lie between 0 and 1, got {config[name]}")
             betas = make_betas(config.beta_schedule, config.beta_start, config.beta_end, total)
         else:
-            betas = torch.as_tensor(config.trained_betas).to("cpu", torch.float32, copy=True)
-            self._update_config(trained_betas=betas.double().tolist())
-            if betas.shape != (total,):
-                raise ValueError(
-                    f"trained_betas has shape {tuple(betas.shape)}, but num_train_timesteps is {total}; "
-                    "pass one beta for each training step"
-                )
+            betas = self._trained_betas(config.trained_betas, total)
+        names = ("beta_start", "beta_end") if config.trained_betas is None else ("trained_betas",) * 2
+        abar = torch.cumprod(1 - betas, dim=0)
+        if abar[0] == 1:
+            raise ValueError(f"{names[0]} is too small: in float32, 1 - beta is 1 at the first training step")
+        if abar[-1] == 0:
+            raise ValueError(
+                f"{names[1]} is too large: in float32, alphas_cumprod is 0 at the last of the {total} "
+                "training steps"
+            )
+        if not config.get("rescale_betas_zero_snr"):
+            return betas
+        betas = zero_terminal_snr(betas)
+        if not bool(betas.isfinite().all()):
+            raise ValueError(f"rescale_betas_zero_snr needs noise at every training step; check {names[1]}")
+        return betas
+
+    def _trained_betas(self, value: Sequence[float] | Tensor, total: int) -> Tensor:
+        try:
+            given = torch.as_tensor(value)
+            betas = given.to("cpu", torch.float32 if not given.is_complex() else None, copy=True)
+            listed = betas.double().tolist()
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"trained_betas must be a list of {total} numbers: {error}") from error
+        if betas.shape != (total,):
+            raise ValueError(
+                f"trained_betas has shape {tuple(betas.shape)}, but num_train_timesteps is {total}; "
+                "pass one beta for each training step"
+            )
         if not bool(((betas > 0) & (betas < 1)).all()):
             raise ValueError("every beta must lie between 0 and 1; check trained_betas")
+        self.register_to_config(trained_betas=listed)
         return betas
 
     def _abar_on(self, device: torch.device) -> Tensor:
-        self._abar = self._abar.to(device)  # so that it is moved once and not at every call
-        return self._abar
+        source, copy = self._moved
+        if source is not self.alphas_cumprod or copy.device != device:  # so it is not moved at every call
+            self._moved = self.alphas_cumprod, self.alphas_cumprod.to(device)
+        return self._moved[1]
 
     # ------------------------------------------------------------ the timesteps of a run
 
@@ -161,6 +219,7 @@ class Scheduler(Configurable, ABC):
         """The N timesteps of a run by `timestep_spacing` and `steps_offset`, checked."""
         config, total = self.config, self.config.num_train_timesteps
         check_count("num_inference_steps", number, lowest=1, highest=total)
+        number = int(number)
         timesteps = spaced_timesteps(config.timestep_spacing, total, number, config.steps_offset)
         self._check_timesteps(timesteps)
         return timesteps
@@ -173,6 +232,31 @@ class Scheduler(Configurable, ABC):
                     f"{len(timesteps)} inference steps would visit timestep {timestep}, outside 0 to {last}; "
                     "change num_inference_steps or steps_offset"
                 )
+
+    def _given_timesteps(self, timesteps: Sequence[int] | Tensor, number: int | None) -> list[int]:
+        """The timesteps given to `set_timesteps`, checked.
+
+        Args:
+            timesteps: integers, in a list, a tensor or a NumPy array.
+            number: the number of steps given to `set_timesteps`, or None.
+        """
+        try:
+            listed = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)
+            values = [int(value) if value == int(value) else None for value in listed]
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"timesteps must be a list of integers, got {timesteps!r:.200}") from error
+        steps = [value for value in values if value is not None]
+        last = self.config.num_train_timesteps - 1
+        falling = all(after < before for before, after in itertools.pairwise(steps))
+        if len(steps) < len(values) or not steps or not falling or steps[0] > last or steps[-1] < 0:
+            raise ValueError(
+                f"timesteps must be integers that fall from {last} at most to 0 at least, got {listed!r:.200}"
+            )
+        if number is not None and as_integer(number) != len(steps):
+            raise ValueError(
+                f"num_inference_steps is {number!r}, but there are {len(steps)} timesteps; pass only these"
+            )
+        return steps
 
     def _set_timesteps(self, timesteps: list[int], device: torch.device | str | None = None) -> None:
         """Begin a run: set `timesteps` and `num_inference_steps`, and what `_locate` needs."""
@@ -197,7 +281,7 @@ class Scheduler(Configurable, ABC):
             raise ValueError(
                 "there are no timesteps yet; call set_timesteps(num_inference_steps) before step()"
             )
-        value: int | float
+        value: Any = timestep
         if isinstance(timestep, Tensor):
             if timestep.numel() != 1:
                 raise ValueError(f"step() takes one timestep, got a tensor of shape {tuple(timestep.shape)}")
@@ -205,10 +289,10 @@ class Scheduler(Configurable, ABC):
                 index = int(timestep.storage_offset())
                 return index, self._timesteps[index]
             value = timestep.item()
-        else:
-            value = timestep
-        if not 0 <= value < self.config.num_train_timesteps or int(value) != value:
-            raise ValueError(f"timestep {value} is not one of 0 to {self.config.num_train_timesteps - 1}")
+        last = self.config.num_train_timesteps - 1
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if not is_number or not 0 <= value <= last or int(value) != value:
+            raise ValueError(f"timestep {value!r} is not one of 0 to {last}")
         return None, int(value)
 
     def _index_of(self, timestep: int | Tensor) -> int:
@@ -223,18 +307,57 @@ class Scheduler(Configurable, ABC):
         index, value = self._locate(timestep)
         if index is not None:
             return index
-        indices = [i for i, one in enumerate(self._timesteps) if one == value]
+        indices = self._occurrences(value)
         if not indices:
             raise ValueError(f"timestep {value} is not in this sampling run; pass an element of timesteps")
         return indices[0] if indices[0] == 0 or len(indices) == 1 else indices[1]
 
-    def _training_timesteps(self, timesteps: Tensor | int, device: torch.device) -> Tensor:
-        """The timesteps given to `add_noise` as (B,) int64 on `device`; on the CPU their range is checked."""
-        steps = torch.as_tensor(timesteps).reshape(-1)
+    def _occurrences(self, value: int) -> list[int]:
+        return [i for i, one in enumerate(self._timesteps) if one == value]
+
+    # ------------------------------------------------------------ checks of tensors
+
+    def _training_timesteps(
+        self, timesteps: Tensor | int, original: Tensor, noise: Tensor, name: str = "original_samples"
+    ) -> Tensor:
+        """The timesteps given to `add_noise` as (B,) or (1,) int64, where the samples are.
+
+        On the CPU their values are checked. On an accelerator that would wait for it.
+        """
+        check_pair(name, original, "noise", noise)
+        try:
+            steps = torch.as_tensor(timesteps).reshape(-1)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"timesteps must be integers, got {timesteps!r:.200}") from error
         total = self.config.num_train_timesteps
-        if steps.device.type == "cpu" and bool(((steps < 0) | (steps >= total)).any()):
-            raise ValueError(f"add_noise got timesteps {steps.tolist()}; they must lie in 0 to {total - 1}")
-        return steps.to(device=device, dtype=torch.int64)
+        if steps.numel() not in (1, len(original)):
+            raise ValueError(
+                f"got {steps.numel()} timesteps for {len(original)} samples; pass one, or one each"
+            )
+        if steps.is_complex() or steps.dtype == torch.bool:
+            raise ValueError(f"timesteps must be integers, got {steps.dtype}")
+        if steps.device.type == "cpu":
+            fine = (steps >= 0) & (steps < total) & (steps == steps.round())
+            if not bool(fine.all()):
+                raise ValueError(
+                    f"timesteps must lie in 0 to {total - 1} and be integers, got {steps.tolist()!r:.200}"
+                )
+        return steps.to(device=original.device, dtype=torch.int64)
+
+    def _check_step(self, model_output: Tensor, sample: Tensor, variance_noise: Tensor | None) -> None:
+        """Raise ValueError unless a step can be taken with these tensors."""
+        check_pair("sample", sample, "model_output", model_output)
+        if self.config.get("thresholding") and sample.dim() < 2:
+            raise ValueError(f"thresholding needs a sample of shape (B, C, ...), got {tuple(sample.shape)}")
+        if variance_noise is None:
+            return
+        check_float_tensor("variance_noise", variance_noise)
+        shape = tuple(variance_noise.shape)
+        padded = (1,) * (sample.dim() - len(shape)) + shape
+        if len(padded) != sample.dim() or any(
+            size not in (1, whole) for size, whole in zip(padded, sample.shape, strict=True)
+        ):
+            raise ValueError(f"variance_noise has shape {shape}, but the sample has {tuple(sample.shape)}")
 
     # ------------------------------------------------------------ views into `timesteps`
 
@@ -253,9 +376,36 @@ class Scheduler(Configurable, ABC):
             and tensor.untyped_storage().data_ptr() == placed.untyped_storage().data_ptr()
         )
 
+    def _positions_of_view(self, tensor: object) -> list[int] | None:
+        """The positions in the run of the elements of a view into `timesteps`; None if it is not one."""
+        if not isinstance(tensor, Tensor) or tensor.dim() > 1 or not self._is_view(tensor):
+            return None
+        start, stride = tensor.storage_offset(), tensor.stride(0) if tensor.dim() else 0
+        return [int(start + i * stride) for i in range(tensor.numel())]
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_placed": self._placed if self._is_view(self.timesteps) else None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._recognize_views_of(self._placed)  # a copied tensor has a version counter of its own
+
+
+def check_float_tensor(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a tensor of floating-point numbers that is not empty."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise ValueError(f"{name} must be a tensor of floating-point numbers, got {value.dtype}")
+    if value.numel() == 0 or value.dim() == 0:
+        raise ValueError(f"{name} must have the shape (B, C, ...), got {tuple(value.shape)}")
+
+
+def check_pair(name: str, value: object, other_name: str, other: object) -> None:
+    """Raise ValueError unless two arguments are tensors of floating-point numbers of the same shape."""
+    for label, one in ((name, value), (other_name, other)):
+        check_float_tensor(label, one)
+    assert isinstance(value, Tensor)
+    assert isinstance(other, Tensor)
+    if value.shape != other.shape:
+        raise ValueError(f"{other_name} has shape {tuple(other.shape)}, but {name} has {tuple(value.shape)}")

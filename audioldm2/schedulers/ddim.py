@@ -13,9 +13,11 @@ the paper's alpha):
 With eta = 0 a step is deterministic (DDIM); with eta = 1 it is the ancestral sampling of DDPM.
 
 The earlier timestep is t' = t - T // N for every spacing, even where the gaps in `timesteps` differ from
-that, as in diffusers. If t' is below 0, abar_t' is 1 (`set_alpha_to_one`) or abar_0.
+that, as in diffusers. In a run of given timesteps it is the next of them. If t' is below 0 or there is no
+next one, abar_t' is 1 (`set_alpha_to_one`) or abar_0.
 
-A step depends on nothing but t, so steps can be taken at any t in any order.
+A step depends on nothing but t, so steps can be taken at any t in any order (in a run of given timesteps, at
+any of these).
 
 Difference from diffusers: with `trailing` spacing and some N (61, 103, ...) diffusers takes one step too
 many, at timestep -1. That step is omitted here.
@@ -26,22 +28,29 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from audioldm2.arguments import check_number
 from audioldm2.noise import Generators, randn
 from audioldm2.schedulers.base import Scheduler
 from audioldm2.schedulers.config import records_settings
+from audioldm2.schedulers.output import SchedulerOutput
 from audioldm2.schedulers.prediction import dynamic_threshold, x0_and_eps
 
 
-class DDIMOutput(NamedTuple):
+class DDIMOutput(SchedulerOutput):
     """What a step returns: x_{t'} and the estimate of x_0 it used (after clipping), both (B, C, ...)."""
 
-    prev_sample: Tensor
-    pred_original_sample: Tensor
+    names: ClassVar[tuple[str, ...]] = ("prev_sample", "pred_original_sample")
+
+    @property
+    def pred_original_sample(self) -> Tensor:
+        """The estimate of x_0, (B, C, ...)."""
+        tensor: Tensor = self[1]
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -108,25 +117,46 @@ class DDIMScheduler(Scheduler):
         rescale_betas_zero_snr: bool = False,
     ):
         super().__init__()
-        self._abars: list[float] = self.alphas_cumprod.double().tolist()
-        self._final_abar = 1.0 if set_alpha_to_one else self._abars[0]
+        # abar after the last step, where there is no earlier timestep.
+        self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
+        self._abars: list[float] = []
+        self._final_abar = 1.0
+        self._stride: int | None = None
+        self._run: list[Coefficients] = []
 
-    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        timesteps: Sequence[int] | Tensor | None = None,
+    ) -> None:
         """Choose the N timesteps of a sampling run and compute the coefficients of its steps.
 
         Args:
             num_inference_steps: N, from 1 to T.
             device: where `timesteps` is placed; the CPU by default.
+            timesteps: the timesteps themselves, falling, instead of N and `timestep_spacing`. Each step then
+                goes to the next of them.
 
         Raises:
-            ValueError: if N is not an integer from 1 to T, or if the run would visit a timestep that was not
-                trained or that `prediction_type` cannot start from. The scheduler is then unchanged.
+            ValueError: if N is not an integer from 1 to T, if the timesteps do not fall from at most T - 1 to
+                at least 0, or if the run would visit a timestep that was not trained or that
+                `prediction_type` cannot start from. The scheduler is then unchanged.
         """
-        timesteps = self._spaced_timesteps(num_inference_steps)
-        stride = self.config.num_train_timesteps // num_inference_steps
-        coefficients = [self._coefficients(t, stride) for t in timesteps]
-        self._set_timesteps(timesteps, device)
-        self._stride, self._run = stride, coefficients
+        if timesteps is None:
+            steps = self._spaced_timesteps(num_inference_steps)  # type: ignore[arg-type] # which checks it
+            stride = self.config.num_train_timesteps // int(num_inference_steps)  # type: ignore[arg-type]
+            following = [t - stride for t in steps]
+        else:
+            steps, stride = self._given_timesteps(timesteps, num_inference_steps), None
+            following = [*steps[1:], -1]
+        abars, final = self.alphas_cumprod.double().tolist(), float(self.final_alpha_cumprod)
+        coefficients = [
+            self._coefficients(t, abars[t], abars[after] if after >= 0 else final)
+            for t, after in zip(steps, following, strict=True)
+        ]
+        self._set_timesteps(steps, device)
+        self._abars, self._final_abar, self._stride, self._run = abars, final, stride, coefficients
 
     def step(
         self,
@@ -151,21 +181,29 @@ class DDIMScheduler(Scheduler):
                 with x_t.
             generator: draws z; see `randn`.
             variance_noise: z itself, (B, C, ...), instead of `generator`.
-            return_dict: for compatibility with diffusers; the output is a named tuple in either case.
+            return_dict: for compatibility with diffusers; the output is an object, a mapping and a tuple in
+                either case.
 
         Returns:
             `prev_sample`, x_{t'}, and `pred_original_sample`, the estimate of x_0; both (B, C, ...).
 
         Raises:
-            ValueError: before `set_timesteps`, if `timestep` is not a training step, if `eta` is outside [0,
-                1], or if both `generator` and `variance_noise` are given.
+            ValueError: before `set_timesteps`, if `timestep` is not a training step, if the tensors are not
+                floating-point numbers of one shape, if `eta` is outside [0, 1], or if both `generator` and
+                `variance_noise` are given.
         """
-        index, t = self._locate(timestep)
-        now = self._coefficients(t, self._stride) if index is None else self._run[index]
+        self._check_step(model_output, sample, variance_noise)
+        check_number("eta", eta)
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], got {eta}")
+        if variance_noise is not None and generator is not None and eta > 0:
+            raise ValueError("pass either generator or variance_noise, not both")
+        now = self._coefficients_of(timestep)
+        dtype = torch.promote_types(sample.dtype, model_output.dtype)
+        work = torch.promote_types(dtype, torch.float32)
+        sample, output = sample.to(work), model_output.to(work)
 
-        x0, eps = x0_and_eps(model_output, sample, now.alpha, now.sigma, self.config.prediction_type)
+        x0, eps = x0_and_eps(output, sample, now.alpha, now.sigma, self.config.prediction_type)
         if self.config.thresholding:
             x0 = dynamic_threshold(x0, self.config.dynamic_thresholding_ratio, self.config.sample_max_value)
         elif self.config.clip_sample:
@@ -177,16 +215,33 @@ class DDIMScheduler(Scheduler):
         direction = math.sqrt(max(1 - now.abar_prev - noise**2, 0.0))
         prev_sample = math.sqrt(now.abar_prev) * x0 + direction * eps
         if eta > 0:
-            if variance_noise is not None and generator is not None:
-                raise ValueError("pass either generator or variance_noise, not both")
             if variance_noise is None:
                 variance_noise = randn(model_output.shape, generator, model_output.device, model_output.dtype)
-            prev_sample = prev_sample + noise * variance_noise
-        return DDIMOutput(prev_sample, x0)
+            prev_sample = prev_sample + noise * variance_noise.to(model_output.device, work)
+        return DDIMOutput(prev_sample.to(dtype), x0.to(dtype))
 
-    def _coefficients(self, t: int, stride: int) -> Coefficients:
-        abar = self._abars[t]
-        abar_prev = self._abars[t - stride] if t >= stride else self._final_abar
+    def _get_variance(self, timestep: int, prev_timestep: int) -> Tensor:
+        """The square of eq. 16 with eta = 1, for a step between two training steps; under diffusers' name.
+
+        Args:
+            timestep: t.
+            prev_timestep: t'; below 0, the end of the run.
+        """
+        abar = self.alphas_cumprod[timestep]
+        abar_prev = self.alphas_cumprod[prev_timestep] if prev_timestep >= 0 else self.final_alpha_cumprod
+        return (1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)
+
+    def _coefficients_of(self, timestep: int | Tensor) -> Coefficients:
+        index, t = self._locate(timestep)
+        if index is None and self._stride is None:
+            index = self._index_of(t)  # only the run's own timesteps have one that follows
+        if index is not None:
+            return self._run[index]
+        assert self._stride is not None
+        after = t - self._stride
+        return self._coefficients(t, self._abars[t], self._abars[after] if after >= 0 else self._final_abar)
+
+    def _coefficients(self, t: int, abar: float, abar_prev: float) -> Coefficients:
         if abar == 0 and self.config.prediction_type == "epsilon":
             raise ValueError(
                 f"timestep {t} is pure noise (rescale_betas_zero_snr), which prediction_type 'epsilon' "

@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from audioldm2.arguments import check_number
 from audioldm2.schedulers.config import SchedulerConfig
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -124,7 +125,8 @@ def sampling_sigmas(
         number: N.
 
     Raises:
-        ValueError: if there are fewer training steps than "leading" spacing needs.
+        ValueError: if there are fewer training steps than "leading" spacing needs, or a setting leaves no
+            noise levels.
     """
     training = training_sigmas(alphas_cumprod)
     if config.use_karras_sigmas or config.use_exponential_sigmas or config.use_lu_lambdas:
@@ -132,6 +134,10 @@ def sampling_sigmas(
         low, high = config.get("sigma_min"), config.get("sigma_max")
         low = training[0].item() if low is None else low
         high = training[-1].item() if high is None else high
+        for name, limit in (("sigma_min", low), ("sigma_max", high)):
+            check_number(name, limit)
+        if not 0 < low < high:
+            raise ValueError(f"sigma_min must lie between 0 and sigma_max {high:g}, got {low:g}")
         if config.use_karras_sigmas:
             sigmas = karras_sigmas(number, low, high)
         elif config.use_lu_lambdas:  # as in diffusers, without the limits
@@ -147,6 +153,8 @@ def sampling_sigmas(
     total = config.num_train_timesteps
     lambdas = alphas_cumprod.sqrt().log() - (1 - alphas_cumprod).sqrt().log()  # falling
     last = total - int(torch.searchsorted(lambdas.flip(0), config.lambda_min_clipped))
+    if last < 1:
+        raise ValueError(f"lambda_min_clipped {config.lambda_min_clipped} leaves no training step")
     if config.timestep_spacing == "linspace":
         steps = np.linspace(0, last - 1, number + 1).round()[::-1][:-1]
     elif config.timestep_spacing == "leading":

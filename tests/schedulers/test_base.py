@@ -168,10 +168,6 @@ def test_runs_outside_the_training_steps_are_refused():
         scheduler.set_timesteps(1000)
     assert scheduler.timesteps is before  # a refused call changes nothing
 
-    assert sampling_run(diffusers.DPMSolverMultistepScheduler(**AUDIOLDM2), 1000).isnan().any()
-    with pytest.raises(ValueError, match="twice"):
-        DPMSolverMultistepScheduler(**AUDIOLDM2).set_timesteps(1000)
-    DPMSolverMultistepScheduler(**AUDIOLDM2, solver_order=1).set_timesteps(1000)
     dpm = DPMSolverMultistepScheduler(**AUDIOLDM2)
     dpm.set_timesteps(10)
     with pytest.raises(ValueError, match="not in this sampling run"):
