@@ -7,6 +7,7 @@ diffusers', and leaves its result in `audio`.
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ class Reference(diffusers.AudioLDM2Pipeline):
     """diffusers' pipeline, made to run on current transformers."""
 
     @classmethod
-    def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
-        return reference_pipeline(*arguments, **options)
+    def from_pretrained(cls, pretrained_model_name_or_path: str, **options: Any) -> Any:
+        return reference_pipeline(pretrained_model_name_or_path, **options)
 
 
 def run(script: str, names: dict[str, Any], folder: Path, tmp_path: Path) -> dict[str, Any]:
@@ -358,6 +359,8 @@ SCRIPTS = {
 def test_a_script_gives_what_it_gives_in_diffusers(
     ours: str, theirs: str, random_checkpoint: Path, tmp_path: Path
 ) -> None:
+    # diffusers 0.42 has these for other pipelines only; earlier releases had them for this one, too.
+    theirs = re.sub(r"pipe\.(en|dis)able_vae_slicing\(\)\n", "", theirs)
     expected = run(theirs, THEIRS, random_checkpoint, tmp_path / "theirs")["audio"]
     actual = run(ours, OURS, random_checkpoint, tmp_path / "ours")["audio"]
     assert_same_sound(actual, expected)
