@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ from audioldm2.audio.waveforms import check_waveform
 MAX_FILTER_WEIGHTS = 2**22  # of a mel filter bank, bins times bands
 MAX_SPECTRUM = 2**25  # frames times bins of CLAP's window
 MAX_HOP_LENGTH = 2**14  # of a vocoder
+
+FUSION = "truncation='fusion' is for CLAP with feature fusion; this package runs CLAP with 'rand_trunc'"
 
 # Slaney's mel scale (Auditory Toolbox, 1998): linear below 1 kHz, logarithmic above.
 LINEAR_STEP = 200 / 3  # Hz per mel below the bend
@@ -155,7 +158,8 @@ class ClapFeatureExtractorConfig:
         fft_window_size: length of the Fourier transform in samples.
         frequency_min: lower edge of the lowest mel band in Hz.
         frequency_max: upper edge of the highest mel band in Hz.
-        truncation: what to do with longer waveforms; only "rand_trunc" is supported, a random excerpt.
+        truncation: what to do with longer waveforms: "rand_trunc", a random excerpt. "fusion", of models with
+            feature fusion, can be stored, but not computed.
         padding: what to do with shorter waveforms: "repeatpad", "repeat" or "pad".
 
     Raises:
@@ -175,11 +179,8 @@ class ClapFeatureExtractorConfig:
     def __post_init__(self) -> None:
         sizes = ("feature_size", "sampling_rate", "hop_length", "max_length_s", "fft_window_size")
         _check_sizes(self, sizes)
-        if self.truncation != "rand_trunc":
-            raise ValueError(
-                f"truncation={self.truncation!r} is not supported; CLAP models without feature fusion use "
-                "'rand_trunc'"
-            )
+        if self.truncation not in ("rand_trunc", "fusion"):
+            raise ValueError(f"truncation must be 'rand_trunc' or 'fusion', got {self.truncation!r}")
         if self.padding not in ("repeatpad", "repeat", "pad"):
             raise ValueError(f"padding must be 'repeatpad', 'repeat' or 'pad', got {self.padding!r}")
         if self.max_samples <= self.fft_window_size // 2:
@@ -212,7 +213,10 @@ class ClapFeatureExtractorConfig:
         names = {field.name for field in dataclasses.fields(cls)}
         # transformers' default is a model with feature fusion.
         given = {"truncation": "fusion", **content}
-        return cls(**{key: value for key, value in given.items() if key in names})
+        config = cls(**{key: value for key, value in given.items() if key in names})
+        if config.truncation == "fusion":
+            warnings.warn(f"sounds cannot be ranked with this feature extractor: {FUSION}", stacklevel=2)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a preprocessor_config.json that transformers' ClapFeatureExtractor can load."""
@@ -330,9 +334,11 @@ class ClapFeatureExtractor:
         Raises:
             TypeError: the waveforms are not a dense tensor.
             ValueError: the waveforms have the wrong sampling rate, shape or dtype, no samples, or NaN or
-                infinity.
+                infinity; or `config.truncation` is "fusion".
         """
         config = self.config
+        if config.truncation == "fusion":
+            raise ValueError(FUSION)
         _check_waveforms(waveforms, sampling_rate, config.sampling_rate)
         # In float32, rounding errors of loud bands would drown quiet ones. Not every accelerator has float64.
         has_float64 = waveforms.device.type in ("cpu", "cuda")

@@ -54,7 +54,6 @@ from audioldm2.checkpoints.writing import (
     staging,
     take,
     write_weights,
-    writes_format,
 )
 from audioldm2.models.config import check_types
 from audioldm2.models.stage import Stage
@@ -332,7 +331,7 @@ def save_parts(
     parts = {name: unwrapped(parts[name]) for name in part_classes()}
     own = {name: part for name, part in parts.items() if isinstance(part, Stage)}
     for name, part in parts.items():
-        _check_part(name, part, options)
+        _check_part(name, part)
     for stage in own.values():
         _check_weights(stage)
     check_recommended(settings.get(RECOMMENDED, {}))
@@ -368,13 +367,11 @@ def save_parts(
         write_index(folder, index_of(parts))
 
 
-def _check_part(name: str, part: Any, options: SaveOptions) -> None:
-    """Raise TypeError unless a checkpoint can hold a part, and its own `save_pretrained` the format."""
+def _check_part(name: str, part: Any) -> None:
+    """Raise TypeError unless a checkpoint can hold a part."""
     kind = f"{name} is a {type(part).__name__}"
     if index_entry(name, part) is None:
         raise TypeError(f"{kind}, which this package cannot save as a {name}")
-    if name in PARTS and not isinstance(part, Stage) and not writes_format(part, options):
-        raise TypeError(f"{kind}, which writes safetensors only; leave out safe_serialization=False")
 
 
 def _check_saved(name: str, part: Any, folder: Path, options: SaveOptions) -> None:

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -146,18 +146,21 @@ def staging(folder: Path) -> Iterator[Path]:
 
 
 def save_itself(part: Any, folder: Path, options: SaveOptions) -> None:
-    """Call a part's own `save_pretrained` with those options that it has."""
-    part.save_pretrained(folder, **_accepted(part.save_pretrained, options))
+    """Call a part's own `save_pretrained` with those options that it has.
 
+    transformers 5 writes safetensors only; if `.bin` is wanted, they are read again and written as such.
+    """
+    known = inspect.signature(part.save_pretrained).parameters
+    part.save_pretrained(folder, **{name: value for name, value in vars(options).items() if name in known})
+    if options.safe_serialization or "safe_serialization" in known:
+        return
+    from safetensors.torch import load_file
 
-def writes_format(part: Any, options: SaveOptions) -> bool:
-    """Whether a part's own `save_pretrained` can write `.bin` files, if these are wanted."""
-    return options.safe_serialization or "safe_serialization" in _accepted(part.save_pretrained, options)
-
-
-def _accepted(function: Callable[..., Any], options: SaveOptions) -> dict[str, Any]:
-    known = inspect.signature(function).parameters
-    return {name: value for name, value in vars(options).items() if name in known}
+    weights: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        weights |= load_file(path)
+    if weights:
+        write_weights(folder, "pytorch_model.bin", weights, options)
 
 
 def take(staged: Path, folder: Path) -> set[str]:

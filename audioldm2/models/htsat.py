@@ -13,6 +13,7 @@ Dropout and stochastic depth, which act in training only, are left out.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,6 @@ from audioldm2.models.layers import ACTIVATIONS, activation, attention
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "enable_fusion": (False,),
     "flatten_patch_embeds": (True,),
-    "patch_embed_input_channels": (1,),
     "hidden_act": tuple(ACTIVATIONS),
 }
 
@@ -51,6 +51,7 @@ class HTSATConfig:
     window_size: int = 8
     patch_size: int | tuple[int, ...] = 4
     patch_stride: int | tuple[int, ...] = (4, 4)
+    patch_embed_input_channels: int = 1
     patch_embeds_hidden_size: int = 96
     enable_patch_layer_norm: bool = True
     hidden_size: int = 768
@@ -74,12 +75,18 @@ class HTSATConfig:
             patches = (self.spec_size + 2 * ((size - stride) // 2) - size) // stride + 1
             if patches != self.spec_size // stride:
                 raise ValueError(f"patch_size = {size} does not fit patch_stride = {stride}")
-            halved = patches // 2 ** (len(widths) - 1)
-            if patches % 2 ** (len(widths) - 1) or halved < self.window_size:
+            if patches % 2 ** (len(widths) - 1):
                 raise ValueError(
-                    f"window_size = {self.window_size} is not supported with {patches} patches, which must "
-                    f"halve evenly {len(widths) - 1} times and stay at least a window"
+                    f"{patches} patches are not supported: they must halve evenly {len(widths) - 1} times"
                 )
+
+    @property
+    def unusable(self) -> str | None:
+        """Why a tower of these sizes cannot run, although a checkpoint can hold it; None if it can."""
+        last = self.spec_size // max(_pair(self.patch_stride)) // 2 ** (len(self.depths) - 1)
+        if last >= self.window_size:
+            return None
+        return f"window_size = {self.window_size} is more than the {last} patches of the last level"
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> HTSATConfig:
@@ -89,7 +96,10 @@ class HTSATConfig:
             ValueError: a value that is not supported; the message names the key.
         """
         refuse_unsupported(content, SUPPORTED)
-        return cls(**known_fields(cls, content))
+        config = cls(**known_fields(cls, content))
+        if config.unusable:
+            warnings.warn(f"CLAP cannot rank sounds with this audio_config: {config.unusable}", stacklevel=2)
+        return config
 
     def width(self, level: int) -> int:
         """The width of a level, counted from 0."""
@@ -215,7 +225,9 @@ class SwinLevel(nn.Module):
 
 
 class HTSAT(nn.Module):
-    """The transformer: log-mel spectrograms (B, 1, frames, mels) -> vectors (B, hidden_size).
+    """The transformer: log-mel spectrograms (B, channels, frames, mels) -> vectors (B, hidden_size).
+
+    There is one channel in all published checkpoints.
 
     Args:
         config: sizes; `hidden_size` is the last level's width.
@@ -225,11 +237,13 @@ class HTSAT(nn.Module):
         super().__init__()
         size, stride, width = _pair(config.patch_size), _pair(config.patch_stride), config.width(0)
         padding = ((size[0] - stride[0]) // 2, (size[1] - stride[1]) // 2)
+        self.unusable = config.unusable
+        self.channels = config.patch_embed_input_channels
         self.mels = config.num_mel_bins
         self.pieces = config.spec_size // config.num_mel_bins  # that the spectrogram is cut into in time
         self.frames = config.spec_size * self.pieces
         self.mel_norm = nn.BatchNorm2d(config.num_mel_bins)
-        self.patches = nn.Conv2d(1, width, size, stride, padding)
+        self.patches = nn.Conv2d(self.channels, width, size, stride, padding)
         self.patch_norm = nn.LayerNorm(width) if config.enable_patch_layer_norm else nn.Identity()
         self.levels = nn.ModuleList(SwinLevel(config, level) for level in range(len(config.depths)))
         self.norm = nn.LayerNorm(config.hidden_size)
@@ -238,27 +252,29 @@ class HTSAT(nn.Module):
         """Encode spectrograms.
 
         Args:
-            input_features: log-mel spectrograms, (B, 1, frames, mels), converted to the weights' dtype; fewer
-                than spec_size² / mels frames are stretched to that many.
+            input_features: log-mel spectrograms, (B, channels, frames, mels), converted to the weights'
+                dtype; fewer than spec_size² / mels frames are stretched to that many.
 
         Returns:
             (B, hidden_size), the mean over all patches.
 
         Raises:
-            ValueError: another shape, or too many frames.
+            ValueError: another shape, too many frames, or a config that is `unusable`.
         """
+        if self.unusable:
+            raise ValueError(f"CLAP's audio tower cannot run: {self.unusable}")
         shape = tuple(input_features.shape)
-        if len(shape) != 4 or shape[1] != 1 or shape[2] > self.frames or shape[3] != self.mels:
+        if len(shape) != 4 or shape[1] != self.channels or shape[2] > self.frames or shape[3] != self.mels:
             raise ValueError(
-                f"input_features must be (batch, 1, frames, {self.mels}) with at most {self.frames} frames; "
-                f"the shape is {shape}"
+                f"input_features must be (batch, {self.channels}, frames, {self.mels}) with at most "
+                f"{self.frames} frames; the shape is {shape}"
             )
         x = input_features.to(self.patches.weight.dtype)
-        x = self.mel_norm(rearrange(x, "b 1 t f -> b f t 1"))
-        x = rearrange(x, "b f t 1 -> b 1 t f")
+        x = self.mel_norm(rearrange(x, "b c t f -> b f t c"))
+        x = rearrange(x, "b f t c -> b c t f")
         if shape[2] < self.frames:
             x = F.interpolate(x, (self.frames, self.mels), mode="bicubic", align_corners=True)
-        x = rearrange(x, "b c (r t) f -> b c (r f) t", r=self.pieces)  # square: (B, 1, spec_size, spec_size)
+        x = rearrange(x, "b c (r t) f -> b c (r f) t", r=self.pieces)  # (B, C, spec_size, spec_size)
         x = self.patch_norm(rearrange(self.patches(x), "b c H W -> b H W c"))
         for level in self.levels:
             x = level(x)

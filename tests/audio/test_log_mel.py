@@ -160,8 +160,7 @@ def test_clap_front_end_round_trips_through_transformers(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({**HUB, "truncation": "fusion"}, "truncation='fusion' is not supported"),
-        ({"feature_size": 64}, "truncation='fusion' is not supported"),  # transformers' default
+        ({**HUB, "truncation": "random"}, "truncation must be 'rand_trunc' or 'fusion', got 'random'"),
         ({**HUB, "padding": "mirror"}, "padding must be .*, got 'mirror'"),
         ({**HUB, "hop_length": 0}, "hop_length must be a positive integer, got 0"),
         ({**HUB, "max_length_s": 0.5}, "max_length_s must be a positive integer, got 0.5"),
@@ -207,6 +206,15 @@ def test_clap_settings_have_transformers_names_and_files(tmp_path):
         ClapFeatureExtractor.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"preprocessor_config\.json is missing"):
         ClapFeatureExtractor.from_pretrained(tmp_path / "new")
+
+
+@pytest.mark.parametrize("content", [{**HUB, "truncation": "fusion"}, {"feature_size": 64}])
+def test_feature_fusion_is_told_at_load_and_refused_at_the_call(content):
+    """It is transformers' default. A generation without candidates does not need it."""
+    with pytest.warns(UserWarning, match="cannot be ranked with this feature extractor: truncation='fusion'"):
+        config = ClapFeatureExtractorConfig.from_dict(content)
+    with pytest.raises(ValueError, match="is for CLAP with feature fusion"):
+        ClapFeatureExtractor(config)(torch.zeros(1, 480), config.sampling_rate)
 
 
 @pytest.mark.parametrize("make", [lambda: ClapFeatureExtractor(ClapFeatureExtractorConfig(**HUB)), LogMel])

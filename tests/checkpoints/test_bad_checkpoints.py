@@ -411,7 +411,7 @@ def test_a_broken_tokenizer_is_named(checkpoint, name, content):
 @pytest.mark.parametrize(
     ("part", "key", "value"),
     [
-        ("feature_extractor", "truncation", "fusion"),
+        ("feature_extractor", "truncation", "random"),
         ("feature_extractor", "padding", "mirror"),
         ("feature_extractor", "sampling_rate", "high"),
         ("feature_extractor", "hop_length", 0),

@@ -16,6 +16,7 @@ from audioldm2.checkpoints.errors import CheckpointError
 from audioldm2.checkpoints.fill import TensorDict, fill
 from audioldm2.checkpoints.weight_map import weight_map
 from audioldm2.models.clap import ClapConfig, ClapModel
+from tests.helpers import noise
 from tests.reference import assert_close, ours, randomize
 
 MAP = "text_encoder.transformers"
@@ -305,13 +306,11 @@ def test_all_tensors_that_do_not_fit_are_listed() -> None:
         ("audio_config", "hidden_act", "swiglu"),
         ("audio_config", "enable_fusion", True),
         ("audio_config", "flatten_patch_embeds", False),
-        ("audio_config", "patch_embed_input_channels", 4),
         ("audio_config", "num_attention_heads", [2, 5]),
         ("audio_config", "num_attention_heads", [2]),
         ("audio_config", "hidden_size", 48),
         ("audio_config", "num_mel_bins", 12),
         ("audio_config", "patch_size", 5),
-        ("audio_config", "window_size", 5),  # more than the 4 x 4 patches of the last level
     ],
 )
 def test_unsupported_config_values_are_named(part: str | None, key: str, value: object) -> None:
@@ -320,6 +319,28 @@ def test_unsupported_config_values_are_named(part: str | None, key: str, value: 
     shown = str(tuple(value) if isinstance(value, list) else value)
     with pytest.raises(ValueError, match=f"{key}.*{re.escape(shown)}"):
         ClapConfig.from_dict(config)
+
+
+def test_a_tower_that_cannot_run_is_told_at_load_and_refused_at_the_call() -> None:
+    """transformers builds it, too, and fails when it is called; the text tower can be used."""
+    config = copy.deepcopy(CONFIGS["hub-like"])
+    config["audio_config"]["window_size"] = 5
+    with pytest.warns(UserWarning, match=r"cannot rank sounds .* window_size = 5 is more than the 4 patches"):
+        clap = ClapModel(ClapConfig.from_dict(config))
+    frames = clap.audio.frames
+    with pytest.raises(ValueError, match="audio tower cannot run: window_size = 5"):
+        clap.audio_features(noise(1, 1, frames, clap.audio.mels))
+
+
+def test_a_tower_may_take_several_channels() -> None:
+    config = copy.deepcopy(CONFIGS["hub-like"])
+    config["audio_config"]["patch_embed_input_channels"] = 4
+    model = reference(config)
+    clap = stage(tensors_of(model), config)
+    features = noise(2, 4, clap.audio.frames - 3, clap.audio.mels)
+    assert_close(clap.audio_features(features), audio_of(model, features))
+    with pytest.raises(ValueError, match=r"input_features must be \(batch, 4, frames"):
+        clap.audio_features(features[:, :1])
 
 
 def test_irrelevant_config_keys_are_ignored() -> None:
