@@ -178,9 +178,9 @@ class Scheduler(Configurable, ABC):
         abar = torch.cumprod(1 - betas, dim=0)
         if abar[0] == 1:
             raise ValueError(f"{names[0]} is too small: in float32, 1 - beta is 1 at the first training step")
-        if abar[-1] == 0:
+        if abar[-1] < torch.finfo(torch.float32).tiny:  # below it, the noise-to-signal ratio is infinite
             raise ValueError(
-                f"{names[1]} is too large: in float32, alphas_cumprod is 0 at the last of the {total} "
+                f"{names[1]} is too large: alphas_cumprod falls below the range of float32 in {total} "
                 "training steps"
             )
         if not config.get("rescale_betas_zero_snr"):

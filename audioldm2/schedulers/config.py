@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, Literal, NoReturn, ParamSpec, TypeVar, overload
 
 from audioldm2.arguments import as_integer
-from audioldm2.atomic import replacing
 
 P = ParamSpec("P")
 C = TypeVar("C", bound="Configurable")
@@ -362,6 +361,8 @@ class Configurable:
         Raises:
             ValueError: with `push_to_hub`.
         """
+        from audioldm2.atomic import replacing
+
         if push_to_hub:
             raise ValueError("push_to_hub is not supported; upload the saved folder with `hf upload`")
         self.register_to_config(_class_name=type(self).__name__)  # as in diffusers

@@ -25,6 +25,7 @@ def test_the_page_adds_a_sampler_that_works(tmp_path: Path) -> None:
     checks = """
 assert isinstance(pipe.scheduler, AdamsBashforthScheduler)
 assert pipe.scheduler.config.beta_end == 0.0195
+assert pipe.scheduler.config.rescale_betas_zero_snr is True
 assert pipe.scheduler.num_inference_steps == 20
 assert audio.std() > 0.001
 """

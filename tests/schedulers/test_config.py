@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import math
 import pickle
 import subprocess
 import sys
@@ -139,6 +140,22 @@ def test_saved_config_loads_in_diffusers(cls, tmp_path):
         {"dynamic_thresholding_ratio": 1.5},
         {"trained_betas": [0.1, 0.2]},
         {"trained_betas": [1.5] * 1000},
+        {"trained_betas": ["a"] * 1000},
+        {"trained_betas": [1e-9] * 1000},
+        {"num_train_timesteps": 10**8},
+        {"num_train_timesteps": "1000"},
+        {"num_train_timesteps": True},
+        {"beta_start": math.nan},
+        {"beta_start": "0.1"},
+        {"beta_start": 1e-9},
+        {"beta_end": 0.999},
+        {"steps_offset": -1},
+        {"steps_offset": 10**30},
+        {"steps_offset": 1.5},
+        {"sample_max_value": 0},
+        {"rescale_betas_zero_snr": "false"},
+        {"thresholding": 1},
+        {"timestep_spacing": ["leading"]},
     ],
 )
 @pytest.mark.parametrize("cls", THEIRS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import pickle
 import warnings
 
 import diffusers
@@ -112,3 +113,82 @@ def test_zero_snr_with_full_noise(prediction):
     settings = {**AUDIOLDM2, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     scheduler = DDIMScheduler(**settings, prediction_type=prediction)
     assert torch.isfinite(sampling_run(scheduler, 7, eta=1.0)).all()
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.8])
+def test_given_timesteps(eta):
+    """diffusers has none for DDIM: evenly spaced ones give the ordinary run, others are composed of pairs."""
+    settings = {**AUDIOLDM2, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+    ordinary, given = DDIMScheduler(**settings), DDIMScheduler(**settings)
+    ordinary.set_timesteps(20)
+
+    def run(scheduler, timesteps, sample=NOISE):
+        for t in timesteps:
+            sample = scheduler.step(network(sample, t), t, sample, eta, variance_noise=NOISE.flip(0))[0]
+        return sample
+
+    for timesteps in (ordinary.timesteps, ordinary.timesteps.tolist(), ordinary.timesteps.numpy()):
+        given.set_timesteps(timesteps=timesteps)
+        assert given.num_inference_steps == 20
+        assert torch.equal(run(given, given.timesteps), run(ordinary, ordinary.timesteps))
+    given.set_timesteps(3, timesteps=[999, 499, 99])
+    middle = run(given, given.timesteps[:1])
+    ordinary.set_timesteps(2)  # from 999 to 499
+    assert torch.equal(middle, run(ordinary, ordinary.timesteps[:1]))
+    assert torch.equal(run(given, [499, 99], middle), run(given, given.timesteps[1:], middle))
+    ordinary.set_timesteps(10)  # from 99 to the end
+    last = run(given, [99], middle)
+    assert torch.equal(last, run(ordinary, ordinary.timesteps[-1:], middle))
+    with pytest.raises(ValueError, match="timestep 300 is not in this sampling run"):
+        given.step(NOISE, 300, NOISE)
+    with pytest.raises(ValueError, match="num_inference_steps is 4, but there are 3 timesteps"):
+        given.set_timesteps(4, timesteps=[999, 499, 99])
+
+
+@pytest.mark.parametrize("change", ["assigned", "in place"])
+def test_a_changed_schedule_is_used_by_the_next_run(change):
+    """As in diffusers, where scripts rescale the schedule of a scheduler that is there."""
+    ours, theirs = DDIMScheduler(**AUDIOLDM2), diffusers.DDIMScheduler(**AUDIOLDM2)
+    for scheduler in (ours, theirs):
+        if change == "assigned":
+            scheduler.alphas_cumprod = scheduler.alphas_cumprod**1.2
+        else:
+            scheduler.alphas_cumprod *= 0.9
+        scheduler.final_alpha_cumprod = torch.tensor(0.9999)
+    assert_close(sampling_run(ours, 7), sampling_run(theirs, 7))
+    t = ours.timesteps[2:4]
+    assert_close(ours.add_noise(NOISE, NOISE.flip(0), t), theirs.add_noise(NOISE, NOISE.flip(0), t))
+
+
+def test_velocity_and_variance():
+    ours, theirs = DDIMScheduler(**AUDIOLDM2), diffusers.DDIMScheduler(**AUDIOLDM2)
+    t = torch.tensor([3, 900])
+    assert_close(ours.get_velocity(NOISE, NOISE.flip(0), t), theirs.get_velocity(NOISE, NOISE.flip(0), t))
+    assert_close(
+        DPMSolverMultistepScheduler(**AUDIOLDM2).get_velocity(NOISE, NOISE.flip(0), t),
+        theirs.get_velocity(NOISE, NOISE.flip(0), t),
+    )
+    for pair in ((999, 998), (420, 400), (3, -17)):
+        torch.testing.assert_close(ours._get_variance(*pair), theirs._get_variance(*pair))
+
+
+def test_the_output_is_an_object_a_mapping_and_a_tuple():
+    ours, theirs = DDIMScheduler(**AUDIOLDM2), diffusers.DDIMScheduler(**AUDIOLDM2)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(10)
+    output, reference = (one.step(NOISE, 500, NOISE) for one in (ours, theirs))
+    assert list(output.keys()) == list(reference.keys()) == ["prev_sample", "pred_original_sample"]
+    for i, name in enumerate(reference.keys()):
+        assert getattr(output, name) is output[name] is output[i] is dict(output.items())[name]
+        assert_close(output[name], reference[name])
+        assert name in output
+    assert len(output.to_tuple()) == len(list(output.values())) == 2
+    prev_sample, _ = ours.step(NOISE, 500, NOISE, return_dict=False)
+    assert torch.equal(prev_sample, output.prev_sample)
+    assert "prev_sample=tensor" in repr(output)
+    twin = pickle.loads(pickle.dumps(output))
+    assert torch.equal(twin.pred_original_sample, output.pred_original_sample)
+    with pytest.raises(KeyError):
+        _ = output["sample"]
+    with pytest.raises(TypeError, match="got 1 tensors"):
+        type(output)(NOISE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
@@ -254,3 +255,56 @@ def test_dpm_of_the_noise_predictions_and_thresholding(prediction, algorithm):
     }
     compare(DPMSolverMultistepScheduler, settings, 12)
     compare(DPMSolverMultistepScheduler, {**settings, "thresholding": True, "sample_max_value": 2.0}, 12)
+
+
+@pytest.mark.parametrize("form", [list, np.array, torch.tensor])
+def test_given_timesteps(form):
+    """The first is the schedule of "Align Your Steps" for Stable Diffusion."""
+    settings = {**AUDIOLDM2, "solver_order": 3, "prediction_type": "v_prediction"}
+    for timesteps in ([999, 850, 736, 645, 545, 455, 343, 233, 124, 24], [800, 3], [7]):
+        ours, theirs = (
+            DPMSolverMultistepScheduler(**settings),
+            diffusers.DPMSolverMultistepScheduler(**settings),
+        )
+        ours.set_timesteps(timesteps=form(timesteps))
+        theirs.set_timesteps(timesteps=timesteps)
+        assert torch.equal(ours.sigmas, theirs.sigmas)
+        assert ours.num_inference_steps == len(timesteps)
+        samples = []
+        for scheduler in (ours, theirs):
+            sample = NOISE
+            for t in scheduler.timesteps:
+                sample = scheduler.step(network(sample, t), t, sample).prev_sample
+            samples.append(sample)
+        assert_close(*samples)
+
+
+@pytest.mark.parametrize("setting", ["use_karras_sigmas", "use_exponential_sigmas", "use_lu_lambdas"])
+def test_timesteps_are_not_given_where_noise_levels_are_spaced(setting):
+    scheduler = DPMSolverMultistepScheduler(**AUDIOLDM2, **{setting: True})
+    with pytest.raises(ValueError, match=f"timesteps cannot be given together with {setting}"):
+        scheduler.set_timesteps(timesteps=[999, 5])
+    with pytest.raises(ValueError, match="mu is not supported"):
+        scheduler.set_timesteps(5, mu=1.0)
+
+
+def test_index_for_timestep():
+    ours = DPMSolverMultistepScheduler(**AUDIOLDM2, use_karras_sigmas=True)
+    theirs = diffusers.DPMSolverMultistepScheduler(**AUDIOLDM2, use_karras_sigmas=True)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(65)
+    for value in set(ours.timesteps.tolist()):
+        assert ours.index_for_timestep(value) == theirs.index_for_timestep(torch.tensor(value))
+    assert [ours.index_for_timestep(t) for t in ours.timesteps] == list(range(65))
+    with pytest.raises(ValueError, match="not in this sampling run"):
+        ours.index_for_timestep(500 if 500 not in ours.timesteps else 501)
+
+
+@pytest.mark.parametrize(
+    "limits", [{"sigma_min": 3, "sigma_max": 2}, {"sigma_min": "x"}, {"sigma_max": 1e400}]
+)
+def test_bad_carried_limits(limits):
+    config = {**AUDIOLDM2, "use_karras_sigmas": True, **limits}
+    scheduler = DPMSolverMultistepScheduler.from_config(config)
+    with pytest.raises(ValueError, match="sigma_m"):
+        scheduler.set_timesteps(5)
