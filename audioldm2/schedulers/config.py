@@ -341,9 +341,14 @@ class Configurable:
         from audioldm2.checkpoints.hub import Source, checkpoint_folder
         from audioldm2.checkpoints.tensors import read_json
 
-        again: dict[str, Any] = {"force_download": True} if force_download else {}
         source = Source(
-            os.fspath(repo_or_folder), None, revision, cache_dir, token, local_files_only, **again
+            os.fspath(repo_or_folder),
+            None,
+            revision,
+            cache_dir,
+            token,
+            local_files_only,
+            force_download=force_download,
         )
         inside = ("", "scheduler") if subfolder is None else (subfolder,)
         folder = checkpoint_folder(source, [inside[-1]], first_file=cls.config_name)
