@@ -25,6 +25,7 @@ from torch import Tensor
 
 from audioldm2.arguments import as_negatives, as_texts
 from audioldm2.models.clap import max_text_tokens
+from audioldm2.models.projection import VECTORS_BESIDE_STATES
 from audioldm2.runtime.foreign import setting
 from audioldm2.runtime.precision import stage_dtype
 from audioldm2.tensors import check_finite, check_tensor
@@ -33,8 +34,6 @@ Text = str | Sequence[str]
 
 # VITS's tokenizer adds no end-of-sequence token; the speech checkpoints were trained with this one.
 VITS_END_TOKEN = 182
-# What the projection model puts beside the second encoder's states: CLAP's vector and four learned ones.
-VECTORS_BESIDE_STATES = 5
 
 
 class Encoders(Protocol):

@@ -45,6 +45,15 @@ LINEAR_STEP = 200 / 3  # Hz per mel below the bend
 BEND_HERTZ = 1000.0
 BEND_MEL = BEND_HERTZ / LINEAR_STEP
 LOG_STEP = math.log(6.4) / 27  # step of the frequency's natural logarithm per mel, above the bend
+# The settings come from checkpoints, and decide how much memory the filters and a spectrogram take.
+MAX_SIZES = {
+    "feature_size": 512,
+    "n_mels": 512,
+    "fft_window_size": 16384,
+    "n_fft": 16384,
+    "sampling_rate": 768_000,
+    "max_length_s": 60,
+}
 
 
 def hertz_to_mel(hertz: Tensor) -> Tensor:
@@ -73,6 +82,9 @@ def mel_filter_bank(
 
     Returns:
         Filters of shape (n_fft // 2 + 1, n_mels), float64, on the CPU.
+
+    Raises:
+        ValueError: the edges are too close for so many filters.
     """
     bins = torch.arange(n_fft // 2 + 1, dtype=torch.float64, device="cpu") * (sampling_rate / n_fft)  # Hz
     limits = hertz_to_mel(torch.tensor([frequency_min, frequency_max], dtype=torch.float64, device="cpu"))
@@ -82,7 +94,12 @@ def mel_filter_bank(
     bins = rearrange(bins, "f -> f 1")
     rising = (bins - lower) / (center - lower)  # (bins, n_mels)
     falling = (upper - bins) / (upper - center)
-    return torch.minimum(rising, falling).clamp(min=0) * (2 / (upper - lower))
+    filters = torch.minimum(rising, falling).clamp(min=0) * (2 / (upper - lower))
+    if not filters.isfinite().all():
+        raise ValueError(
+            f"frequency_min={frequency_min} and frequency_max={frequency_max} are too close together"
+        )
+    return filters
 
 
 def mel_spectrogram(

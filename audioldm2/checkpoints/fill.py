@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Protocol, TypeVar, cast
 
@@ -12,6 +13,7 @@ from audioldm2.checkpoints.errors import CheckpointError
 from audioldm2.checkpoints.tensors import FLOATS
 from audioldm2.checkpoints.weight_map import WeightMap, apply
 from audioldm2.models.stage import Stage
+from audioldm2.quoting import listed, printable
 from audioldm2.runtime.precision import parameter_dtype
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -22,6 +24,7 @@ class TensorSource(Protocol):
 
     shapes: dict[str, tuple[int, ...]]
     types: dict[str, torch.dtype | str]  # a string for a type that parameters cannot have
+    nbytes: int  # that the tensors take, as long as none shares memory with another
 
     def read(self, name: str) -> Tensor:
         """Read a tensor that is converted and then dropped."""
@@ -37,6 +40,7 @@ class TensorDict:
         self.tensors = tensors
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         self.types: dict[str, torch.dtype | str] = {name: tensor.dtype for name, tensor in tensors.items()}
+        self.nbytes = sum(tensor.nbytes for tensor in tensors.values())
 
     def read(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -68,20 +72,25 @@ def fill(
         `stage` itself, in eval mode, all parameters and buffers contiguous.
 
     Raises:
-        CheckpointError: tensors that do not fit (see `WeightMap.plan`) or do not hold floating-point numbers.
+        CheckpointError: tensors that do not fit (see `WeightMap.plan`), do not hold floating-point numbers,
+            or share memory.
     """
     state = stage.state_dict()
     targets = {name: tuple(tensor.shape) for name, tensor in state.items() if tensor.is_floating_point()}
     plan = weights.plan(targets, source.shapes)
     used = sorted({name for recipe in plan.values() for name in recipe.sources})
     wrong = [
-        f"wrong type: {name} holds {source.types[name]}"
+        f"wrong type: {printable(name)} holds {source.types[name]}"
         for name in used
         if source.types[name] not in FLOATS.values()
     ]
     if wrong:
-        shown = "\n  ".join(wrong)
-        raise CheckpointError(f"{len(wrong)} of the checkpoint's tensors do not fit:\n  {shown}")
+        raise CheckpointError(f"{len(wrong)} of the checkpoint's tensors do not fit: {listed(wrong, '; ')}")
+    # Each parameter gets memory of its own, so a small file must not stand for many large ones.
+    if sum(
+        math.prod(source.shapes[name]) * cast(torch.dtype, source.types[name]).itemsize for name in used
+    ) > (source.nbytes):
+        raise CheckpointError("the weights share memory: they are larger than the files that contain them")
 
     filled: dict[str, Tensor] = {}
     for name, empty in state.items():

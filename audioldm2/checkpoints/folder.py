@@ -10,10 +10,11 @@ of the checkpoint are compared with it, and only then are tensors read. All erro
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from reprlib import repr as shortened
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -22,7 +23,8 @@ from torch.overrides import TorchFunctionMode
 
 from audioldm2.arguments import check_count
 from audioldm2.audio.log_mel import ClapFeatureExtractor, ClapFeatureExtractorConfig, log_mel_settings
-from audioldm2.checkpoints.errors import CheckpointError
+from audioldm2.checkpoints.agreement import check_parts, check_schedule, check_scheduler, tokenizer_errors
+from audioldm2.checkpoints.errors import CheckpointError, MissingCheckpointError
 from audioldm2.checkpoints.fill import fill
 from audioldm2.checkpoints.formats import (
     CONFIG_FILES,
@@ -32,6 +34,8 @@ from audioldm2.checkpoints.formats import (
     Format,
     StageT,
     check_folders,
+    class_label,
+    explain_missing,
     format_of,
     index_entry,
     index_of,
@@ -45,7 +49,7 @@ from audioldm2.checkpoints.formats import (
 from audioldm2.checkpoints.hub import Source, checkpoint_folder
 from audioldm2.checkpoints.options import Dtypes, SaveOptions, part_dtype
 from audioldm2.checkpoints.recommended import RECOMMENDED, SETTINGS_FILE, check_recommended, read_settings
-from audioldm2.checkpoints.tensors import WeightFiles, read_json
+from audioldm2.checkpoints.tensors import WeightFiles, check_file, read_json
 from audioldm2.checkpoints.weight_map import weight_map
 from audioldm2.checkpoints.writing import (
     remove_stale_tokenizer,
@@ -57,13 +61,14 @@ from audioldm2.checkpoints.writing import (
 )
 from audioldm2.models.config import check_types
 from audioldm2.models.stage import Stage
+from audioldm2.quoting import one_line, quoted
 from audioldm2.runtime.device import available_device
 from audioldm2.runtime.foreign import unwrapped
 from audioldm2.runtime.precision import check_dtype
-from audioldm2.schedulers.base import Scheduler
+from audioldm2.schedulers.base import MAX_TRAIN_TIMESTEPS, Scheduler
 
-MAX_TRAINING_STEPS = 100_000  # of a scheduler of diffusers, which allocates memory for each
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
+MAX_TOKENIZER_BYTES = 10 * 2**20  # of a file; the largest one of a real checkpoint has 3.5 MB
 
 
 # --- one stage
@@ -114,38 +119,65 @@ def load_stage(
     """
     check_dtype(dtype)
     device = available_device(device)
-    stage = _stage_without_weights(folder, form)
-    files = WeightFiles(folder, variant, use_safetensors)
+    stage, files = _open_stage(folder, form, variant, use_safetensors)
     try:
         return fill(stage, weight_map(form.weights), files, dtype, device)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
 
 
-def _stage_without_weights(folder: Path, form: Format[StageT]) -> StageT:
-    """The stage of a folder's config.json, on the meta device."""
+def _open_stage(
+    folder: Path, form: Format[StageT], variant: str | None, use_safetensors: bool | None = None
+) -> tuple[StageT, WeightFiles]:
+    """The stage of a folder's config.json, on the meta device, and the folder's weight files."""
     path = folder / "config.json"
+    part = next((name for name, forms in PARTS.items() if form.classes in [f.classes for f in forms]), "")
+    explain_missing(path, subfolder_hint=f'pass the part\'s folder, subfolder="{part}"')
     content = read_json(path)
     named = content.get("_class_name") or content.get("architectures") or form.class_name
     named = named[0] if isinstance(named, list) else named
     if named not in form.classes:
-        raise CheckpointError(f"{path} is for class {named}; class {form.class_name} is needed here")
-    try:
+        raise CheckpointError(
+            f"{path} is for class {class_label(named)}; class {form.class_name} is needed here"
+        )
+    with _naming_config(path, form):
         check_types(get_type_hints(form.config), content)
-        return _built(form, form.config.from_dict(content))
+        config = form.config.from_dict(content)
+    files = WeightFiles(folder, variant, use_safetensors)
+    with _naming_config(path, form):
+        # Twice as many as there are tensors are enough to say which ones are missing.
+        stage = _built(form, config, most=2 * len(files.shapes) + 1000)
+        empty = next((name for name, tensor in stage.state_dict().items() if tensor.numel() == 0), None)
+        if empty is not None:
+            raise ValueError(f"the sizes leave nothing of the parameter {empty}")
+    return stage, files
+
+
+@contextmanager
+def _naming_config(path: Path, form: Format[Any]) -> Iterator[None]:
+    """Turn an error about a config's values into one that names the file."""
+    try:
+        yield
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    except (TypeError, LookupError, ArithmeticError, RuntimeError, AssertionError) as error:
-        # Sizes that a layer, rather than the config, rejects: a division by a size of 0, for example.
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(f"{path}: {one_line(error)}") from error
+    except (TypeError, LookupError, ArithmeticError, RuntimeError, AssertionError, MemoryError) as error:
+        # Sizes that a layer, rather than the config, rejects: their product is too large, for example.
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise CheckpointError(
             f"{path}: the sizes are not valid for class {form.class_name} ({reason})"
         ) from error
 
 
-def _built(form: Format[StageT], config: Any) -> StageT:
-    """A stage on the meta device, whose parameters have names, shapes and types, but no memory."""
-    with torch.device("meta"), _SkipInit():
+def _built(form: Format[StageT], config: Any, most: int | None = None) -> StageT:
+    """A stage on the meta device, whose parameters have names, shapes and types, but no memory.
+
+    Args:
+        form: the stage's checkpoint format.
+        config: its config.
+        most: a ValueError is raised when the stage has more parameters. Building modules takes time even
+            without memory, and the number of layers is what a config says.
+    """
+    with torch.device("meta"), _SkipInit(most):
         return form.stage(config)
 
 
@@ -156,12 +188,21 @@ class _SkipInit(TorchFunctionMode):
     takes a second.
     """
 
+    def __init__(self, most: int | None = None):
+        super().__init__()
+        self.most, self.made = most, 0
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
+        self.made += func in (torch.empty, torch.zeros, torch.ones)
+        if self.most is not None and self.made > self.most:
+            raise ValueError(
+                f"the sizes stand for more than {self.most} parameters, many more than there are"
+            )
         return func(*args, **kwargs)
 
 
@@ -300,8 +341,9 @@ def load_checkpoint(
             parts[name] = (
                 _load_scheduler(content, classes[name]) if name == "scheduler" else _load_extractor(content)
             )
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{path}: {error}") from error
+        except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: {one_line(error)}") from error
+    check_parts(folder, parts)
     return Checkpoint(parts, settings)
 
 
@@ -382,10 +424,10 @@ def _check_saved(name: str, part: Any, folder: Path, options: SaveOptions) -> No
     form = part_format(name, part)
     assert form is not None
     try:
-        files = WeightFiles(folder, options.variant)
-        fill(_stage_without_weights(folder, form), weight_map(form.weights), files, device="meta")
+        stage, files = _open_stage(folder, form, options.variant)
+        fill(stage, weight_map(form.weights), files, device="meta")
     except CheckpointError as error:
-        reason = shortened(str(error).replace(f"{folder}", name))
+        reason = one_line(str(error).replace(f"{folder}", name))
         raise TypeError(
             f"{name} is a {type(part).__name__} that cannot be loaded again from what it saves ({reason}); "
             "first merge adapters, remove parametrizations and undo quantization"
@@ -402,11 +444,7 @@ def load_tokenizer(folder: Path, class_name: str) -> Any:
     Raises:
         CheckpointError: it cannot be read.
     """
-    # Without a vocabulary transformers would make an empty tokenizer.
-    if not any((folder / name).is_file() for name in VOCABULARIES):
-        raise CheckpointError(
-            f"{folder}: the tokenizer cannot be read: it has none of {', '.join(VOCABULARIES)}"
-        )
+    _check_tokenizer_files(folder)
     # Slow to import, and needed for the tokenizers only.
     import transformers
 
@@ -417,11 +455,32 @@ def load_tokenizer(folder: Path, class_name: str) -> Any:
     tokenizer = getattr(transformers, plain)
     if not issubclass(tokenizer, transformers.PreTrainedTokenizerFast):
         tokenizer = getattr(transformers, f"{plain}Fast", tokenizer)
-    try:
-        return tokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        # transformers documents no errors of its own here: a broken tokenizer.json raises a bare Exception.
-        raise CheckpointError(f"{folder}: the tokenizer cannot be read: {error}") from error
+    with tokenizer_errors(folder, "read"):
+        loaded = tokenizer.from_pretrained(folder, local_files_only=True)
+    longest = loaded.model_max_length
+    if not isinstance(longest, int) or isinstance(longest, bool) or longest < 1:
+        raise CheckpointError(f"{folder}: model_max_length = {quoted(longest)} is not a number of tokens")
+    return loaded
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    """Check what transformers is about to read: regular files of this folder, of limited sizes."""
+    # Without a vocabulary transformers would make an empty tokenizer.
+    if not any((folder / name).exists() for name in VOCABULARIES):
+        raise MissingCheckpointError(
+            f"{folder}: the tokenizer cannot be read: it has none of {', '.join(VOCABULARIES)}"
+        )
+    for path in (*folder.glob("*"), *folder.glob("additional_chat_templates/*")):
+        if not path.is_dir():
+            check_file(path, MAX_TOKENIZER_BYTES)
+    config = folder / "tokenizer_config.json"
+    content = read_json(config) if config.exists() else {}
+    for key in ("vocab_file", "merges_file", "tokenizer_file", "spm_file", "fast_tokenizer_files"):
+        if content.get(key) is not None:
+            raise CheckpointError(f"{config}: {key} = {quoted(content[key])} names files; it must be absent")
+    named = content.get("tokenizer_class")
+    if named is not None and not (isinstance(named, str) and named.isidentifier()):
+        raise CheckpointError(f"{config}: tokenizer_class = {quoted(named)} is not the name of a class")
 
 
 def _load_extractor(content: Mapping[str, Any]) -> ClapFeatureExtractor:
@@ -434,16 +493,22 @@ def _load_scheduler(content: Mapping[str, Any], class_name: str) -> Any:
     if not issubclass(scheduler, Scheduler):
         return _load_foreign_scheduler(content, scheduler)
     hints = {**get_type_hints(scheduler.__init__), "_use_default_values": tuple[str, ...]}
+    check_schedule(content)
     # A null may stand for False, as in diffusers' signatures.
-    check_types(hints, {key: value for key, value in content.items() if value is not None})
-    return scheduler.from_config(content)
+    stated = {key: value for key, value in content.items() if value is not None}
+    if stated.get("lambda_min_clipped") == -math.inf:  # diffusers' default, which clips nothing
+        del stated["lambda_min_clipped"]
+    check_types(hints, stated)
+    made = scheduler.from_config(content)
+    check_scheduler(made)
+    return made
 
 
 def _load_foreign_scheduler(content: Mapping[str, Any], scheduler: type[Any]) -> Any:
     if content.get("num_train_timesteps") is not None:
-        check_count("num_train_timesteps", content["num_train_timesteps"], highest=MAX_TRAINING_STEPS)
+        check_count("num_train_timesteps", content["num_train_timesteps"], highest=MAX_TRAIN_TIMESTEPS)
     try:
         return scheduler.from_config(dict(content))
     except Exception as error:  # whatever its constructor raises for settings that it does not expect
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise ValueError(f"diffusers' {scheduler.__name__} refuses these settings ({reason})") from error

@@ -22,12 +22,16 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from reprlib import repr as shortened
 from typing import Any, Generic, TypeVar
 
 from audioldm2.atomic import replacing
 from audioldm2.audio.log_mel import ClapFeatureExtractor
-from audioldm2.checkpoints.errors import CheckpointError
+from audioldm2.checkpoints.errors import (
+    ORIGINAL_SUFFIXES,
+    CheckpointError,
+    MissingCheckpointError,
+    original_format,
+)
 from audioldm2.checkpoints.tensors import read_json
 from audioldm2.frozen import FrozenMapping
 from audioldm2.models.clap import ClapConfig, ClapModel
@@ -40,6 +44,7 @@ from audioldm2.models.t5 import T5Config, T5Encoder
 from audioldm2.models.unet import UNet, UNetConfig
 from audioldm2.models.vae import VAE, VAEConfig
 from audioldm2.models.vits import VitsTextConfig, VitsTextEncoder
+from audioldm2.quoting import one_line, quoted
 from audioldm2.runtime.foreign import unwrapped
 from audioldm2.schedulers import SCHEDULERS
 from audioldm2.schedulers.base import Scheduler
@@ -195,38 +200,65 @@ def read_index(folder: Path, replaced: Collection[str] = ()) -> dict[str, str]:
             that is not supported.
     """
     path = folder / INDEX
+    explain_missing(path, parent_hint=f"pass {folder.parent}, which contains all parts")
     index = read_json(path)
     if "_class_name" not in index:
         raise CheckpointError(f"{path} does not say which pipeline it is for (_class_name)")
     if index["_class_name"] != PIPELINE:
         raise CheckpointError(
-            f"{path} is for a {_named(index['_class_name'])}; this package runs {PIPELINE} only"
+            f"{path} is for a {class_label(index['_class_name'])}; this package runs {PIPELINE} only"
         )
     classes = {name: supported for name, supported in part_classes().items() if name not in replaced}
-    wrong = []
+    missing, wrong = [], []
     for name, supported in classes.items():
         entry = index.get(name)
         if not isinstance(entry, list) or len(entry) != 2 or entry[1] is None:
-            wrong.append(f"{name} is missing")
+            missing.append(f"{name} is missing")
         elif entry[0] not in LIBRARIES:
-            wrong.append(f"{name} is from {_named(entry[0])}, not {' or '.join(LIBRARIES)}")
+            wrong.append(f"{name} is from {class_label(entry[0])}, not {' or '.join(LIBRARIES)}")
         elif name == "scheduler":
             try:
                 scheduler_class(*entry)
             except ValueError as error:
                 wrong.append(str(error))
         elif entry[1] not in supported:
-            wrong.append(f"{name} is of class {_named(entry[1])}, not {' or '.join(supported)}")
-    if wrong:
-        raise CheckpointError(f"{path}: {'; '.join(wrong)}")
+            wrong.append(f"{name} is of class {class_label(entry[1])}, not {' or '.join(supported)}")
+    if wrong or missing:
+        kind = CheckpointError if wrong else MissingCheckpointError
+        raise kind(f"{path}: {'; '.join([*missing, *wrong])}")
     return {name: index[name][1] for name in classes}
 
 
-def _named(value: Any) -> str:
-    """A name from a file, for an error message."""
-    return (
-        value if isinstance(value, str) and re.fullmatch(r"\w{1,80}", value, re.ASCII) else shortened(value)
-    )
+def class_label(value: Any) -> str:
+    """A class name that a checkpoint gives, for an error message."""
+    return value if isinstance(value, str) and value.isidentifier() and len(value) < 80 else quoted(value)
+
+
+def explain_missing(path: Path, subfolder_hint: str = "", parent_hint: str = "") -> None:
+    """Raise an error if the first file of a checkpoint is missing, with what may have been meant instead.
+
+    Args:
+        path: the file.
+        subfolder_hint: what to say if its folder contains the parts of a pipeline.
+        parent_hint: what to say if its folder is one of the parts of a pipeline.
+
+    Raises:
+        MissingCheckpointError: the file is missing.
+    """
+    try:
+        if path.exists():
+            return
+        folder = path.parent
+        original = next((p for p in sorted(folder.glob("*.*")) if p.suffix in ORIGINAL_SUFFIXES), None)
+        is_pipeline = (folder / INDEX).is_file() or any((folder / p / "config.json").is_file() for p in PARTS)
+        is_part = any((folder / name).is_file() for name in ("config.json", *CONFIG_FILES.values()))
+        is_part = is_part and (folder.parent / INDEX).is_file()
+    except OSError:
+        return  # reading it raises a better error
+    if original is not None:
+        raise MissingCheckpointError(original_format(original))
+    hint = subfolder_hint if subfolder_hint and is_pipeline else parent_hint if is_part else ""
+    raise MissingCheckpointError(f"{path} is missing{f'; {hint}' if hint else ''}")
 
 
 def scheduler_class(library: Any, name: Any) -> type[Any]:
@@ -245,8 +277,8 @@ def scheduler_class(library: Any, name: Any) -> type[Any]:
     if isinstance(name, str) and name in own:
         return own[name]
     refused = ValueError(
-        f"scheduler is of class {_named(name)}, not {' or '.join(own)} or another scheduler of diffusers; "
-        "pass scheduler="
+        f"scheduler is of class {class_label(name)}, not {' or '.join(own)} or another scheduler of "
+        "diffusers; pass scheduler="
     )
     if library != "diffusers" or not isinstance(name, str) or not _SCHEDULER_NAME.fullmatch(name):
         raise refused
@@ -264,7 +296,7 @@ def scheduler_class(library: Any, name: Any) -> type[Any]:
     except AttributeError:
         raise refused from None
     except Exception as error:  # an optional dependency of diffusers, for example
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = one_line(error)
         raise ValueError(f"scheduler is diffusers' {name}, which cannot be imported: {reason}") from error
     needed = ("set_timesteps", "step", "from_config")
     if (
@@ -384,7 +416,7 @@ def check_folders(folder: Path, names: Sequence[str]) -> None:
     """
     missing = [name for name in names if not (folder / name).is_dir()]
     if missing:
-        raise CheckpointError(f"{folder} lacks the folders of its parts: {', '.join(missing)}")
+        raise MissingCheckpointError(f"{folder} lacks the folders of its parts: {', '.join(missing)}")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

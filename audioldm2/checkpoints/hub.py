@@ -14,14 +14,20 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import torch
 
 from audioldm2 import DISTRIBUTION
-from audioldm2.checkpoints.errors import CheckpointError
+from audioldm2.checkpoints.errors import (
+    ORIGINAL_SUFFIXES,
+    CheckpointError,
+    MissingCheckpointError,
+    original_format,
+)
 from audioldm2.checkpoints.tensors import shard_names, weights_file
+from audioldm2.quoting import one_line, printable, quoted
 
 TINY = "tiny"
 TINY_FOLDER = Path(__file__).resolve().parents[1] / TINY
@@ -52,7 +58,7 @@ class Source:
     variant: str | None = None
     revision: str | None = None
     cache_dir: str | Path | None = None
-    token: str | bool | None = None
+    token: str | bool | None = field(default=None, repr=False)
     local_files_only: bool = False
     use_safetensors: bool | None = None
     force_download: bool = False
@@ -66,6 +72,21 @@ class Source:
     def cache(self) -> Path | None:
         """`cache_dir`, with ~ expanded."""
         return None if self.cache_dir is None else Path(self.cache_dir).expanduser()
+
+    @property
+    def access(self) -> str | bool | None:
+        """`token` without the white space around it, which a file or a paste may have.
+
+        Raises:
+            CheckpointError: it cannot be a token; the message does not contain it.
+        """
+        token = self.token.strip() if isinstance(self.token, str) else self.token
+        if isinstance(token, str) and not re.fullmatch(r"[!-~]+", token):
+            raise CheckpointError(
+                "token is not an access token: it is empty, or has a space or another letter "
+                "that a token cannot have"
+            )
+        return token
 
 
 def needed_files(
@@ -130,26 +151,28 @@ def checkpoint_folder(
     name = source.name
     if not isinstance(source.repo_or_folder, str | os.PathLike):
         raise CheckpointError(f"{_not_found(source.repo_or_folder)}{_TINY_HINT}")
-    local = Path(name).expanduser()
     first = PurePosixPath(folders[0], first_file)
-    if name and local.is_dir() and (name != TINY or (local / first).is_file()):
+    local = _existing(name)
+    if local is not None and local.is_dir() and (name != TINY or (local / first).is_file()):
         return local
     if name == TINY:
         if not TINY_FOLDER.is_dir():
-            raise CheckpointError(
+            raise MissingCheckpointError(
                 f"{TINY_FOLDER} is missing from this installation; reinstall {DISTRIBUTION}"
             )
         return TINY_FOLDER
-    if name and local.exists():
+    if local is not None and local.suffix in ORIGINAL_SUFFIXES:
+        raise CheckpointError(original_format(name))
+    if local is not None:
         raise CheckpointError(f"{name} is a file; pass the folder that contains it")
     if not _REPOSITORY.fullmatch(name):
-        raise CheckpointError(f"{_not_found(name)}{_TINY_HINT}")
+        raise MissingCheckpointError(f"{_not_found(name)}{_TINY_HINT}")
 
     if source.local_files_only:
         with _client_errors(source):
             folder = _downloaded(source, first)
         if folder is None:
-            raise CheckpointError(
+            raise MissingCheckpointError(
                 f"{name} has not been downloaded; run once without local_files_only{_TINY_HINT}"
             )
         return folder
@@ -160,7 +183,7 @@ def checkpoint_folder(
         if folder is not None:
             warnings.warn(f"the Hub cannot be reached; using an earlier download of {name}", stacklevel=3)
             return folder
-        raise CheckpointError(
+        raise MissingCheckpointError(
             f"{name} is not a local folder, and the Hub cannot be reached ({error}); "
             f"pass the path of a folder with the checkpoint{_TINY_HINT}"
         ) from error.__cause__
@@ -182,7 +205,7 @@ def _download(
     # The Hub's client is slow to import, and local folders do not need it.
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
-    name, cache, token = source.name, source.cache, source.token
+    name, cache, token = source.name, source.cache, source.access
     with _client_errors(source):
         info = HfApi(token=token).model_info(name, revision=source.revision)
 
@@ -199,6 +222,8 @@ def _download(
             return Path(path)
 
     names = [entry.rfilename for entry in info.siblings or []]
+    if str(first) not in names and (original := [n for n in names if n.endswith(ORIGINAL_SUFFIXES)]):
+        raise MissingCheckpointError(original_format(f"{name}/{printable(original[0])}"))
     files = needed_files(names, folders, source.variant, source.use_safetensors, weights)
     if str(first) in files:
         check(fetch(str(first)).parents[len(first.parts) - 1])
@@ -242,25 +267,44 @@ def _client_errors(source: Source) -> Iterator[None]:
     try:
         yield
     except HFValidationError as error:
-        raise CheckpointError(f"{_not_found(name)}{_TINY_HINT}") from error
+        raise MissingCheckpointError(f"{_not_found(name)}{_TINY_HINT}") from error
     except GatedRepoError as error:
-        raise CheckpointError(
+        raise MissingCheckpointError(
             f"{name} is gated on the Hub; request access there and log in (hf auth login)"
         ) from error
     except RepositoryNotFoundError as error:
-        raise CheckpointError(f"{_not_found(name)}; private ones need a token{_TINY_HINT}") from error
+        raise MissingCheckpointError(f"{_not_found(name)}; private ones need a token{_TINY_HINT}") from error
     except RevisionNotFoundError as error:
-        raise CheckpointError(f"{name} has no revision {source.revision!r} on the Hub") from error
+        raise MissingCheckpointError(
+            f"{name} has no revision {quoted(source.revision)} on the Hub"
+        ) from error
     except Exception as error:
         # The client's HTTP library depends on its release (requests, httpx), and so do the errors. Whatever
         # else fails, except for the disk, means that the Hub did not answer as it should.
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-            raise CheckpointError(f"{name} cannot be saved to this disk: {error}") from error
-        raise _HubError((str(error).strip() or type(error).__name__).splitlines()[0]) from error
+            raise CheckpointError(f"{name} cannot be saved to this disk: {one_line(error)}") from error
+        reason = one_line(error)
+        if isinstance(source.token, str) and source.token.strip():
+            reason = reason.replace(source.token.strip(), "(the token)")
+        raise _HubError(reason) from error
 
 
 def _not_found(name: object) -> str:
-    return f"{name!r} is neither a local folder nor a repository on the Hub (owner/name)"
+    shown = repr(name) if len(str(name)) < 1000 else quoted(name)
+    return f"{shown} is neither a local folder nor a repository on the Hub (owner/name)"
+
+
+def _existing(name: str) -> Path | None:
+    """The file or folder of that name, ~ expanded; None if there is none, or no file can have the name."""
+    try:
+        local = Path(name).expanduser()
+        return local if name and local.exists() else None
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ):  # too long a name, a user that does not exist, a null character
+        return None
 
 
 def default_dtype(folder: Path) -> torch.dtype | None:

@@ -14,12 +14,12 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from reprlib import repr as shortened
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from audioldm2.checkpoints.hub import Source, default_dtype
+from audioldm2.quoting import quoted
 from audioldm2.runtime.device import available_device, default_accelerator
 from audioldm2.runtime.precision import DTYPES
 
@@ -138,9 +138,9 @@ def load_options(
     if not isinstance(token, str | bool | None):
         raise TypeError(f"token must be a string, True or False, got a {type(token).__name__}")
     if not isinstance(revision, str | None):
-        raise TypeError(f"revision must be a string, got {shortened(revision)}")
+        raise TypeError(f"revision must be a string, got {quoted(revision)}")
     if not isinstance(cache_dir, str | os.PathLike | None):
-        raise TypeError(f"cache_dir must be a folder, got {shortened(cache_dir)}")
+        raise TypeError(f"cache_dir must be a folder, got {quoted(cache_dir)}")
     source = Source(
         _location(repo_or_folder, pretrained_model_name_or_path),
         _checked_variant(variant),
@@ -204,7 +204,7 @@ def _dtypes(argument: str, value: Any, part_names: Collection[str]) -> Dtypes:
     for name in value:
         if name not in names:
             raise ValueError(
-                f"{argument} has a dtype for {shortened(name)}, which is not one of {', '.join(names)}"
+                f"{argument} has a dtype for {quoted(name)}, which is not one of {', '.join(names)}"
             )
     return {name: _dtype(f"{argument}[{name!r}]", one) for name, one in value.items()}
 
@@ -219,7 +219,7 @@ def _dtype(argument: str, value: Any) -> Dtype:
     if found is None:
         supported = ", ".join(map(str, DTYPES))
         raise ValueError(
-            f"{argument} = {shortened(value)} is not supported; use one of {supported} (also as text), or "
+            f"{argument} = {quoted(value)} is not supported; use one of {supported} (also as text), or "
             '"auto" for that of the stored weights'
         )
     return found
@@ -230,8 +230,7 @@ def _chosen_device(device: Any, device_map: Any) -> torch.device:
     mapped = None if device_map is None else _mapped_device(device_map)
     if placed and mapped and (placed.type, placed.index or 0) != (mapped.type, mapped.index or 0):
         raise ValueError(
-            f"device = {placed} and device_map = {shortened(device_map)} contradict each other; "
-            "pass one of them"
+            f"device = {placed} and device_map = {quoted(device_map)} contradict each other; pass one of them"
         )
     return placed or mapped or torch.device("cpu")
 
@@ -307,7 +306,7 @@ def save_options(
         path = Path(given[0]).expanduser()
     except RuntimeError as error:  # ~somebody
         raise ValueError(
-            f"save_pretrained() cannot find the folder {shortened(str(given[0]))}: {error}"
+            f"save_pretrained() cannot find the folder {quoted(str(given[0]))}: {error}"
         ) from error
     safe = True if safe_serialization is None else _check_flag("safe_serialization", safe_serialization)
     return path, SaveOptions(safe, _checked_variant(variant), _bytes(max_shard_size))
@@ -326,7 +325,7 @@ def _bytes(size: Any) -> int:
     if not number >= 1:
         raise ValueError(
             f'max_shard_size must be a positive number of bytes or text such as "5GB" or "200MB", got '
-            f"{shortened(size)}"
+            f"{quoted(size)}"
         )
     return int(number)
 
@@ -338,13 +337,13 @@ def _checked_variant(variant: Any) -> str | None:
     if variant is None or variant == "":
         return None
     if not isinstance(variant, str) or not _VARIANT.fullmatch(variant):
-        raise ValueError(f'variant must be a part of file names, such as "fp16", got {shortened(variant)}')
+        raise ValueError(f'variant must be a part of file names, such as "fp16", got {quoted(variant)}')
     return variant
 
 
 def _check_flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool | None):
-        raise TypeError(f"{name} must be True or False, got {shortened(value)}")
+        raise TypeError(f"{name} must be True or False, got {quoted(value)}")
     return bool(value)
 
 
@@ -372,4 +371,4 @@ def _refuse(
         known = [*inspect.signature(options).parameters, *part_names]
         nearest = get_close_matches(name, [one for one in known if one not in ("others", "part_names")], 1)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise TypeError(f"{function}() has no argument {shortened(name)}{hint}")
+        raise TypeError(f"{function}() has no argument {quoted(name)}{hint}")

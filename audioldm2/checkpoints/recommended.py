@@ -11,12 +11,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from reprlib import repr as shortened
 from typing import Any
 
 from audioldm2.arguments import as_texts, check_count, check_length, check_number
 from audioldm2.checkpoints.errors import CheckpointError
 from audioldm2.checkpoints.tensors import read_json
+from audioldm2.quoting import quoted
 
 SETTINGS_FILE = "audioldm2.json"
 RECOMMENDED = "recommended"
@@ -27,14 +27,14 @@ MAX_NEGATIVE_PROMPT = 1000  # characters
 def _check_guidance(value: Any) -> None:
     check_number("guidance_scale", value)
     if abs(value) > MAX_GUIDANCE:
-        raise ValueError(f"guidance_scale must be at most {MAX_GUIDANCE:g}, got {shortened(value)}")
+        raise ValueError(f"guidance_scale must be at most {MAX_GUIDANCE:g}, got {quoted(value)}")
 
 
 def _check_negative_prompt(value: Any) -> None:
     if not isinstance(value, str) or len(value) > MAX_NEGATIVE_PROMPT:
         raise ValueError(
             f"negative_prompt must be a string of at most {MAX_NEGATIVE_PROMPT} characters, "
-            f"got {shortened(value)}"
+            f"got {quoted(value)}"
         )
     as_texts("negative_prompt", value, empty=True)
 
@@ -68,11 +68,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
         return content
     settings = content[RECOMMENDED]
     if not isinstance(settings, dict):
-        raise CheckpointError(f"{path}: {RECOMMENDED} must be a JSON object, got {shortened(settings)}")
+        raise CheckpointError(f"{path}: {RECOMMENDED} must be a JSON object, got {quoted(settings)}")
     unknown = [name for name in settings if name not in _CHECKS]
     if unknown:
         warnings.warn(
-            f"{path}: recommended settings that are not known are ignored: {shortened(unknown)}", stacklevel=4
+            f"{path}: recommended settings that are not known are ignored: {quoted(unknown)}", stacklevel=4
         )
     known = {name: value for name, value in settings.items() if name in _CHECKS}
     try:
@@ -90,13 +90,11 @@ def check_recommended(settings: Any) -> None:
         ValueError: a name is not known, or a value is not possible.
     """
     if not isinstance(settings, Mapping):
-        raise TypeError(f"recommended settings must be a mapping, got {shortened(settings)}")
+        raise TypeError(f"recommended settings must be a mapping, got {quoted(settings)}")
     for name, value in settings.items():
         if name not in _CHECKS:
-            raise ValueError(
-                f"{shortened(name)} cannot be recommended; the settings are {', '.join(_CHECKS)}"
-            )
+            raise ValueError(f"{quoted(name)} cannot be recommended; the settings are {', '.join(_CHECKS)}")
         try:
             _CHECKS[name](value)
         except OverflowError as error:  # an integer that is too large for a float
-            raise ValueError(f"{name} is too large: {shortened(value)}") from error
+            raise ValueError(f"{name} is too large: {quoted(value)}") from error

@@ -1,15 +1,16 @@
 """Reading tensors from a folder's weight files: safetensors or PyTorch's `.bin`, in one file or in shards.
 
 File names are those that diffusers and transformers write. safetensors is preferred to `.bin`, and one file
-to shards. Reading is safe: only tensors are unpickled (`torch.load(weights_only=True)`), and a shard index
-may refer only to files in its own folder.
+to shards. Reading is safe: a `.bin` is checked before its tensors are unpickled
+(`torch.load(weights_only=True)`), a shard index may refer only to files in its own folder, and every file has
+to be a regular one that is not larger than its kind needs.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
-import zipfile
+import stat
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from audioldm2.checkpoints.errors import CheckpointError
+from audioldm2.checkpoints.errors import CheckpointError, MissingCheckpointError
+from audioldm2.checkpoints.pickled import ZIP_MAGIC, check_bin
+from audioldm2.quoting import listed, one_line, printable, quoted
 
 # diffusers writes diffusion_pytorch_model.*, transformers model.safetensors and pytorch_model.bin.
 STEMS = {
@@ -31,6 +34,12 @@ FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F
 # closed and reopened after this many bytes. Otherwise the pages of the file would stay in memory next to the
 # converted tensors.
 _WINDOW_BYTES = 32 * 2**20
+# Far beyond any real checkpoint: AudioLDM 2's configs have 10 kB, and its UNet 2,000 tensors.
+MAX_CONFIG_BYTES = 2**20
+MAX_INDEX_BYTES = 8 * 2**20  # of a shard index
+MAX_HEADER_BYTES = 8 * 2**20  # of a safetensors file
+MAX_TENSORS = 32768  # of a stage
+MAX_NESTING = 32  # of the lists and objects in a JSON file
 
 
 def weights_file(
@@ -69,28 +78,77 @@ def shard_names(index: Path) -> dict[str, str]:
     Raises:
         CheckpointError: the file is not a shard index, or refers to a file outside its folder.
     """
-    content = read_json(index)
+    content = read_json(index, MAX_INDEX_BYTES)
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} is not a shard index: it has no 'weight_map'")
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".", "..") or "\\" in name:
             raise CheckpointError(
-                f"{index} refers to a file outside its folder ({name!r}), which is not allowed"
+                f"{index} refers to a file outside its folder ({quoted(name)}), which is not allowed"
             )
     return weight_map
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file; CheckpointError if it is missing or holds something else."""
+def check_file(path: Path, most: int | None = None) -> int:
+    """Check that a file can be read without surprises: reading a pipe or a device might never end.
+
+    Args:
+        path: the file; a link is followed, as in the Hub client's cache.
+        most: the largest size in bytes.
+
+    Returns:
+        Its size in bytes.
+
+    Raises:
+        CheckpointError: it is missing, not a regular file, or too large.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise MissingCheckpointError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise CheckpointError(f"{path} cannot be read: {one_line(error)}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"{path} is not a regular file")
+    if most is not None and found.st_size > most:
+        raise CheckpointError(f"{path} has {found.st_size} bytes; at most {most} are read")
+    return found.st_size
+
+
+def read_json(path: Path, most: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Args:
+        path: the file.
+        most: the largest size in bytes.
+
+    Raises:
+        CheckpointError: the file is missing, not a regular file, too large, or does not contain a JSON
+            object, or the object has a key twice or is nested too deeply.
+    """
+    check_file(path, most)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8 or not JSON
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+        raise CheckpointError(f"{path} cannot be read as JSON: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must contain a JSON object")
+    level: list[Any] = [content]
+    for _ in range(MAX_NESTING):
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)]
+        level = [inner for inner in level if isinstance(inner, dict | list)]
+    if level:
+        raise CheckpointError(f"{path} is nested more than {MAX_NESTING} levels deep")
+    return content
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which no key may be twice: readers differ in which one counts."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {quoted(twice)} is there twice")
     return content
 
 
@@ -105,6 +163,7 @@ class WeightFiles:
     Attributes:
         shapes: from each tensor's name to its shape.
         types: from each tensor's name to its dtype, or to safetensors' name of it if it is not one of FLOATS.
+        nbytes: the size of the files.
 
     Raises:
         CheckpointError: there are no weights, a file is truncated or not a weight file, a `.bin` file
@@ -112,50 +171,60 @@ class WeightFiles:
     """
 
     def __init__(self, folder: Path, variant: str | None = None, use_safetensors: bool | None = None):
-        names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-        name = weights_file(names, variant, use_safetensors)
+        try:
+            name = weights_file({path.name for path in folder.iterdir()}, variant, use_safetensors)
+        except (FileNotFoundError, NotADirectoryError):
+            name = None
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be read: {one_line(error)}") from error
         if name is None:
-            kind = f"weights of the variant '{variant}'" if variant else "weights"
+            kind = f"weights of the variant {quoted(variant)}" if variant else "weights"
             if use_safetensors is not None:
                 form = "safetensors" if use_safetensors else ".bin"
-                raise CheckpointError(
+                raise MissingCheckpointError(
                     f"{folder} has no {kind} in {form} files; leave out use_safetensors={use_safetensors} to "
                     "read others"
                 )
-            raise CheckpointError(
+            raise MissingCheckpointError(
                 f"{folder} has no {kind} (looked for model.safetensors and "
                 "diffusion_pytorch_model.safetensors, their shards, and .bin files)"
             )
         if name.endswith(".json"):
             shards = shard_names(folder / name)
-            missing = sorted({shard for shard in shards.values() if not (folder / shard).is_file()})
-            if missing:
-                raise CheckpointError(f"{folder / name} refers to missing shards: {', '.join(missing)}")
             files = sorted(set(shards.values()))
+            missing = [shard for shard in files if not _exists(folder / shard)]
+            if missing:
+                raise MissingCheckpointError(
+                    f"{folder / name} refers to missing shards: {listed(map(printable, missing))}"
+                )
         else:
             files = [name]
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.types: dict[str, torch.dtype | str] = {}
+        self.nbytes = 0
         self._file_of: dict[str, Path] = {}
         self._tensors: dict[str, Tensor] = {}  # from .bin files
         self._mapped: dict[Path, Any] = {}  # safetensors files that stay open, for `map`
         self._window: dict[Path, Any] = {}  # safetensors files that are closed again, for `read`
         self._window_read = 0
         for path in (folder / file for file in files):
+            self.nbytes += check_file(path)
             if path.suffix == ".safetensors":
+                _check_header(path)
                 with _naming_file(path):
                     handle = self._mapped[path] = _safe_open(path)
-                    for key in handle.keys():  # noqa: SIM118 - not a dict
+                    for key in _at_most(path, handle.keys()):
                         part = handle.get_slice(key)
                         self._add(path, key, part.get_shape(), FLOATS.get(part.get_dtype(), part.get_dtype()))
             else:
-                for key, tensor in _read_bin(path).items():
-                    self._tensors[key] = tensor
-                    self._add(path, key, tensor.shape, tensor.dtype)
+                tensors = _read_bin(path)
+                for key in _at_most(path, tensors):
+                    self._tensors[key] = tensors[key]
+                    self._add(path, key, tensors[key].shape, tensors[key].dtype)
 
     def _add(self, path: Path, name: str, shape: Sequence[int], dtype: torch.dtype | str) -> None:
         if name in self.shapes:
-            raise CheckpointError(f"{path} contains {name}, which another shard contains, too")
+            raise CheckpointError(f"{path} contains {printable(name)}, which another shard contains, too")
         self.shapes[name] = tuple(shape)
         self.types[name] = dtype
         self._file_of[name] = path
@@ -200,22 +269,45 @@ def _naming_file(path: Path) -> Iterator[None]:
         yield
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} is not a complete safetensors file ({error}); download or copy it again"
+            f"{path} is not a complete safetensors file ({one_line(error)}); download or copy it again"
         ) from error
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is something by that name, which may be too long for the file system."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def _at_most(path: Path, names: Collection[str]) -> Collection[str]:
+    if len(names) > MAX_TENSORS:
+        raise CheckpointError(f"{path} has {len(names)} tensors; at most {MAX_TENSORS} are read")
+    return names
+
+
+def _check_header(path: Path) -> None:
+    """Check the size of a safetensors file's header, which is parsed as a whole before anything is known."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{path} is not a safetensors file, or its header of {size} bytes is larger than "
+            f"{MAX_HEADER_BYTES}; download or copy it again"
+        )
 
 
 def _read_bin(path: Path) -> dict[str, Tensor]:
+    check_bin(path)
     try:
-        # Files from before PyTorch 1.6 are not zip archives and cannot be memory-mapped.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is damaged, or contains more than tensors and could run code; "
-            "it was not read. Use safetensors"
-        ) from error
+        with path.open("rb") as file:
+            # Files from before PyTorch 1.6 are not zip archives and cannot be memory-mapped.
+            is_zip = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:
         # torch.load raises many kinds of errors for damaged files: RuntimeError, IndexError, BadZipFile, ...
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise CheckpointError(
             f"{path} is not a complete PyTorch weight file ({reason}); download or copy it again"
         ) from error

@@ -29,7 +29,7 @@ The left side of `=` is a parameter of the stage, the right side the checkpoint 
 * `#` begins a comment.
 
 Loading is exact: every tensor of the checkpoint is used or ignored, every parameter is filled, and every
-shape is checked before a tensor is read. All mismatches are reported in one error.
+shape is checked before a tensor is read. Mismatches are reported in one error.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from torch import Tensor
 
 from audioldm2.checkpoints.errors import CheckpointError
 from audioldm2.checkpoints.operations import OPERATIONS, Shape
+from audioldm2.quoting import listed, one_line, printable, quoted
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}|\*")
 _PREFIX = r"([\w{}]+(?:\.[\w{}]+)*)"  # in a header: names joined by dots
@@ -273,8 +274,8 @@ class WeightMap:
             From each parameter's name to its recipe, whose sources are names in `sources`.
 
         Raises:
-            CheckpointError: tensors are missing, unexpected, duplicate or of the wrong shape. The message has
-                one line for each.
+            CheckpointError: tensors are missing, unexpected, duplicate or of the wrong shape. The message
+                counts them and describes the first.
         """
         # Names without the optional prefix, and how the checkpoint spells them.
         spelling: dict[str, str] = {}
@@ -282,7 +283,7 @@ class WeightMap:
         for name in sources:
             first = spelling.setdefault(name.removeprefix(self.prefix), name)
             if first != name:
-                mismatches.append(f"duplicate: {first} and {name}")
+                mismatches.append(f"duplicate: {printable(first)} and {printable(name)}")
         plan: dict[str, Recipe] = {}
         used: set[str] = set()
         for target, expected in targets.items():
@@ -304,18 +305,22 @@ class WeightMap:
             try:
                 shape = OPERATIONS[recipe.operation].shape([tuple(sources[s]) for s in recipe.sources])
             except ValueError as error:
-                mismatches.append(f"wrong shape: {recipe}: {error}")
+                mismatches.append(f"wrong shape: {recipe}: {one_line(error)}")
                 continue
             if shape != expected:
-                mismatches.append(f"wrong shape: {recipe} gives {shape}, the config expects {expected}")
+                mismatches.append(
+                    f"wrong shape: {recipe} gives {quoted(shape)}, the config expects {expected}"
+                )
                 continue
             plan[target] = recipe
         for name in sorted(spelling.keys() - used):
             if not any(pattern.fullmatch(name) for pattern, _ in self.ignored):
-                mismatches.append(f"unexpected: {spelling[name]}, shape {tuple(sources[spelling[name]])}")
+                shape = tuple(sources[spelling[name]])
+                mismatches.append(f"unexpected: {printable(spelling[name])}, shape {quoted(shape)}")
         if mismatches:
-            lines = "\n  ".join(mismatches)
-            raise CheckpointError(f"{len(mismatches)} of the checkpoint's tensors do not fit:\n  {lines}")
+            raise CheckpointError(
+                f"{len(mismatches)} of the checkpoint's tensors do not fit: {listed(mismatches, '; ')}"
+            )
         return plan
 
     def save(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from audioldm2.models.config import known_fields, refuse_unsupported
+from audioldm2.models.config import check_sizes, known_fields, refuse_unsupported
 from audioldm2.models.htsat import HTSAT, HTSATConfig
 from audioldm2.models.layers import ACTIVATIONS, activation, attention, mask_bias
 from audioldm2.models.stage import Stage
@@ -51,12 +51,17 @@ class ClapTextConfig:
     pad_token_id: int = 1
 
     def __post_init__(self) -> None:
+        check_sizes(self, layers=("num_hidden_layers",), zero=("pad_token_id",), positive=("layer_norm_eps",))
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads = {self.num_attention_heads} must divide {self.hidden_size}"
             )
-        if not isinstance(self.pad_token_id, int):
+        if not isinstance(self.pad_token_id, int) or self.pad_token_id >= self.vocab_size:
             raise ValueError(f"pad_token_id = {self.pad_token_id!r} must be a token id")
+        if max_text_tokens(self) < 1:
+            raise ValueError(
+                f"max_position_embeddings = {self.max_position_embeddings} leaves no position for a token"
+            )
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> ClapTextConfig:
@@ -78,6 +83,9 @@ class ClapConfig:
     projection_dim: int = 512
     projection_hidden_act: str = "relu"
     logit_scale_init_value: float = 1 / 0.07
+
+    def __post_init__(self) -> None:
+        check_sizes(self, positive=("logit_scale_init_value",))
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> ClapConfig:

@@ -9,17 +9,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, ClassVar, Protocol, TypeVar
 
+from audioldm2.quoting import quoted
+
 T = TypeVar("T")
+# Limits of what no tensor of a checkpoint limits, far beyond any real one: a config is foreign text, and the
+# sizes in it decide how much memory and time loading and generating take.
+MAX_LAYERS = 1024  # repetitions of a block, in one level if there are several
+MAX_ENTRIES = 64  # of a list: one entry for each level, step, kernel or transformer
+MAX_SAMPLING_RATE = 768_000  # Hz
+MIN_SAMPLING_RATE = 1_000
 # How an error message describes the types of a config's values.
 _TYPE_NAMES = {
     int: "an integer from 0 to 2147483647",
-    float: "a number",
+    float: "a finite number",
     str: "a string",
     bool: "true or false",
     types.NoneType: "null",
@@ -70,7 +79,51 @@ def refuse_unsupported(content: Mapping[str, Any], supported: Mapping[str, tuple
     for key, allowed in supported.items():
         if key in content and content[key] not in allowed:
             choices = " or ".join(map(repr, allowed))
-            raise ValueError(f"{key} = {content[key]!r} is not supported; it must be {choices}")
+            raise ValueError(f"{key} = {quoted(content[key])} is not supported; it must be {choices}")
+
+
+def check_sizes(
+    config: Any, *, layers: tuple[str, ...] = (), zero: tuple[str, ...] = (), positive: tuple[str, ...] = ()
+) -> None:
+    """Check the ranges of a config's numbers, for what no shape of a tensor can check.
+
+    Args:
+        config: a dataclass. Every integer in it must be at least 1, and no list may be empty or have more
+            than `MAX_ENTRIES` entries.
+        layers: fields that count repetitions of a block: at most `MAX_LAYERS`.
+        zero: fields of integers that may be 0.
+        positive: fields of floating-point numbers that must be greater than 0 and finite.
+
+    Raises:
+        ValueError: names the field, its value and what it must be.
+    """
+    for field in fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if isinstance(value, tuple) and not 1 <= len(value) <= MAX_ENTRIES:
+            raise ValueError(f"{name} has {len(value)} entries; it must have 1 to {MAX_ENTRIES}")
+        lowest = 0 if name in zero else 1
+        highest = MAX_LAYERS if name in layers else 2**31 - 1
+        if not all(lowest <= number <= highest for number in _integers(value)):
+            limits = f"from {lowest} to {highest}" if name in layers else f"at least {lowest}"
+            raise ValueError(f"{name} = {quoted(value)} is not supported; it must be {limits}")
+        if name in positive and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} = {quoted(value)} is not supported; it must be a positive number")
+
+
+def check_sampling_rate(value: int, name: str = "sampling_rate") -> None:
+    """Raise ValueError unless `value` is a plausible sampling rate in Hz."""
+    if not MIN_SAMPLING_RATE <= value <= MAX_SAMPLING_RATE:
+        raise ValueError(
+            f"{name} = {value} is not supported; it must be from {MIN_SAMPLING_RATE} to "
+            f"{MAX_SAMPLING_RATE} Hz"
+        )
+
+
+def _integers(value: Any) -> list[int]:
+    """The integers in a config's value, in nested tuples too."""
+    if isinstance(value, tuple):
+        return [number for entry in value for number in _integers(entry)]
+    return [value] if isinstance(value, int) and not isinstance(value, bool) else []
 
 
 def check_types(hints: Mapping[str, Any], content: Mapping[str, Any], prefix: str = "") -> None:
@@ -95,7 +148,7 @@ def check_types(hints: Mapping[str, Any], content: Mapping[str, Any], prefix: st
         else:
             fits, expected = _fits(value, hint), _describe(hint)
         if not fits:
-            raise ValueError(f"{prefix}{key} = {value!r} is not supported; it must be {expected}")
+            raise ValueError(f"{prefix}{key} = {quoted(value)} is not supported; it must be {expected}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -106,7 +159,9 @@ def _fits(value: Any, hint: Any) -> bool:
     if options:  # tuple[X, ...], a list in JSON
         return isinstance(value, list | tuple) and all(_fits(entry, options[0]) for entry in value)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        # An integer can be too large for a float; then it has no finite value.
+        return number and abs(value) <= sys.float_info.max
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
     return isinstance(value, hint)

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from audioldm2.models.config import known_fields
+from audioldm2.models.config import check_sizes, known_fields
 from audioldm2.models.layers import activation, attention
 from audioldm2.models.stage import Stage
 
@@ -58,6 +58,7 @@ class GPT2Config:
     max_new_tokens: int = 8
 
     def __post_init__(self) -> None:
+        check_sizes(self, layers=("n_layer",), positive=("layer_norm_epsilon",))
         activation(self.activation_function, "activation_function")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd = {self.n_embd} does not divide into n_head = {self.n_head} heads")

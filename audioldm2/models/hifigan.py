@@ -23,9 +23,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from audioldm2.models.config import known_fields
+from audioldm2.models.config import check_sampling_rate, check_sizes, known_fields
 from audioldm2.models.stage import Stage
+from audioldm2.quoting import quoted
 
+# What no tensor bounds: 5 and 160 in cvssp/audioldm2.
+MAX_DILATION = 1024
+MAX_HOP_LENGTH = 8192
 LAST_SLOPE = 0.01  # negative slope of the leaky ReLU before the last convolution
 
 
@@ -48,6 +52,8 @@ class HifiGanConfig:
     normalize_before: bool = True
 
     def __post_init__(self) -> None:
+        check_sizes(self)
+        check_sampling_rate(self.sampling_rate)
         steps = len(self.upsample_rates)
         if not steps or len(self.upsample_kernel_sizes) != steps:
             raise ValueError(
@@ -71,6 +77,20 @@ class HifiGanConfig:
             )
         if any(kernel % 2 == 0 for kernel in kernels):
             raise ValueError(f"resblock_kernel_sizes = {kernels} must be odd, to preserve the length")
+        if any(d > MAX_DILATION for dilations in self.resblock_dilation_sizes for d in dilations):
+            raise ValueError(
+                f"resblock_dilation_sizes = {quoted(self.resblock_dilation_sizes)} must be at most "
+                f"{MAX_DILATION}"
+            )
+        if math.prod(self.upsample_rates) > MAX_HOP_LENGTH:
+            raise ValueError(
+                f"upsample_rates = {quoted(self.upsample_rates)} must give at most {MAX_HOP_LENGTH} samples "
+                "a frame"
+            )
+        if not 0 <= self.leaky_relu_slope <= 1:
+            raise ValueError(
+                f"leaky_relu_slope = {self.leaky_relu_slope} is not supported; it must be 0 to 1"
+            )
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> HifiGanConfig:

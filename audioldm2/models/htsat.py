@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from audioldm2.models.config import known_fields, refuse_unsupported
+from audioldm2.models.config import check_sizes, known_fields, refuse_unsupported
 from audioldm2.models.layers import ACTIVATIONS, activation, attention
 
 # Keys that would change the result, and the values that are supported.
@@ -32,6 +32,9 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "flatten_patch_embeds": (True,),
     "hidden_act": tuple(ACTIVATIONS),
 }
+
+
+MAX_SPEC_SIZE = 4096  # the image's side, which no tensor bounds; 256 in every real checkpoint
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
@@ -63,6 +66,15 @@ class HTSATConfig:
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
+        check_sizes(self, layers=("depths",), positive=("layer_norm_eps", "mlp_ratio"))
+        if self.spec_size > MAX_SPEC_SIZE:
+            raise ValueError(
+                f"spec_size = {self.spec_size} is not supported; it must be at most {MAX_SPEC_SIZE}"
+            )
+        for key in ("patch_size", "patch_stride"):
+            value = getattr(self, key)
+            if isinstance(value, tuple) and len(value) != 2:
+                raise ValueError(f"{key} must be one integer or two, got {len(value)}")
         widths = [self.width(level) for level in range(len(self.depths))]
         heads = self.num_attention_heads
         if len(heads) != len(widths) or any(w % h for w, h in zip(widths, heads, strict=True)):

@@ -21,7 +21,11 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from audioldm2.models.config import check_sizes
 from audioldm2.models.stage import Stage
+
+# What the joined sequence has beside the second encoder's states: CLAP's vector and four learned ones.
+VECTORS_BESIDE_STATES = 5
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class ProjectionConfig:
     max_seq_length: int | None = None
 
     def __post_init__(self) -> None:
+        check_sizes(self)
         if self.use_learned_position_embedding is not None and self.max_seq_length is None:
             raise ValueError(
                 f"use_learned_position_embedding = {self.use_learned_position_embedding} needs "

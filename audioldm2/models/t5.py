@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from audioldm2.models.config import known_fields
+from audioldm2.models.config import check_sizes, known_fields
 from audioldm2.models.layers import attention
 from audioldm2.models.stage import Stage
 
@@ -59,6 +59,7 @@ class T5Config:
     pad_token_id: int = 0
 
     def __post_init__(self) -> None:
+        check_sizes(self, layers=("num_layers",), zero=("pad_token_id",), positive=("layer_norm_epsilon",))
         if self.feed_forward_proj not in FEED_FORWARDS:
             raise ValueError(
                 f"feed_forward_proj = {self.feed_forward_proj!r} is not supported; "

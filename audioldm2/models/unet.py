@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from audioldm2.models.config import known_fields, refuse_unsupported
+from audioldm2.models.config import check_sizes, known_fields, refuse_unsupported
 from audioldm2.models.layers import (
     Condition,
     Context,
@@ -92,6 +92,8 @@ class UNetConfig:
     conv_out_kernel: int = 3
 
     def __post_init__(self) -> None:
+        layers = ("layers_per_block", "transformer_layers_per_block")
+        check_sizes(self, layers=layers, zero=("freq_shift",), positive=("norm_eps",))
         levels = len(self.block_out_channels)
         by_level = ("layers_per_block", "transformer_layers_per_block", "attention_head_dim")
         for key in ("down_block_types", "up_block_types", "cross_attention_dim", *by_level):
@@ -107,6 +109,11 @@ class UNetConfig:
             attends = "CrossAttn" in down + up or level == levels - 1  # the middle belongs to the last level
             if attends and self.attends_to(level) is None:
                 raise ValueError(f"cross_attention_dim is null at level {level}, which has attention")
+        if self.freq_shift >= max(1, self.block_out_channels[0] // 2):
+            raise ValueError(f"freq_shift = {self.freq_shift} is as large as the time embedding")
+        for key in ("conv_in_kernel", "conv_out_kernel"):
+            if getattr(self, key) % 2 == 0:
+                raise ValueError(f"{key} = {getattr(self, key)} must be odd, to preserve the size")
         activation(self.act_fn)
 
     @classmethod

@@ -27,11 +27,12 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from audioldm2.models.config import known_fields, refuse_unsupported
+from audioldm2.models.config import check_sizes, known_fields, refuse_unsupported
 from audioldm2.models.layers import ResNetBlock, SelfAttention, Upsample, activation
 from audioldm2.models.stage import Stage, plain
 from audioldm2.noise import Generators, randn
 
+SCALING_FACTORS = (1e-4, 1e4)  # the lowest and the highest one; the real ones are near 1
 GROUP_NORM_EPS = 1e-6  # the configs have no key for it
 
 
@@ -59,6 +60,12 @@ class VAEConfig:
     mid_block_add_attention: bool = True
 
     def __post_init__(self) -> None:
+        check_sizes(self, layers=("layers_per_block",))
+        if not SCALING_FACTORS[0] <= self.scaling_factor <= SCALING_FACTORS[1]:
+            raise ValueError(
+                f"scaling_factor = {self.scaling_factor} is not supported; it must be a number from "
+                f"{SCALING_FACTORS[0]} to {SCALING_FACTORS[1]}"
+            )
         levels = len(self.block_out_channels)
         kinds = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
         for key, kind in kinds.items():

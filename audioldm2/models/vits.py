@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from audioldm2.models.config import known_fields
+from audioldm2.models.config import check_sizes, known_fields
 from audioldm2.models.layers import activation, mask_bias
 from audioldm2.models.stage import Stage
 
@@ -51,14 +51,13 @@ class VitsTextConfig:
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
+        check_sizes(self, layers=("num_hidden_layers",), positive=("layer_norm_eps",))
         activation(self.hidden_act, "hidden_act")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads = {self.num_attention_heads} must divide "
                 f"hidden_size = {self.hidden_size}"
             )
-        if not self.window_size or self.window_size < 1:
-            raise ValueError(f"window_size = {self.window_size} is not supported; it must be at least 1")
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> VitsTextConfig:

@@ -164,7 +164,12 @@ def test_clap_front_end_round_trips_through_transformers(tmp_path):
         ({**HUB, "padding": "mirror"}, "padding must be .*, got 'mirror'"),
         ({**HUB, "hop_length": 0}, "hop_length must be a positive integer, got 0"),
         ({**HUB, "max_length_s": 0.5}, "max_length_s must be a positive integer, got 0.5"),
-        ({**HUB, "fft_window_size": 960001}, "fft_window_size=960001 is too large"),
+        ({**HUB, "fft_window_size": 960001}, "fft_window_size must be at most 16384, got 960001"),
+        ({**HUB, "fft_window_size": 2047, "sampling_rate": 1000, "max_length_s": 1}, "2047 is too large"),
+        ({**HUB, "feature_size": 2**31 - 1}, "feature_size must be at most 512"),
+        ({**HUB, "sampling_rate": 2**31 - 1}, "sampling_rate must be at most 768000"),
+        ({**HUB, "max_length_s": 2**31 - 1}, "max_length_s must be at most 60"),
+        ({**HUB, "frequency_max": math.inf}, "frequency_min < frequency_max must hold, got 0 and inf"),
         ({**HUB, "frequency_min": 15000}, "frequency_min < frequency_max must hold, got 15000 and 14000"),
     ],
 )

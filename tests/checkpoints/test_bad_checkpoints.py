@@ -30,11 +30,11 @@ from tests.checkpoints.files import (
 
 
 def refusal(call: Callable[[], object]) -> str:
-    """The message of the CheckpointError, which is one line unless it lists what does not fit."""
+    """The message of the CheckpointError, which is one line that any terminal can show."""
     with pytest.raises(CheckpointError) as caught:
         call()
     message = str(caught.value)
-    assert "\n" not in message or "do not fit:\n" in message, message
+    assert message.isprintable(), message
     return message
 
 
@@ -89,7 +89,7 @@ def test_garbage_in_place_of_json(checkpoint, name):
     path.unlink()
     assert f"{path} is missing" in pipeline_refusal(checkpoint)
     path.mkdir()
-    assert f"{path} cannot be read as JSON: " in pipeline_refusal(checkpoint)
+    assert pipeline_refusal(checkpoint) == f"{path} is not a regular file"
 
 
 @pytest.mark.parametrize("entry", [None, [None, None], "AutoencoderKL", ["diffusers"], [["x"], ["y"]], 3])
@@ -211,9 +211,9 @@ def test_garbage_in_a_config_never_causes_another_error(checkpoint, part, value)
 
 def test_sizes_that_a_layer_refuses_name_the_file(checkpoint):
     path = checkpoint / "language_model" / "config.json"
-    edit_json(path, n_head=0)
+    edit_json(path, n_embd=2**31 - 2, n_head=2)
     message = refusal(lambda: load(checkpoint, "language_model"))
-    assert message.startswith(f"{path}: the sizes are not valid for class GPT2Model (ZeroDivisionError: ")
+    assert message.startswith(f"{path}: the sizes are not valid for class GPT2Model (RuntimeError: ")
 
 
 # --- weights files
@@ -304,10 +304,9 @@ def test_all_tensors_that_do_not_fit_are_listed(checkpoint, write):
         write(folder, part, state)
 
     rewrite(checkpoint, "unet", corrupt)
-    head, *lines = pipeline_refusal(checkpoint).splitlines()
-    assert head == f"{checkpoint / 'unet'}: 4 of the checkpoint's tensors do not fit:"
-    assert len(lines) == 4
-    text = "\n".join(lines)
+    head, text = pipeline_refusal(checkpoint).split(" do not fit: ")
+    assert head == f"{checkpoint / 'unet'}: 4 of the checkpoint's tensors"
+    assert len(text.split("; ")) == 4
     for name in ("conv_in.weight", "mid_block.resnets.0.norm1.bias", "extra.weight", "conv_out.bias"):
         assert name in text
 
@@ -321,9 +320,9 @@ def test_tensors_that_are_not_floating_point_are_listed(checkpoint, write):
         write(folder, part, state)
 
     rewrite(checkpoint, "vae", corrupt)
-    head, *lines = refusal(lambda: load(checkpoint, "vae", dtype=torch.float32)).splitlines()
-    assert head == f"{checkpoint / 'vae'}: 2 of the checkpoint's tensors do not fit:"
-    assert [line.split(" holds ")[0].strip() for line in lines] == [
+    head, text = refusal(lambda: load(checkpoint, "vae", dtype=torch.float32)).split(" do not fit: ")
+    assert head == f"{checkpoint / 'vae'}: 2 of the checkpoint's tensors"
+    assert [entry.split(" holds ")[0] for entry in text.split("; ")] == [
         "wrong type: decoder.conv_in.bias",
         "wrong type: encoder.mid_block.attentions.0.to_k.weight",
     ]

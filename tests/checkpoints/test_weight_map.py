@@ -33,12 +33,13 @@ def plan(
 def mismatches(
     text: str, targets: Mapping[str, tuple[int, ...]], sources: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
-    """The lines of the error that `plan` raises, without the first."""
+    """The entries of the error that `plan` raises."""
     with pytest.raises(CheckpointError) as caught:
         WeightMap(text).plan(targets, sources)
-    head, *lines = str(caught.value).split("\n")
-    assert head == f"{len(lines)} of the checkpoint's tensors do not fit:"
-    return [line.strip() for line in lines]
+    head, entries = str(caught.value).split(" do not fit: ")
+    lines = entries.split("; ")
+    assert head == f"{len(lines)} of the checkpoint's tensors"
+    return lines
 
 
 def random(*shape: int) -> Tensor:
@@ -301,6 +302,16 @@ def test_all_mismatches_are_in_one_error():
         "wrong shape: fold_weight_norm(g, v): gain (3, 1, 1) does not match direction (2, 3, 5)",
         "unexpected: extra, shape (8,)",
     ]
+
+
+def test_of_many_mismatches_the_first_are_described():
+    with pytest.raises(CheckpointError) as caught:
+        WeightMap("a = a").plan({"a": (1,)}, {f"{i:03}\x1b[31m{'x' * 1000}": (1,) for i in range(1000)})
+    message = str(caught.value)
+    assert message.startswith("1001 of the checkpoint's tensors do not fit: missing: a (")
+    assert message.endswith("; and 985 more")
+    assert message.isprintable()
+    assert len(message) < 3000
 
 
 def test_a_scalar_in_place_of_a_matrix_is_a_wrong_shape():
