@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Protocol, TypeVar, cast
 
@@ -65,7 +66,7 @@ def fill(
         stage: built on the meta device.
         weights: the stage's weight map.
         source: the checkpoint's tensors.
-        dtype: dtype of the parameters; None keeps the checkpoint's.
+        dtype: dtype of the parameters; None is the checkpoint's, that of most of its numbers.
         device: where the parameters are placed.
 
     Returns:
@@ -92,6 +93,13 @@ def fill(
     ) > (source.nbytes):
         raise CheckpointError("the weights share memory: they are larger than the files that contain them")
 
+    if dtype is None:
+        # A stage runs in one dtype, also if a few of its tensors were saved in another.
+        numbers: Counter[torch.dtype] = Counter()
+        for name in used:
+            numbers[cast(torch.dtype, source.types[name])] += math.prod(source.shapes[name])
+        dtype = numbers.most_common(1)[0][0] if numbers else torch.float32
+
     filled: dict[str, Tensor] = {}
     for name, empty in state.items():
         if name not in plan:
@@ -100,7 +108,7 @@ def fill(
             continue
         recipe = plan[name]
         held = cast(torch.dtype, source.types[recipe.sources[0]])
-        wanted = dtype or held
+        wanted = dtype
         if isinstance(stage, Stage):
             wanted = parameter_dtype(stage, name, wanted)
         # A tensor that is used as it is must not be read through the short-lived window of the file, which it

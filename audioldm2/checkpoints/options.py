@@ -296,7 +296,7 @@ def save_options(
     given = [x for x in (folder, save_directory) if x is not None]
     if len(given) != 1 or not isinstance(given[0], str | os.PathLike) or not os.fspath(given[0]):
         raise TypeError(
-            f"save_pretrained() needs one folder, got {', '.join(map(shortened, given)) or 'none'}"
+            f"save_pretrained() needs one folder, got {', '.join(map(quoted, given)) or 'none'}"
         )
     if not _check_flag("is_main_process", is_main_process):
         raise ValueError(
