@@ -68,6 +68,7 @@ from audioldm2.runtime.precision import check_dtype
 from audioldm2.schedulers.base import MAX_TRAIN_TIMESTEPS, Scheduler
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
+MAX_EXTRA_IDS = 1024  # 100 in every real checkpoint
 MAX_TOKENIZER_BYTES = 10 * 2**20  # of a file; the largest one of a real checkpoint has 3.5 MB
 
 
@@ -478,6 +479,9 @@ def _check_tokenizer_files(folder: Path) -> None:
     for key in ("vocab_file", "merges_file", "tokenizer_file", "spm_file", "fast_tokenizer_files"):
         if content.get(key) is not None:
             raise CheckpointError(f"{config}: {key} = {quoted(content[key])} names files; it must be absent")
+    extra = content.get("extra_ids", 0)  # of T5; so many tokens are made
+    if not isinstance(extra, int) or not 0 <= extra <= MAX_EXTRA_IDS:
+        raise CheckpointError(f"{config}: extra_ids = {quoted(extra)} must be 0 to {MAX_EXTRA_IDS}")
     named = content.get("tokenizer_class")
     if named is not None and not (isinstance(named, str) and named.isidentifier()):
         raise CheckpointError(f"{config}: tokenizer_class = {quoted(named)} is not the name of a class")

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from audioldm2.models.config import check_sampling_rate, check_sizes, known_fields
 from audioldm2.models.stage import Stage
-from audioldm2.quoting import quoted
 
 # What no tensor bounds: 5 and 160 in cvssp/audioldm2.
 MAX_DILATION = 1024
@@ -79,13 +78,11 @@ class HifiGanConfig:
             raise ValueError(f"resblock_kernel_sizes = {kernels} must be odd, to preserve the length")
         if any(d > MAX_DILATION for dilations in self.resblock_dilation_sizes for d in dilations):
             raise ValueError(
-                f"resblock_dilation_sizes = {quoted(self.resblock_dilation_sizes)} must be at most "
-                f"{MAX_DILATION}"
+                f"resblock_dilation_sizes = {self.resblock_dilation_sizes} must be at most {MAX_DILATION}"
             )
         if math.prod(self.upsample_rates) > MAX_HOP_LENGTH:
             raise ValueError(
-                f"upsample_rates = {quoted(self.upsample_rates)} must give at most {MAX_HOP_LENGTH} samples "
-                "a frame"
+                f"upsample_rates = {self.upsample_rates} must give at most {MAX_HOP_LENGTH} samples a frame"
             )
         if not 0 <= self.leaky_relu_slope <= 1:
             raise ValueError(
