@@ -11,6 +11,7 @@ instructions claim. Only the instructions and names that a state dict needs are 
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
 import tarfile
@@ -23,8 +24,8 @@ import torch
 
 from audioldm2.checkpoints.errors import CheckpointError
 
-MAX_PICKLE_BYTES = 4 * 2**20  # of everything but the tensors' values; 2,000 tensors take 0.4 MB
-MAX_ZIP_BYTES = 12 * 2**20  # of a zip archive's directory and pickle together
+MAX_PICKLE_BYTES = 2**20  # of everything but the tensors' values; 2,000 tensors take 0.3 MB
+MAX_ZIP_BYTES = 4 * 2**20  # of a zip archive's directory and pickle together
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file from before PyTorch 1.6
 
@@ -171,7 +172,7 @@ class _Unpickler(pickle._Unpickler):
         code[0]: pickle._Unpickler.dispatch[code[0]] for code in _INSTRUCTIONS
     }
 
-    def __init__(self, file: _LimitedReader):
+    def __init__(self, file: io.BytesIO):
         super().__init__(file, encoding="utf-8")
         self.storages: dict[str, int] = {}
 
@@ -199,23 +200,17 @@ class _Unpickler(pickle._Unpickler):
 
 
 class _LimitedReader:
-    """A binary file of which only so many bytes can be read."""
+    """A binary file of which zipfile can read only so many bytes."""
 
-    def __init__(self, file: BinaryIO, limit: int, reason: str):
-        self._file, self._left, self._reason = file, limit, reason
-
-    def _take(self, data: bytes) -> bytes:
-        self._left -= len(data)
-        if self._left < 0:
-            raise _RefusedError(self._reason)
-        return data
+    def __init__(self, file: BinaryIO, limit: int):
+        self._file, self._left = file, limit
 
     def read(self, size: int = -1) -> bytes:
-        wanted = self._left + 1 if size < 0 else min(size, self._left + 1)
-        return self._take(self._file.read(wanted))
-
-    def readline(self) -> bytes:
-        return self._take(self._file.readline(self._left + 1))
+        data = self._file.read(self._left + 1 if size < 0 else min(size, self._left + 1))
+        self._left -= len(data)
+        if self._left < 0:
+            raise _RefusedError(f"its directory is larger than {MAX_ZIP_BYTES} bytes")
+        return data
 
     def seek(self, offset: int, whence: int = 0) -> int:
         return self._file.seek(offset, whence)
@@ -227,8 +222,8 @@ class _LimitedReader:
         return True
 
 
-def _limited(file: Any) -> _LimitedReader:
-    return _LimitedReader(file, MAX_PICKLE_BYTES, f"its pickle is larger than {MAX_PICKLE_BYTES} bytes")
+def _too_large() -> str:
+    return f"its pickle is larger than {MAX_PICKLE_BYTES} bytes"
 
 
 def _size_of(file: BinaryIO) -> int:
@@ -240,7 +235,7 @@ def _size_of(file: BinaryIO) -> int:
 def _read_zip(file: BinaryIO) -> Any:
     """The descriptions in a zip archive, as torch.save has written it since PyTorch 1.6."""
     size = _size_of(file)
-    limited = _LimitedReader(file, MAX_ZIP_BYTES, f"its directory is larger than {MAX_ZIP_BYTES} bytes")
+    limited = _LimitedReader(file, MAX_ZIP_BYTES)
     with zipfile.ZipFile(limited) as archive:
         if archive.comment:  # with one, where the directory begins is a matter of opinion
             raise _RefusedError("it has a comment, which torch.save does not write")
@@ -253,9 +248,10 @@ def _read_zip(file: BinaryIO) -> Any:
         pickles = [name for name in sizes if name.endswith(".pkl")]
         if len(pickles) != 1 or not pickles[0].endswith("/data.pkl"):
             raise _RefusedError("it is not one state dict")  # TorchScript archives have several pickles
-        with archive.open(pickles[0]) as stream:
-            reader = _Unpickler(_limited(stream))
-            content = reader.load()
+        if sizes[pickles[0]] > MAX_PICKLE_BYTES:
+            raise _RefusedError(_too_large())
+        reader = _Unpickler(io.BytesIO(archive.read(pickles[0])))
+        content = reader.load()
     folder = pickles[0].removesuffix(".pkl")
     for key, needed in reader.storages.items():
         if sizes[f"{folder}/{key}"] < needed:
@@ -272,13 +268,16 @@ def _read_legacy(file: BinaryIO, path: Path) -> Any:
     else:  # the format before that one, which PyTorch extracts into a temporary folder
         raise _RefusedError("it is a tar archive")
     size = _size_of(file)
-    limited = _limited(file)
-    if _Unpickler(limited).load() != LEGACY_MAGIC:
+    start = io.BytesIO(file.read(MAX_PICKLE_BYTES))
+    if _Unpickler(start).load() != LEGACY_MAGIC:
         raise _RefusedError("it does not begin as one")
     for _ in ("protocol", "sizes of integers"):
-        _Unpickler(limited).load()
-    reader = _Unpickler(limited)
-    content = reader.load()
+        _Unpickler(start).load()
+    reader = _Unpickler(start)
+    try:
+        content = reader.load()
+    except EOFError:
+        raise _RefusedError(_too_large() if size > MAX_PICKLE_BYTES else "it is cut off") from None
     if sum(reader.storages.values()) > size:
         raise _RefusedError("it is shorter than its tensors")
     return content

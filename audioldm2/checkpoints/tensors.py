@@ -38,7 +38,7 @@ _WINDOW_BYTES = 32 * 2**20
 MAX_CONFIG_BYTES = 2**20
 MAX_INDEX_BYTES = 8 * 2**20  # of a shard index
 MAX_HEADER_BYTES = 8 * 2**20  # of a safetensors file
-MAX_TENSORS = 32768  # of a stage
+MAX_TENSORS = 16384  # of a stage
 MAX_NESTING = 32  # of the lists and objects in a JSON file
 
 
@@ -267,7 +267,7 @@ def _naming_file(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError) as error:
         raise CheckpointError(
             f"{path} is not a complete safetensors file ({one_line(error)}); download or copy it again"
         ) from error
