@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
+from audioldm2.quoting import quoted
+
 MAX_LENGTH_IN_S = 3600.0  # a larger value is probably a number of samples or milliseconds
 
 
@@ -25,7 +27,7 @@ def as_texts(name: str, value: Any, empty: bool = False) -> list[str]:
     """
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"{name} must be a string or a list of strings, got {value!r}")
+        raise TypeError(f"{name} must be a string or a list of strings, got {quoted(value)}")
     if not texts:
         raise ValueError(f"{name} is an empty list; pass at least one string")
     if not empty and not all(text.strip() for text in texts):
@@ -33,7 +35,7 @@ def as_texts(name: str, value: Any, empty: bool = False) -> list[str]:
     for text in texts:
         # Python decodes bytes of a command line that are not UTF-8 as lone surrogates.
         if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError(f"{name} is not valid UTF-8 text: {text!r}")
+            raise ValueError(f"{name} is not valid UTF-8 text: {quoted(text)}")
     return list(texts)
 
 
@@ -73,13 +75,13 @@ def check_count(name: str, value: Any, lowest: int = 1, highest: int | None = No
     number = as_integer(value)
     if number is None or number < lowest or (highest is not None and number > highest):
         limits = f"of at least {lowest}" if highest is None else f"from {lowest} to {highest}"
-        raise ValueError(f"{name} must be an integer {limits}, got {value!r}")
+        raise ValueError(f"{name} must be an integer {limits}, got {quoted(value)}")
 
 
 def check_length(seconds: Any, shortest: float = 0.0) -> None:
     """Raise ValueError unless `seconds` is a number from `shortest` to MAX_LENGTH_IN_S, and positive."""
     if not _is_finite(seconds):
-        raise ValueError(f"audio_length_in_s must be a number of seconds, got {seconds!r}")
+        raise ValueError(f"audio_length_in_s must be a number of seconds, got {quoted(seconds)}")
     if not 0 < float(seconds) <= MAX_LENGTH_IN_S or float(seconds) < shortest:
         raise ValueError(
             f"audio_length_in_s must be from {shortest:g} to {MAX_LENGTH_IN_S:g} seconds, got {seconds}"
@@ -89,7 +91,7 @@ def check_length(seconds: Any, shortest: float = 0.0) -> None:
 def check_number(name: str, value: Any) -> None:
     """Raise ValueError unless `value` is a finite number."""
     if not _is_finite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
+        raise ValueError(f"{name} must be a finite number, got {quoted(value)}")
 
 
 def _is_finite(value: Any) -> bool:
@@ -102,4 +104,4 @@ def _is_finite(value: Any) -> bool:
 def check_choice(name: str, value: Any, choices: Sequence[object]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if not any(isinstance(value, type(choice)) and value == choice for choice in choices):
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {quoted(value)}")

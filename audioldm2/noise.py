@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from audioldm2.quoting import quoted
+
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -63,8 +65,8 @@ def check_generators(generator: Any, batch: int) -> None:
         return
     if not isinstance(generator, list | tuple) or not all(isinstance(g, torch.Generator) for g in generator):
         raise TypeError(
-            f"generator must be a torch.Generator or a list of them, got {generator!r}; for a seed pass "
-            "torch.Generator().manual_seed(seed)"
+            f"generator must be a torch.Generator or a list of them, got {quoted(generator)}; for a seed "
+            "pass torch.Generator().manual_seed(seed)"
         )
     if len(generator) != batch:
         raise ValueError(f"{len(generator)} generators for {batch} waveforms; give one, or one per waveform")

@@ -48,6 +48,7 @@ from audioldm2.models.vae import VAE
 from audioldm2.models.vits import VitsTextEncoder
 from audioldm2.noise import Generators
 from audioldm2.output import AudioPipelineOutput
+from audioldm2.quoting import quoted
 from audioldm2.ranking import best_first, score
 from audioldm2.sampling import (
     Callback,
@@ -522,7 +523,7 @@ class AudioLDM2Pipeline(DiffusersMethods):
         check_callbacks(callback, callback_on_step_end, callback_on_step_end_tensor_inputs)
         if cross_attention_kwargs:
             raise ValueError(
-                f"cross_attention_kwargs = {cross_attention_kwargs!r} is not supported: there are no "
+                f"cross_attention_kwargs = {quoted(cross_attention_kwargs)} is not supported: there are no "
                 "attention processors; leave it out"
             )
         if latents is not None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from audioldm2.conditioning import Conditioning
 from audioldm2.noise import Generators, check_generators, randn
+from audioldm2.quoting import quoted
 from audioldm2.runtime.precision import stage_dtype
 from audioldm2.tensors import check_tensor
 
@@ -148,12 +149,12 @@ def check_callbacks(callback: Any, on_step_end: Any, tensor_inputs: Any) -> None
     """
     for name, one in (("callback", callback), ("callback_on_step_end", on_step_end)):
         if one is not None and not callable(one):
-            raise TypeError(f"{name} must be a function, got {one!r}")
+            raise TypeError(f"{name} must be a function, got {quoted(one)}")
     is_list = isinstance(tensor_inputs, list | tuple)
     if not is_list or not all(name in CALLBACK_TENSORS for name in tensor_inputs):
         raise ValueError(
             f"callback_on_step_end_tensor_inputs must be a list of names from {', '.join(CALLBACK_TENSORS)}; "
-            f"got {tensor_inputs!r}"
+            f"got {quoted(tensor_inputs)}"
         )
 
 
@@ -197,7 +198,8 @@ def callbacks(
         for name, tensor in returned.items():
             if name not in values or not isinstance(tensor, Tensor):
                 raise ValueError(
-                    f"callback_on_step_end returned {name!r}; it may return {', '.join(values)}, as tensors"
+                    f"callback_on_step_end returned {quoted(name)}; it may return tensors of the names "
+                    f"{', '.join(values)}"
                 )
             if name != "latents":
                 tensor = tensor[-len(values[name]) :]

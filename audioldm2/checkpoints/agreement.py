@@ -8,6 +8,7 @@ settings of a scheduler that give no numbers. Each error names the file.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,8 +75,8 @@ class _Agreement:
         self._check_ranking()
         self._check_tokens()
 
-    def _refuse(self, name: str, what: str, file: str = "config.json") -> None:
-        raise CheckpointError(f"{self.folder / name / file}: {what}")
+    def _refuse(self, name: str, what: str) -> None:
+        raise CheckpointError(f"{self.folder / name / 'config.json'}: {what}")
 
     def _equal(self, name: str, key: str, value: int, other: str, other_key: str, expected: int) -> None:
         if value != expected:
@@ -140,18 +141,21 @@ class _Agreement:
                 self._refuse("unet", f"sample_size = {size} stands for a sound of {seconds:.0f} seconds")
 
     def _check_ranking(self) -> None:
+        """A warning only, because everything but the ranking of candidates works."""
         if self.clap is None or self.extractor is None:
             return
         audio, config = self.clap.config.audio_config, self.extractor.config
-        path = self.folder / "text_encoder" / "config.json"
-        file = "preprocessor_config.json"
-        if config.feature_size != audio.num_mel_bins:
-            what = f"feature_size = {config.feature_size} does not fit {path}: num_mel_bins = "
-            self._refuse("feature_extractor", f"{what}{audio.num_mel_bins}", file)
         frames = config.max_samples // config.hop_length + 1
+        misfits = []
+        if config.feature_size != audio.num_mel_bins:
+            misfits.append(f"feature_size = {config.feature_size}, not num_mel_bins = {audio.num_mel_bins}")
         if frames > self.clap.audio.frames:
-            what = f"hop_length = {config.hop_length} gives {frames} frames, too many for {path}: at most "
-            self._refuse("feature_extractor", f"{what}{self.clap.audio.frames}", file)
+            misfits.append(
+                f"hop_length = {config.hop_length} for {frames} frames, not {self.clap.audio.frames}"
+            )
+        if misfits:
+            path = self.folder / "feature_extractor" / "preprocessor_config.json"
+            warnings.warn(f"CLAP cannot rank sounds: {path} has {'; '.join(misfits)}", stacklevel=5)
 
     def _check_tokens(self) -> None:
         if self.clap is not None and self.tokenizer is not None:

@@ -295,9 +295,7 @@ def save_options(
     _refuse(others, "save_pretrained", save_options, (), _SAVING_INSTEAD)
     given = [x for x in (folder, save_directory) if x is not None]
     if len(given) != 1 or not isinstance(given[0], str | os.PathLike) or not os.fspath(given[0]):
-        raise TypeError(
-            f"save_pretrained() needs one folder, got {', '.join(map(quoted, given)) or 'none'}"
-        )
+        raise TypeError(f"save_pretrained() needs one folder, got {', '.join(map(quoted, given)) or 'none'}")
     if not _check_flag("is_main_process", is_main_process):
         raise ValueError(
             "is_main_process=False is not supported: call save_pretrained in the main process only"

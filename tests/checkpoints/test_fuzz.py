@@ -28,6 +28,7 @@ CASES = {
     "several": 5,
 }
 SEED = 7
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of settings without effect, for example
 
 
 @pytest.fixture(scope="module")

@@ -102,7 +102,6 @@ def test_a_size_of_clap_is_not_believed(checkpoint: Path, config: str, changes: 
         ("scheduler", "steps_offset", 50),
         ("feature_extractor", "fft_window_size", LARGEST),
         ("feature_extractor", "hop_length", 1),
-        ("feature_extractor", "feature_size", 32),
         ("feature_extractor", "frequency_min", 13999.999999999998),
     ],
 )
@@ -113,6 +112,15 @@ def test_a_size_of_the_other_configs_is_not_believed(
     path = checkpoint / part / name
     edit_json(path, **{key: value})
     assert pipeline_refusal(checkpoint).startswith(f"{path}: ")
+
+
+def test_features_that_do_not_fit_clap_are_told_at_load(checkpoint: Path) -> None:
+    """Everything but the ranking of candidates works, which refuses them by name."""
+    edit_json(checkpoint / "feature_extractor" / "preprocessor_config.json", feature_size=32)
+    with pytest.warns(UserWarning, match="CLAP cannot rank sounds: .* has feature_size = 32, not num_mel_bins"):
+        pipe = AudioLDM2Pipeline.from_pretrained(checkpoint)
+    with pytest.raises(ValueError, match="input_features must be"):
+        pipe.rank(torch.zeros(2, 1000), torch.zeros(1, 12))
 
 
 def test_what_diffusers_writes_for_dpm_solver_is_read(checkpoint: Path) -> None:
