@@ -45,15 +45,6 @@ LINEAR_STEP = 200 / 3  # Hz per mel below the bend
 BEND_HERTZ = 1000.0
 BEND_MEL = BEND_HERTZ / LINEAR_STEP
 LOG_STEP = math.log(6.4) / 27  # step of the frequency's natural logarithm per mel, above the bend
-# The settings come from checkpoints, and decide how much memory the filters and a spectrogram take.
-MAX_SIZES = {
-    "feature_size": 512,
-    "n_mels": 512,
-    "fft_window_size": 16384,
-    "n_fft": 16384,
-    "sampling_rate": 768_000,
-    "max_length_s": 60,
-}
 
 
 def hertz_to_mel(hertz: Tensor) -> Tensor:
