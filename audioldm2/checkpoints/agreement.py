@@ -184,7 +184,8 @@ class _Agreement:
             )
         if encoder.config.vocab_size < MIN_VITS_VOCABULARY:
             self._refuse("text_encoder_2", f"vocab_size must be at least {MIN_VITS_VOCABULARY}")
-        _check_vocabulary(path, tokenizer, encoder.config.vocab_size)
+        # VITS's tokenizer has a token for unknown letters, which it leaves out, and which needs no embedding.
+        _check_vocabulary(path, tokenizer, encoder.config.vocab_size, unused=tokenizer.unk_token)
 
 
 def _context_widths(unet: UNet | None) -> Iterator[tuple[str, int, bool]]:
@@ -231,9 +232,12 @@ def check_tokenizer(folder: Path, tokenizer: Any, vocab_size: int, limit: int) -
         )
 
 
-def _check_vocabulary(folder: Path, tokenizer: Any, vocab_size: int) -> None:
+def _check_vocabulary(folder: Path, tokenizer: Any, vocab_size: int, unused: str | None = None) -> None:
     with tokenizer_errors(folder):
-        highest = max(tokenizer.get_vocab().values(), default=0)
+        # The vocabulary of VITS's tokenizer ends at its size, even if its ids do not.
+        vocabulary = {**tokenizer.get_vocab(), **getattr(tokenizer, "encoder", {})}
+        ids = (index for token, index in vocabulary.items() if token != unused)
+        highest = max(ids, default=0)
     if highest >= vocab_size:
         raise CheckpointError(
             f"{folder}: the tokenizer has token {highest}, but there are embeddings for {vocab_size} only"

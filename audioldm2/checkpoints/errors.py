@@ -1,11 +1,19 @@
 """The errors that loading a checkpoint raises."""
 
+from __future__ import annotations
+
+from audioldm2.quoting import printable
+
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be found or read, is not safe to read, or does not fit the stage it is for.
 
-    The message is one line that names the checkpoint or file and says what to do.
+    The message is one line that names the checkpoint or file and says what to do. Control characters in it,
+    which a checkpoint's file names can contain too, are escaped.
     """
+
+    def __init__(self, message: str):
+        super().__init__(printable(message, limit=None))
 
 
 class MissingCheckpointError(CheckpointError, FileNotFoundError):

@@ -367,6 +367,14 @@ def test_state_dicts_as_pytorch_saves_them_are_read(checkpoint: Path, kind: str,
         assert torch.equal(found.state_dict()[name], tensor), name
 
 
+def test_control_characters_in_file_names_are_escaped(checkpoint: Path) -> None:
+    os.mkfifo(checkpoint / "tokenizer" / "\x1b[31m\n")
+    message = pipeline_refusal(checkpoint)  # which is printable
+    assert message == f"{checkpoint / 'tokenizer'}/\\x1b[31m\\n is not a regular file"
+    error = pickle.loads(pickle.dumps(MissingCheckpointError("a\x07")))
+    assert (str(error), error.args, error.filename, error.errno) == ("a\\x07", ("a\\x07",), None, None)
+
+
 def test_limits_of_weight_files(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = weights(checkpoint, "vae")
     monkeypatch.setattr(tensors, "MAX_TENSORS", 10)
@@ -499,7 +507,12 @@ def test_a_speech_checkpoint_with_another_number_of_tokens(
     import shutil
 
     folder = Path(shutil.copytree(random_speech_checkpoint, tmp_path / "speech"))
+    # As in real ones, the token for unknown letters has no embedding; no text is turned into it.
+    edit_json(folder / "tokenizer_2" / "vocab.json", **{"<unk>": 200})
+    edit_json(folder / "tokenizer_2" / "tokenizer_config.json", unk_token="<unk>")
     AudioLDM2Pipeline.from_pretrained(folder)
+    edit_json(folder / "tokenizer_2" / "vocab.json", a=201)
+    assert "has token 201, but there are embeddings for 200 only" in pipeline_refusal(folder)
     edit_json(folder / "tokenizer_2" / "tokenizer_config.json", model_max_length=10**30)
     assert "max_seq_length = 24 must be the model_max_length" in pipeline_refusal(folder)
 
