@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from audioldm2 import AudioLDM2Pipeline
 from audioldm2.runtime.foreign import unwrapped
-from tests.helpers import HAMMER, RAIN, assert_same_sound, noise, sound
+from tests.helpers import HAMMER, RAIN, ROOT, assert_same_sound, noise, sound
 from tests.reference import Both, assert_close
 
 STAGES = AudioLDM2Pipeline.stage_names
@@ -150,6 +151,14 @@ def test_float16_keeps_the_exceptions_of_a_wrapped_stage(pipe: AudioLDM2Pipeline
     dtypes = {name: p.dtype for name, p in pipe.text_encoder_2.module.named_parameters()}
     assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == kept
     assert sound(pipe).std() > 0.02
+
+
+def test_the_example_of_the_page_runs() -> None:
+    page = (ROOT / "docs" / "replacing-parts.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(code, "replacing-parts.md", "exec"), names)
+    assert names["audio"].std() > 0.01
 
 
 # --- what cannot take a place
