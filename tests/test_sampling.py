@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -94,6 +95,87 @@ def test_callbacks_are_called_as_in_diffusers(base: Both) -> None:
     assert [call[:2] for call in calls["ours"]] == [call[:2] for call in calls["theirs"]]
     for (*_, actual), (*_, expected) in zip(calls["ours"], calls["theirs"], strict=True):
         assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "PNDMScheduler", "KDPM2DiscreteScheduler"])
+def test_callbacks_come_once_a_step_with_samplers_that_evaluate_several_times(base: Both, name: str) -> None:
+    kind = getattr(diffusers, name)
+    own = base.ours.scheduler, base.theirs.scheduler
+    calls: dict[str, list] = {"ours": [], "theirs": []}
+    bar = io.StringIO()
+    try:
+        for pipe, seen in ((base.ours, calls["ours"]), (base.theirs, calls["theirs"])):
+            pipe.scheduler = kind.from_config(dict(pipe.scheduler.config))
+            pipe(
+                HAMMER,
+                num_inference_steps=4,
+                audio_length_in_s=0.32,
+                generator=seeded(),
+                callback=lambda step, t, latents, seen=seen: seen.append((step, int(t), latents.clone())),
+            )
+        base.ours.set_progress_bar_config(file=bar, disable=False)
+        sound(base.ours, num_inference_steps=4)
+    finally:
+        base.ours.set_progress_bar_config(disable=True)
+        base.ours.scheduler, base.theirs.scheduler = own
+    assert [call[:2] for call in calls["ours"]] == [call[:2] for call in calls["theirs"]]
+    assert [call[0] for call in calls["ours"]] == [0, 1, 2, 3] or name == "PNDMScheduler"
+    for (*_, actual), (*_, expected) in zip(calls["ours"], calls["theirs"], strict=True):
+        assert_close(actual, expected)
+    assert "4/4" in bar.getvalue()
+
+
+def test_callback_on_step_end_may_replace_tensors(pipe: AudioLDM2Pipeline) -> None:
+    seen: list[tuple[int, list[str]]] = []
+    plain = sound(pipe, num_inference_steps=3)
+
+    def look(given: AudioLDM2Pipeline, step: int, t: Tensor, tensors: dict[str, Tensor]) -> None:
+        assert given is pipe
+        seen.append((step, [*tensors]))
+
+    assert np.array_equal(sound(pipe, num_inference_steps=3, callback_on_step_end=look), plain)
+    assert seen == [(0, ["latents"]), (1, ["latents"]), (2, ["latents"])]
+
+    def zeros(
+        given: AudioLDM2Pipeline, step: int, t: Tensor, tensors: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        return {"latents": torch.zeros_like(tensors["latents"])} if step == 2 else tensors
+
+    latents = sound(pipe, num_inference_steps=3, callback_on_step_end=zeros, output_type="latent")
+    assert torch.as_tensor(latents).abs().max() == 0
+
+
+def test_callback_on_step_end_may_switch_guidance_off(pipe: AudioLDM2Pipeline) -> None:
+    """As in diffusers: the rest of the run is that of a UNet that sees the conditional half alone."""
+    rows: list[int] = []
+    pipe.unet.conv_out.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+
+    def off(given: Any, step: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if step == 1:
+            given._guidance_scale = 0.0
+            return {name: tensor.chunk(2)[-1] for name, tensor in tensors.items()}
+        return {}
+
+    names = ["prompt_embeds", "generated_prompt_embeds", "attention_mask"]
+    arguments = {"num_inference_steps": 4, "callback_on_step_end_tensor_inputs": names}
+    switched = sound(pipe, callback_on_step_end=off, **arguments)
+    assert rows == [2, 2, 1, 1]
+    assert pipe.guidance_scale == 0.0
+    guided = sound(pipe, num_inference_steps=4)
+    assert np.abs(switched - guided).max() > 1e-3
+    with pytest.raises(ValueError, match="callback_on_step_end returned latents of shape"):
+        sound(pipe, callback_on_step_end=lambda *step: {"latents": noise(1, 4, 9, 4)})
+
+
+def test_a_generation_inside_a_callback_leaves_the_outer_ones_guidance(pipe: AudioLDM2Pipeline) -> None:
+    expected = sound(pipe, num_inference_steps=3, guidance_scale=5.0)
+
+    def inner(given: Any, step: int, t: Tensor, tensors: dict[str, Tensor]) -> None:
+        if step == 1:
+            sound(pipe, RAIN, guidance_scale=1.0)
+
+    actual = sound(pipe, num_inference_steps=3, guidance_scale=5.0, callback_on_step_end=inner)
+    assert np.array_equal(actual, expected)
 
 
 def test_latents_that_a_callback_changes_are_used_as_in_diffusers(base: Both) -> None:

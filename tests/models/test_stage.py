@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.ao.nn.quantized.dynamic import Linear as QuantizedLinear
 
-from audioldm2 import UNet
+from audioldm2 import VAE, UNet
 from audioldm2.checkpoints.folder import load_stage
 from audioldm2.checkpoints.formats import PARTS, format_of
 from audioldm2.models.stage import Stage
@@ -215,3 +215,18 @@ def test_a_class_that_is_not_registered_says_so(tmp_path: Path) -> None:
 def test_all_stages_of_the_small_checkpoint_are_tested() -> None:
     assert set(CALLS) == set(NAMES)
     assert set(PARTS) <= set(SMALL)
+
+
+# --- what scripts for diffusers ask of a stage
+
+
+def test_return_dict_is_refused_with_what_to_write_instead(random_checkpoint: Path) -> None:
+    unet = UNet.from_pretrained(random_checkpoint, subfolder="unet")
+    with pytest.raises(TypeError, match=r"UNet returns plain tensors and takes no return_dict: leave it out"):
+        unet(noise(1, 4, 8, 4), 7, noise(1, 8, 16), noise(1, 4, 20), return_dict=False)
+    vae = VAE.from_pretrained(random_checkpoint, subfolder="vae")
+    for method, x in ((vae.decode, noise(1, 4, 8, 4)), (vae.encode, noise(1, 1, 16, 16))):
+        with pytest.raises(TypeError, match=rf"VAE\.{method.__name__} returns plain tensors"):
+            method(x, return_dict=False)
+    with pytest.raises(AttributeError, match=r"write vae\.encode\(mel\)\.mode\(\) in place of"):
+        _ = vae.encode(noise(1, 1, 16, 16)).latent_dist

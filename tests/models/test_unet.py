@@ -8,11 +8,13 @@ from functools import cache
 import pytest
 import torch
 from diffusers import AudioLDM2UNet2DConditionModel
+from torch import Tensor
 
 from audioldm2.checkpoints.errors import CheckpointError
 from audioldm2.checkpoints.fill import TensorDict, fill
 from audioldm2.checkpoints.weight_map import weight_map
 from audioldm2.models.unet import UNet, UNetConfig
+from tests.helpers import noise
 from tests.reference import assert_close, ours, randomize
 
 GPT2, T5 = 12, 20  # widths of the states
@@ -485,3 +487,36 @@ def test_full_size_has_as_many_parameters(run: list, depth: int, millions: int) 
     count = sum(parameter.numel() for parameter in mine.parameters())
     assert count == sum(parameter.numel() for parameter in theirs.parameters())
     assert round(count / 1e6) == millions
+
+
+# --- training
+
+
+def test_gradient_checkpointing_computes_layers_again_and_gives_the_same_gradients() -> None:
+    unet = UNet(UNetConfig.from_dict(CONFIGS["base"]))
+    randomize(unet)
+    arguments = (noise(2, 3, 8, 4), 7, noise(2, 4, GPT2), noise(2, 5, T5))
+    calls: list[int] = []
+    unet.down[0].resnets[0].register_forward_hook(lambda *call: calls.append(1))
+
+    def gradients() -> list[Tensor]:
+        calls.clear()
+        unet.zero_grad()
+        unet(*arguments).square().mean().backward()
+        return [p.grad.clone() for p in unet.parameters()]
+
+    expected = gradients()
+    assert len(calls) == 1
+    unet.enable_gradient_checkpointing()
+    assert unet.is_gradient_checkpointing
+    for actual, wanted in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+    assert len(calls) == 2
+    with torch.no_grad():
+        calls.clear()
+        unet(*arguments)
+    assert len(calls) == 1
+    unet.disable_gradient_checkpointing()
+    gradients()
+    assert len(calls) == 1
+    assert not unet.is_gradient_checkpointing
