@@ -497,7 +497,7 @@ def test_gradient_checkpointing_computes_layers_again_and_gives_the_same_gradien
     randomize(unet)
     arguments = (noise(2, 3, 8, 4), 7, noise(2, 4, GPT2), noise(2, 5, T5))
     calls: list[int] = []
-    unet.down[0].resnets[0].register_forward_hook(lambda *call: calls.append(1))
+    unet.down[0].resnets[0].register_forward_pre_hook(lambda *call: calls.append(1))
 
     def gradients() -> list[Tensor]:
         calls.clear()
