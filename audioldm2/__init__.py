@@ -29,6 +29,8 @@ _HOMES = {
     "HifiGan": "audioldm2.models.hifigan",
     "LogMel": "audioldm2.audio.log_mel",
     "LogMelConfig": "audioldm2.audio.log_mel",
+    "MissingCheckpointError": "audioldm2.checkpoints.errors",
+    "NonFiniteError": "audioldm2.tensors",
     "ProjectionModel": "audioldm2.models.projection",
     "T5Encoder": "audioldm2.models.t5",
     "UNet": "audioldm2.models.unet",
@@ -49,7 +51,10 @@ if TYPE_CHECKING:  # `as` marks what is exported
     )
     from audioldm2.audio.resample import resample as resample
     from audioldm2.audio.wav import read_wav as read_wav, write_wav as write_wav
-    from audioldm2.checkpoints.errors import CheckpointError as CheckpointError
+    from audioldm2.checkpoints.errors import (
+        CheckpointError as CheckpointError,
+        MissingCheckpointError as MissingCheckpointError,
+    )
     from audioldm2.models.clap import ClapModel as ClapModel
     from audioldm2.models.gpt2 import GPT2 as GPT2
     from audioldm2.models.hifigan import HifiGan as HifiGan
@@ -64,6 +69,7 @@ if TYPE_CHECKING:  # `as` marks what is exported
         DDIMScheduler as DDIMScheduler,
         DPMSolverMultistepScheduler as DPMSolverMultistepScheduler,
     )
+    from audioldm2.tensors import NonFiniteError as NonFiniteError
 
 
 def __getattr__(name: str) -> Any:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from audioldm2.arguments import as_integer, check_choice, check_count, check_number
+from audioldm2.quoting import quoted
 from audioldm2.schedulers.config import Configurable
 from audioldm2.schedulers.noise_schedule import (
     BETA_SCHEDULES,
@@ -244,17 +245,19 @@ class Scheduler(Configurable, ABC):
             listed = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)
             values = [int(value) if value == int(value) else None for value in listed]
         except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"timesteps must be a list of integers, got {timesteps!r:.200}") from error
+            raise ValueError(f"timesteps must be a list of integers, got {quoted(timesteps)}") from error
         steps = [value for value in values if value is not None]
         last = self.config.num_train_timesteps - 1
         falling = all(after < before for before, after in itertools.pairwise(steps))
         if len(steps) < len(values) or not steps or not falling or steps[0] > last or steps[-1] < 0:
             raise ValueError(
-                f"timesteps must be integers that fall from {last} at most to 0 at least, got {listed!r:.200}"
+                f"timesteps must be integers that fall, from {last} at most to 0 at least, got "
+                f"{quoted(listed)}"
             )
         if number is not None and as_integer(number) != len(steps):
             raise ValueError(
-                f"num_inference_steps is {number!r}, but there are {len(steps)} timesteps; pass only these"
+                f"num_inference_steps is {quoted(number)}, but there are {len(steps)} timesteps; pass only "
+                "these"
             )
         return steps
 
@@ -292,7 +295,7 @@ class Scheduler(Configurable, ABC):
         last = self.config.num_train_timesteps - 1
         is_number = isinstance(value, Real) and not isinstance(value, bool)
         if not is_number or not 0 <= value <= last or int(value) != value:
-            raise ValueError(f"timestep {value!r} is not one of 0 to {last}")
+            raise ValueError(f"timestep {quoted(value)} is not one of 0 to {last}")
         return None, int(value)
 
     def _index_of(self, timestep: int | Tensor) -> int:
@@ -328,7 +331,7 @@ class Scheduler(Configurable, ABC):
         try:
             steps = torch.as_tensor(timesteps).reshape(-1)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"timesteps must be integers, got {timesteps!r:.200}") from error
+            raise ValueError(f"timesteps must be integers, got {quoted(timesteps)}") from error
         total = self.config.num_train_timesteps
         if steps.numel() not in (1, len(original)):
             raise ValueError(
@@ -340,7 +343,7 @@ class Scheduler(Configurable, ABC):
             fine = (steps >= 0) & (steps < total) & (steps == steps.round())
             if not bool(fine.all()):
                 raise ValueError(
-                    f"timesteps must lie in 0 to {total - 1} and be integers, got {steps.tolist()!r:.200}"
+                    f"timesteps must lie in 0 to {total - 1} and be integers, got {quoted(steps.tolist())}"
                 )
         return steps.to(device=original.device, dtype=torch.int64)
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, Literal, NoReturn, ParamSpec, TypeVar, overload
 
 from audioldm2.arguments import as_integer
+from audioldm2.quoting import quoted
 
 P = ParamSpec("P")
 C = TypeVar("C", bound="Configurable")
@@ -203,11 +204,13 @@ class Configurable:
         if not return_unused_kwargs:
             for name in foreign:
                 if name not in known:
-                    raise TypeError(f"{name!r} is not a setting of {cls.__name__} or of any other scheduler")
+                    raise TypeError(
+                        f"{quoted(name)} is not a setting of {cls.__name__} or of any other scheduler"
+                    )
             _warn_of("overrides", foreign, cls)
         defaults = config.get("_use_default_values") or ()
         if not isinstance(defaults, list | tuple) or not all(isinstance(name, str) for name in defaults):
-            raise ValueError(f"_use_default_values must be a list of names, got {defaults!r}")
+            raise ValueError(f"_use_default_values must be a list of names, got {quoted(defaults)}")
         skipped = {"_use_default_values", *defaults}
         stated = {name: value for name, value in config.items() if name not in skipped} | overrides
         scheduler = cls(**{name: value for name, value in stated.items() if name in own})
@@ -400,11 +403,11 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         if str(getattr(value, "dtype", "")) == "bool" and getattr(value, "shape", None) == ():
             value = bool(value)  # NumPy's
         if not isinstance(value, bool):
-            raise ValueError(f"{name} must be True or False, got {value!r}")
+            raise ValueError(f"{name} must be True or False, got {quoted(value)}")
     elif hint is int:
         integer = as_integer(value)
         if integer is None:
-            raise ValueError(f"{name} must be an integer, got {value!r}")
+            raise ValueError(f"{name} must be an integer, got {quoted(value)}")
         value = integer
     elif hint is float:
         try:
@@ -412,10 +415,10 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         except OverflowError:
             number = math.nan
         if math.isnan(number):
-            raise ValueError(f"{name} must be a number, got {value!r}")
+            raise ValueError(f"{name} must be a number, got {quoted(value)}")
         value = value if type(value) is int else number
     elif str in options and not isinstance(value, str):
-        raise ValueError(f"{name} must be a string, got {value!r}")
+        raise ValueError(f"{name} must be a string, got {quoted(value)}")
     return value
 
 
@@ -430,7 +433,7 @@ def _hints(init: Callable[..., None]) -> dict[str, Any]:
 
 def _warn_of(kind: str, settings: Mapping[str, Any], cls: type[Any]) -> None:
     if settings:
-        listed = ", ".join(f"{name}={value!r:.80}" for name, value in settings.items())
+        listed = ", ".join(f"{name}={quoted(value)}" for name, value in settings.items())
         warnings.warn(f"{kind} without effect on {cls.__name__}: {listed}", stacklevel=3)
 
 

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from audioldm2.arguments import check_number
+from audioldm2.quoting import quoted
 from audioldm2.schedulers.config import SchedulerConfig
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -60,7 +61,7 @@ def make_betas(schedule: str, start: float, end: float, steps: int) -> Tensor:
         betas = [min(1 - curve[i + 1] / curve[i], 0.999) for i in range(steps)]
         return torch.tensor(betas, dtype=torch.float32, device="cpu")
     raise ValueError(
-        f"beta_schedule {schedule!r} is not supported; choose one of {', '.join(BETA_SCHEDULES)}"
+        f"beta_schedule {quoted(schedule)} is not supported; choose one of {', '.join(BETA_SCHEDULES)}"
     )
 
 
