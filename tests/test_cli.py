@@ -398,7 +398,10 @@ def test_progress_bars_that_cannot_be_printed_do_not_lose_the_sound(
 def test_a_signal_ends_the_run_without_a_file(
     fast: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, number: signal.Signals
 ) -> None:
-    monkeypatch.setattr(signal, "default_int_handler", signal.getsignal(signal.SIGINT))
+    # Under nohup, or in a job in the background, this process ignores some of them.
+    inherited = signal.signal(
+        number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    )
     before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)]
 
     def stopped(*arguments: object) -> None:
@@ -410,12 +413,16 @@ def test_a_signal_ends_the_run_without_a_file(
     for module in ("cli.generate", "audio.wav"):
         monkeypatch.setattr(f"audioldm2.{module}.check_writable", lambda path: None)
     monkeypatch.setattr(AudioLDM2Pipeline, "__call__", lambda *_, **__: (np.zeros((1, 800), np.float32),))
-    assert cli.main([HAMMER, "--quiet", *fast]) == 128 + number
+    try:
+        assert cli.main([HAMMER, "--quiet", *fast]) == 128 + number
+    finally:
+        after = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)]
+        signal.signal(number, inherited)
     out, err = capsys.readouterr()
     how = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
     assert (out, err) == ("", f"audioldm2: error: {how}; no partial file was left\n")
     assert list(Path.cwd().iterdir()) == []
-    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)] == before
+    assert after == before
 
 
 def test_a_broken_checkpoint_is_reported_in_one_line(
@@ -493,8 +500,8 @@ def test_a_process_that_is_stopped_leaves_no_file(tmp_path: Path, number: signal
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A job in the background ignores SIGINT, and its child processes inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        # A job in the background ignores SIGINT, one under nohup SIGHUP, and child processes inherit that.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     assert process.stderr is not None
     assert process.stderr.readline() == "half\n"

@@ -282,7 +282,7 @@ def test_pipelines_that_share_a_scheduler_may_run_at_the_same_time(base: Both, n
     """The second one runs as a whole between two steps of the first."""
     base.use(name)
     pipe = base.ours
-    other = AudioLDM2Pipeline(**{k: part for k, part in vars(pipe).items() if not k.startswith("_")})
+    other = AudioLDM2Pipeline(**pipe.components)
     other.set_progress_bar_config(disable=True)
     assert other.scheduler is pipe.scheduler
     first, second = {"num_inference_steps": 5}, {"num_inference_steps": 4, "seed": 1}

@@ -62,7 +62,7 @@ def test_asyncio_tasks_that_share_a_pipeline(dpm: AudioLDM2Pipeline, alone: list
 
 def test_threads_with_pipelines_that_share_all_parts(dpm: AudioLDM2Pipeline, alone: list[np.ndarray]) -> None:
     """Their stages have no state, but their scheduler has."""
-    other = AudioLDM2Pipeline(**{k: part for k, part in vars(dpm).items() if not k.startswith("_")})
+    other = AudioLDM2Pipeline(**dpm.components)
     other.set_progress_bar_config(disable=True)
     with ThreadPoolExecutor(2) as pool:
         pipes = [(dpm, other)[seed % 2] for seed in SEEDS]

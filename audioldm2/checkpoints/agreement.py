@@ -284,7 +284,7 @@ def check_scheduler(scheduler: Any) -> None:
     steps = max(1, min(PROBE_STEPS, total // 2 - 1))
     default = min(getattr(scheduler, "default_num_inference_steps", steps), max(1, total // 2 - 1))
     trial = copy.deepcopy(scheduler)
-    sample = torch.linspace(-1, 1, 4).reshape(1, 1, 2, 2)
+    sample = torch.linspace(-1, 1, 4, device="cpu", dtype=torch.float32).reshape(1, 1, 2, 2)
     try:
         trial.set_timesteps(default)
         in_training = all(0 <= timestep < total for timestep in trial.timesteps.tolist())
