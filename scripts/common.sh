@@ -50,7 +50,8 @@ prepare_environment() {
         fi
     done
     say "installing audioldm2 and its dependencies in $venv (takes minutes, and some GB for PyTorch)"
-    (cd -- "$root" && "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+    # Compiling all of PyTorch to bytecode takes half a minute; Python compiles what it imports.
+    (cd -- "$root" && "$venv/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check \
         -c scripts/constraints.txt -e ".[$extra]") ||
         fail "the installation failed (see above); it needs access to the Python package index"
     printf '%s\n' "$fingerprint" >"$venv/.audioldm2-$extra"
