@@ -128,6 +128,7 @@ def test_the_parts_are_measured(pipe: AudioLDM2Pipeline):
     assert 0 <= ranked["any"] <= ranked["possible"] <= 1
 
 
+@pytest.mark.slow
 def test_samplers_and_precisions_are_compared(checkpoint: Path, tmp_path: Path):
     prompts = draw_prompts(1, 0, two=0)[:2]
     settings = (Setting("DDIM", 3), Setting("DPM-Solver++", 3), Setting("DPM-Solver++", 3, "float64"))
@@ -159,6 +160,7 @@ def test_help_shows_examples():
     assert evaluate_command.EXAMPLES in done.stdout
 
 
+@pytest.mark.slow
 def test_the_command_updates_documents_and_writes_figures(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -142,6 +142,7 @@ def test_real_sounds_match_themselves_and_no_other():
     assert wrong <= 0.005 * trials * (len(ALL_SOUNDS) - 1)
 
 
+@pytest.mark.slow
 def test_degraded_sounds_match_themselves_and_no_other():
     right, wrong, trials = confusion(2, lambda sound, seed: degraded(rendered(sound, 200 + seed), seed))
     assert right >= 0.93 * trials

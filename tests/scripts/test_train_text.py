@@ -55,7 +55,9 @@ def _kill(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "ranking" else ()) for name in MODULES]
+)
 def test_two_steps_move_all_weights_and_a_killed_run_resumes(
     name: str, library: Library, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,6 +90,7 @@ def test_two_steps_move_all_weights_and_a_killed_run_resumes(
     assert [name for (name, a), (_, b) in pairs if not torch.equal(a, b)] == []
 
 
+@pytest.mark.slow
 def test_ranking_leaves_the_text_tower_unchanged(library: Library, folder: Path) -> None:
     before = dict(_weights(folder, frozenset({"text_encoder"})))
     ranking.train_ranking(library, Run(folder, steps=2, batch=4))
@@ -95,6 +98,7 @@ def test_ranking_leaves_the_text_tower_unchanged(library: Library, folder: Path)
         assert torch.equal(before[name], after) == ("audio" not in name.lower()), name
 
 
+@pytest.mark.slow
 def test_a_killed_ranking_keeps_the_sounds_it_generated(
     library: Library, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -108,6 +108,7 @@ def test_errors_while_training_are_reported_without_a_traceback(parts: Path, tmp
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_stages_of_missing_parts_run(parts: Path, tmp_path: Path) -> None:
     given = tmp_path / "given"
     shutil.copytree(parts, given, ignore=shutil.ignore_patterns("vae"))

@@ -99,6 +99,7 @@ def test_oscillators_refuse_other_sizes():
 # --- training
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_weights(
     library: Library, trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
