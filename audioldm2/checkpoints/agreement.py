@@ -27,8 +27,7 @@ from audioldm2.models.t5 import T5Encoder
 from audioldm2.models.unet import UNet
 from audioldm2.models.vae import VAE
 from audioldm2.models.vits import VitsTextEncoder
-from audioldm2.quoting import one_line, quoted
-from audioldm2.schedulers.base import MAX_TRAIN_TIMESTEPS
+from audioldm2.quoting import one_line
 
 PROBE_STEPS = 8  # of the sampling run that a scheduler is tried with
 PROBE_TEXTS = ("", "Rain falls, and a bell rings: é ☃")
@@ -257,21 +256,6 @@ def tokenizer_errors(folder: Path, verb: str = "used") -> Iterator[None]:
 
 
 # --- schedulers
-
-
-def check_schedule(content: Mapping[str, Any]) -> None:
-    """Check the lengths in a scheduler's config, before a schedule of that length is computed.
-
-    Raises:
-        ValueError: names the key.
-    """
-    for key in ("num_train_timesteps", "trained_betas"):
-        value = content.get(key)
-        length = len(value) if isinstance(value, list) else value
-        if isinstance(length, int | float) and length > MAX_TRAIN_TIMESTEPS:
-            raise ValueError(
-                f"{key} = {quoted(value)} is not supported; at most {MAX_TRAIN_TIMESTEPS} training steps are"
-            )
 
 
 def check_scheduler(scheduler: Any) -> None:

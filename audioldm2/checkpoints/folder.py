@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from audioldm2.arguments import check_count
 from audioldm2.audio.log_mel import ClapFeatureExtractor, ClapFeatureExtractorConfig, log_mel_settings
-from audioldm2.checkpoints.agreement import check_parts, check_schedule, check_scheduler, tokenizer_errors
+from audioldm2.checkpoints.agreement import check_parts, check_scheduler, tokenizer_errors
 from audioldm2.checkpoints.errors import CheckpointError, MissingCheckpointError
 from audioldm2.checkpoints.fill import fill
 from audioldm2.checkpoints.formats import (
@@ -497,7 +497,6 @@ def _load_scheduler(content: Mapping[str, Any], class_name: str) -> Any:
     if not issubclass(scheduler, Scheduler):
         return _load_foreign_scheduler(content, scheduler)
     hints = {**get_type_hints(scheduler.__init__), "_use_default_values": tuple[str, ...]}
-    check_schedule(content)
     # A null may stand for False, as in diffusers' signatures.
     stated = {key: value for key, value in content.items() if value is not None}
     if stated.get("lambda_min_clipped") == -math.inf:  # diffusers' default, which clips nothing
