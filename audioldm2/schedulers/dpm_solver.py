@@ -480,7 +480,9 @@ class DPMSolverMultistepScheduler(Scheduler):
     def _plan(self, sigmas: list[float]) -> list[Step]:
         """The steps between consecutive noise levels."""
         config, number = self.config, len(sigmas) - 1
-        for before, after in itertools.pairwise(sigmas):
+        # `rescale_betas_zero_snr` sets the last training step to a level below that of the step before it.
+        falling = sigmas[1:] if config.rescale_betas_zero_snr else sigmas
+        for before, after in itertools.pairwise(falling):
             if after > before * (1 + SMALLEST_STEP):
                 raise ValueError(
                     f"the noise level must not rise during a run, but goes from {before:g} to {after:g}; "

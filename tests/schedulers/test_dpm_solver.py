@@ -150,6 +150,13 @@ def test_dpm_duplicate_timesteps():
         assert_close(ours.add_noise(x0, x0 * 2 + 1, steps), expected)
 
 
+@pytest.mark.parametrize("steps", [400, 999])
+def test_many_steps_with_zero_terminal_snr(steps):
+    """Their second noise level is above the first, as in diffusers."""
+    settings = {**AUDIOLDM2, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    compare(DPMSolverMultistepScheduler, {**settings, "prediction_type": "v_prediction"}, steps)
+
+
 def test_dpm_begin_index():
     ours = DPMSolverMultistepScheduler(**AUDIOLDM2)
     theirs = diffusers.DPMSolverMultistepScheduler(**AUDIOLDM2)
