@@ -73,6 +73,10 @@ if TYPE_CHECKING:  # `as` marks what is exported
 
 
 def __getattr__(name: str) -> Any:
+    if name.endswith("Scheduler") and name not in _HOMES:
+        raise AttributeError(
+            f"audioldm2 has no {name}; import it from diffusers, and assign it to pipe.scheduler"
+        )
     if name not in _HOMES:
         raise AttributeError(f"module 'audioldm2' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)

@@ -81,6 +81,7 @@ class DiffusersMethods(StageRunner, ABC):
     _callback_tensor_inputs: ClassVar[Sequence[str]] = CALLBACK_TENSORS
     _guidance_scale: float = 3.5
     _num_timesteps: int = 0
+    _interrupt: bool = False
 
     @property
     def guidance_scale(self) -> float:
@@ -97,11 +98,13 @@ class DiffusersMethods(StageRunner, ABC):
         """Set what callbacks can read; a generation inside another one's callback restores it at its end."""
         outer = self._num_timesteps, self._guidance_scale
         self._num_timesteps, self._guidance_scale = num_timesteps, guidance_scale
+        self._interrupt = False
         try:
             yield
         finally:
             if self._depth > 1:
                 self._num_timesteps, self._guidance_scale = outer
+                self._interrupt = False
 
     @property
     def _execution_device(self) -> torch.device:

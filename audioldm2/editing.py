@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from audioldm2.audio.resample import resample
 from audioldm2.audio.waveforms import check_waveform
 from audioldm2.runtime.precision import stage_device, stage_dtype
 from audioldm2.tensors import check_finite
+
+MAX_CHANNELS = 64  # of an array in soundfile's layout, (samples, channels)
 
 
 def as_waveforms(audio: Tensor | np.ndarray[Any, Any]) -> Tensor:
@@ -30,10 +33,17 @@ def as_waveforms(audio: Tensor | np.ndarray[Any, Any]) -> Tensor:
     """
     if isinstance(audio, np.ndarray) and audio.dtype.kind == "f":
         audio = torch.from_numpy(np.ascontiguousarray(audio))
+    if isinstance(audio, str | os.PathLike):
+        raise TypeError("audio must be a tensor or an array, got a path; read the file with read_wav")
     check_waveform("audio", audio)
     assert isinstance(audio, Tensor)
     if audio.dim() > 2:
         raise ValueError(f"audio has shape {tuple(audio.shape)}; it must be (samples,) or (B, samples)")
+    if audio.dim() == 2 and audio.shape[1] < audio.shape[0] and audio.shape[1] <= MAX_CHANNELS:
+        raise ValueError(
+            f"audio has shape {tuple(audio.shape)}, which would be {len(audio)} sounds of {audio.shape[1]} "
+            "samples; it must be (B, samples): of (samples, channels), pass audio.mean(1)"
+        )
     return audio if audio.dim() == 2 else audio[None]
 
 

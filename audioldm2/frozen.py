@@ -16,6 +16,8 @@ class FrozenMapping(Mapping[str, Any]):
         >>> settings = FrozenMapping({"guidance_scale": 2.0})
         >>> settings.guidance_scale, dict(settings)
         (2.0, {'guidance_scale': 2.0})
+        >>> settings | {"eta": 0.5}
+        {'guidance_scale': 2.0, 'eta': 0.5}
     """
 
     def __init__(self, entries: Mapping[str, Any]):
@@ -35,6 +37,10 @@ class FrozenMapping(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        """The entries with those of another mapping in place of or beside them, as a dict."""
+        return {**self._entries, **other}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._entries!r})"

@@ -496,8 +496,8 @@ class AudioLDM2Pipeline(DiffusersMethods):
             output_type: "np" or "pt" for waveforms, (B, samples), 16 kHz, float32, on the CPU; "latent" for
                 the latents before decoding.
             callback_on_step_end: called as callback_on_step_end(pipe, step, timestep, tensors) after every
-                step; the tensors that it returns replace those of the run. It may set
-                `pipe._guidance_scale`, as in diffusers.
+                step; the tensors that it returns replace those of the run. As in diffusers, it may set
+                `pipe._guidance_scale`, and `pipe._interrupt = True` to decode what there is.
             callback_on_step_end_tensor_inputs: the names of its tensors: "latents", "prompt_embeds",
                 "generated_prompt_embeds" or "attention_mask".
 

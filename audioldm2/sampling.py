@@ -16,7 +16,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,6 @@ from audioldm2.tensors import check_tensor
 
 Callback = Callable[[int, Tensor, Tensor], None]
 StepCallback = Callable[[Any, int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]
-# From step, timestep, latents, conditioning and guidance scale to new latents, conditioning and scale.
-AfterStep = Callable[[int, Tensor, Tensor, Conditioning, float], tuple[Tensor, Conditioning, float] | None]
 
 # What `callback_on_step_end` may ask for and return beside the latents, and the fields of `Conditioning`.
 CONDITIONING_TENSORS = {
@@ -39,6 +37,19 @@ CONDITIONING_TENSORS = {
     "generated_prompt_embeds": "gpt2_vectors",
 }
 CALLBACK_TENSORS = ("latents", *CONDITIONING_TENSORS)
+
+
+class Changes(NamedTuple):
+    """What a run goes on with after a callback, and whether it stops."""
+
+    latents: Tensor
+    conditioning: Conditioning
+    guidance_scale: float
+    stop: bool = False
+
+
+# From step, timestep, latents, conditioning and guidance scale.
+AfterStep = Callable[[int, Tensor, Tensor, Conditioning, float], Changes | None]
 
 
 def initial_latents(
@@ -101,7 +112,7 @@ def denoise(
         eta: how much of it DDIM adds (Song et al. 2021, eq. 16); other samplers have none, which is a
             warning.
         after_step: called as after_step(step, timestep, latents, conditioning, guidance_scale) after each
-            step; what it returns, if anything, replaces the last three.
+            step; what it returns, if anything, replaces the last three, and may end the run.
         progress: called after each step.
 
     Returns:
@@ -129,7 +140,9 @@ def denoise(
         if after_step is not None:
             changed = after_step(i // order, t, latents, conditioning, guidance_scale)
             if changed is not None:
-                latents, conditioning, guidance_scale = changed
+                latents, conditioning, guidance_scale, stop = changed
+                if stop:
+                    return latents
                 predict = _predictor(unet, conditioning)
         progress()
     return latents
@@ -173,7 +186,8 @@ def callbacks(
             2 `callback_steps` and so on.
         callback_steps: see `callback`.
         on_step_end: called as on_step_end(pipe, step, timestep, tensors) after every step; the tensors that
-            it returns, by name, replace those of the run. It may also change pipe._guidance_scale.
+            it returns, by name, replace those of the run. It may also set `pipe._guidance_scale`, or
+            `pipe._interrupt` to end the run.
         tensor_inputs: the names of its tensors, from `CALLBACK_TENSORS`.
     """
     if callback is None and on_step_end is None:
@@ -181,12 +195,12 @@ def callbacks(
 
     def after_step(
         step: int, t: Tensor, latents: Tensor, conditioning: Conditioning, guidance_scale: float
-    ) -> tuple[Tensor, Conditioning, float] | None:
+    ) -> Changes | None:
         due = callback is not None and step % callback_steps == 0
         if callback is not None and due:
             callback(step, t, latents)
         if on_step_end is None:
-            return (latents, conditioning, guidance_scale) if due else None
+            return Changes(latents, conditioning, guidance_scale) if due else None
         values = {name: getattr(conditioning, field) for name, field in CONDITIONING_TENSORS.items()}
         values["latents"] = latents
         returned = on_step_end(pipe, step, t, {name: values[name] for name in tensor_inputs}) or {}
@@ -211,7 +225,8 @@ def callbacks(
             values[name] = tensor.to(values[name])
         latents = values["latents"]
         fields = {field: values[name] for name, field in CONDITIONING_TENSORS.items()}
-        return latents, dataclasses.replace(conditioning, **fields), guidance_scale
+        conditioning = dataclasses.replace(conditioning, **fields)
+        return Changes(latents, conditioning, guidance_scale, pipe._interrupt)
 
     return after_step
 

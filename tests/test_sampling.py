@@ -167,6 +167,19 @@ def test_callback_on_step_end_may_switch_guidance_off(pipe: AudioLDM2Pipeline) -
         sound(pipe, callback_on_step_end=lambda *step: {"latents": noise(1, 4, 9, 4)})
 
 
+def test_a_callback_may_interrupt_the_run(pipe: AudioLDM2Pipeline) -> None:
+    steps: list[int] = []
+
+    def stop(given: Any, step: int, t: Tensor, tensors: dict[str, Tensor]) -> None:
+        steps.append(step)
+        given._interrupt = step == 1
+
+    assert sound(pipe, num_inference_steps=5, callback_on_step_end=stop).std() > 0.01
+    assert steps == [0, 1]
+    assert sound(pipe, num_inference_steps=3, callback_on_step_end=stop).std() > 0.01
+    assert steps == [0, 1, 0, 1]
+
+
 def test_a_generation_inside_a_callback_leaves_the_outer_ones_guidance(pipe: AudioLDM2Pipeline) -> None:
     expected = sound(pipe, num_inference_steps=3, guidance_scale=5.0)
 

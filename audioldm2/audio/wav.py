@@ -24,6 +24,7 @@ from einops import rearrange
 from torch import Tensor
 
 from audioldm2.atomic import check_writable, replacing
+from audioldm2.audio.file_types import SOUND_TYPES
 from audioldm2.audio.waveforms import check_finite
 
 PCM, IEEE_FLOAT, EXTENSIBLE = 1, 3, 0xFFFE  # format tags
@@ -125,6 +126,10 @@ def write_wav(
         >>> audio = 0.5 * torch.sin(2 * torch.pi * 440 * torch.arange(16000) / 16000)
         >>> write_wav("a440.wav", audio, 16000)
     """
+    if isinstance(path, str | os.PathLike):
+        suffix = os.path.splitext(path)[1].lower()
+        if suffix in SOUND_TYPES and suffix != ".wav":
+            raise ValueError(f"write_wav writes WAV files only, not {suffix}; soundfile.write writes others")
     if format not in ("pcm16", "float32"):
         raise ValueError(f"format must be 'pcm16' or 'float32', got {format!r}")
     channels = as_channels(audio)

@@ -9,6 +9,7 @@ to be a regular one that is not larger than its kind needs.
 from __future__ import annotations
 
 import json
+import re
 import stat
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -152,6 +153,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
+def _variants(names: Collection[str]) -> list[str]:
+    """The variants of which there are weights among the names of a folder's files."""
+    stems = "|".join(stem for stems in STEMS.values() for stem in stems)
+    found = (re.match(rf"(?:{stems})\.(\w+)(?:-\d+-of-\d+)?\.(?:safetensors|bin)$", name) for name in names)
+    return sorted({match[1] for match in found if match})
+
+
 class WeightFiles:
     """The tensors in a folder's weight files. Names, shapes and dtypes are known before a tensor is read.
 
@@ -171,13 +179,26 @@ class WeightFiles:
     """
 
     def __init__(self, folder: Path, variant: str | None = None, use_safetensors: bool | None = None):
+        names: set[str] = set()
         try:
-            name = weights_file({path.name for path in folder.iterdir()}, variant, use_safetensors)
+            names |= {path.name for path in folder.iterdir()}
         except (FileNotFoundError, NotADirectoryError):
-            name = None
+            pass
         except OSError as error:
             raise CheckpointError(f"{folder} cannot be read: {one_line(error)}") from error
+        name = weights_file(names, variant, use_safetensors)
         if name is None:
+            others = _variants(names)
+            if variant and weights_file(names, None, use_safetensors):
+                raise MissingCheckpointError(
+                    f"{folder} has no weights of the variant {quoted(variant)}; leave out variant (torch_dtype "
+                    "converts the weights)"
+                )
+            if others and variant not in others:
+                raise MissingCheckpointError(
+                    f"{folder} has weights of the variant {' or '.join(map(quoted, others))} only; pass "
+                    f"variant={quoted(others[0])}"
+                )
             kind = f"weights of the variant {quoted(variant)}" if variant else "weights"
             if use_safetensors is not None:
                 form = "safetensors" if use_safetensors else ".bin"

@@ -109,7 +109,8 @@ class Warnings:
     def __call__(self, message: Warning | str, *where: Any, **more: Any) -> None:
         from tqdm import tqdm
 
-        text = shorten_quotations(" ".join(str(message).split()))
+        text = _ARGUMENT.sub(lambda match: OPTIONS[match[1]], " ".join(str(message).split()))
+        text = shorten_quotations(text)
         text = clean(shorten(text, MAX_LENGTH))
         beginning = text[: MAX_QUOTATION // 2]
         if beginning not in self.seen:

@@ -8,6 +8,7 @@ TypeError that names the part, before anything runs.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -238,6 +239,14 @@ class ForeignGPT2(Adapter):
 
 class ForeignUNet(Adapter):
     """The UNet; `sampling.denoise` calls it as diffusers does unless it has the method `contexts`."""
+
+    @classmethod
+    def _lacks(cls, inner: Any) -> str | None:
+        parameters = inspect.signature(getattr(inner, "forward", inner)).parameters
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        if takes_any or {"encoder_hidden_states", "contexts"} & parameters.keys():
+            return None
+        return "a forward method that takes encoder_hidden_states"
 
     @classmethod
     def fits(cls, part: Any) -> bool:

@@ -19,6 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from audioldm2.models.stage import Stage
+from audioldm2.quoting import quoted
 from audioldm2.runtime.compile import check_stage_names, compile_stage, compiled, default_mode
 from audioldm2.runtime.cpu import FastConvolutions, fast_convolutions
 from audioldm2.runtime.device import available_device
@@ -35,6 +36,7 @@ class StageRunner:
     """The stages of a pipeline, kept as attributes under the names in `stage_names`."""
 
     stage_names: ClassVar[tuple[str, ...]]  # in the order in which they run
+    scheduler: Any
     main_stage: ClassVar[str]  # the one whose device and dtype are the pipeline's
 
     def __init__(self) -> None:
@@ -200,6 +202,7 @@ class StageRunner:
             TypeError: a part cannot take its place.
             ValueError: a stage has no weights, or the stages are on different devices.
         """
+        self._check_other_parts()
         devices = {}
         for name in self.stage_names:
             self.part(name)
@@ -212,6 +215,20 @@ class StageRunner:
         if self._offload is None and len({*devices.values()}) > 1:
             where = ", ".join(f"{name} on {device}" for name, device in devices.items())
             raise ValueError(f"the stages are on different devices ({where}); move them with pipe.to(device)")
+
+    def _check_other_parts(self) -> None:
+        for name in ("tokenizer", "tokenizer_2"):
+            if not callable(getattr(self, name)) or isinstance(getattr(self, name), type):
+                raise TypeError(f"{name} is {quoted(getattr(self, name))}; it must be one of transformers'")
+        scheduler: Any = self.scheduler
+        if isinstance(scheduler, type):
+            raise TypeError(
+                f"scheduler is the class {scheduler.__name__}; pass an object, such as "
+                f"{scheduler.__name__}.from_config(pipe.scheduler.config)"
+            )
+        for method in ("set_timesteps", "step", "scale_model_input"):
+            if not callable(getattr(scheduler, method, None)):
+                raise TypeError(f"scheduler is {quoted(scheduler)}, which has no method {method}")
 
     @contextmanager
     def running(self, name: str) -> Iterator[Any]:

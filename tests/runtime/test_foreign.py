@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from audioldm2 import AudioLDM2Pipeline
+from audioldm2 import AudioLDM2Pipeline, DDIMScheduler
 from audioldm2.runtime.foreign import unwrapped
 from tests.helpers import HAMMER, RAIN, ROOT, assert_same_sound, noise, sound
 from tests.reference import Both, assert_close
@@ -179,6 +179,10 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "vae without config": ("vae", nn.Linear(2, 2), r"config\.scaling_factor, config\.latent_channels"),
     "vocoder without rate": ("vocoder", nn.Linear(2, 2), r"config\.sampling_rate"),
     "projection": ("projection_model", nn.ReLU(), r"config\.text_encoder_1_dim"),
+    "another stage": ("unet", nn.Conv2d(4, 4, 1), "unet is of class Conv2d.*encoder_hidden_states"),
+    "scheduler class": ("scheduler", DDIMScheduler, r"the class DDIMScheduler; .*DDIMScheduler\.from_config"),
+    "scheduler name": ("scheduler", "ddim", "scheduler is 'ddim', which has no method set_timesteps"),
+    "tokenizer": ("tokenizer", None, "tokenizer is None; it must be one of transformers'"),
     "extractor": ("feature_extractor", lambda x: x, "feature_extractor is of class function.*sampling_rate"),
 }
 
