@@ -1,16 +1,57 @@
-"""What a generation returns."""
+"""What calls return: `Output`, which is an object, a mapping and a tuple at once, and the pipeline's."""
 
 from __future__ import annotations
 
 from collections.abc import ItemsView, KeysView, Mapping, ValuesView
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
 
 
-class AudioPipelineOutput(tuple[Any]):
-    """The result of a generation, which can be read as an object, a mapping and a tuple, as in diffusers.
+class Output(tuple[Any, ...]):
+    """Named values that can be read as attributes, as a mapping and as a tuple, as in diffusers.
+
+    A subclass adds a property for each name.
+
+    Attributes:
+        names: the names of the values, in order.
+    """
+
+    names: ClassVar[tuple[str, ...]]
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._mapping()[key] if isinstance(key, str) else super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and key in self.names
+
+    def keys(self) -> KeysView[str]:
+        """The names."""
+        return self._mapping().keys()
+
+    def values(self) -> ValuesView[Any]:
+        """The values."""
+        return self._mapping().values()
+
+    def items(self) -> ItemsView[str, Any]:
+        """The names with their values."""
+        return self._mapping().items()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of that name, or `default`."""
+        return self._mapping().get(key, default)
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The values as a plain tuple."""
+        return tuple(self)
+
+    def _mapping(self) -> dict[str, Any]:
+        return dict(zip(self.names, self, strict=True))
+
+
+class AudioPipelineOutput(Output):
+    """The result of a generation: the output `(audios,)`, and attributes that describe it.
 
     Args:
         audios: B waveforms, (B, samples) in [-1, 1], or latents if those were asked for.
@@ -24,6 +65,7 @@ class AudioPipelineOutput(tuple[Any]):
         >>> write_wav("dog.wav", output.audios[0], output.sampling_rate)
     """
 
+    names: ClassVar[tuple[str, ...]] = ("audios",)
     sampling_rate: int
     scores: Tensor | np.ndarray[Any, Any] | None
 
@@ -39,37 +81,6 @@ class AudioPipelineOutput(tuple[Any]):
     def audios(self) -> Any:
         """The waveforms, (B, samples), or latents."""
         return self[0]
-
-    def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, str):
-            return self._mapping()[key]
-        return super().__getitem__(key)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._mapping()
-
-    def keys(self) -> KeysView[str]:
-        """The names of the entries."""
-        return self._mapping().keys()
-
-    def values(self) -> ValuesView[Any]:
-        """The entries."""
-        return self._mapping().values()
-
-    def items(self) -> ItemsView[str, Any]:
-        """The entries with their names."""
-        return self._mapping().items()
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """The entry of that name, or `default`."""
-        return self._mapping().get(key, default)
-
-    def to_tuple(self) -> tuple[Any]:
-        """The entries as a plain tuple: `(audios,)`."""
-        return (self[0],)
-
-    def _mapping(self) -> dict[str, Any]:
-        return {"audios": self[0]}
 
     def __repr__(self) -> str:
         audios = self.audios

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, KeysView, ValuesView
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from audioldm2.output import Output
 
-class SchedulerOutput(tuple[Any, ...]):
+
+class SchedulerOutput(Output):
     """The tensors that a step returns.
-
-    Attributes:
-        names: their names, in order.
 
     Example:
         >>> output = scheduler.step(noise, t, sample)
@@ -32,31 +30,6 @@ class SchedulerOutput(tuple[Any, ...]):
         """The sample at the next noise level, (B, C, ...)."""
         tensor: Tensor = self[0]
         return tensor
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._mapping()[key] if isinstance(key, str) else super().__getitem__(key)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.names
-
-    def keys(self) -> KeysView[str]:
-        """The names of the tensors."""
-        return self._mapping().keys()
-
-    def values(self) -> ValuesView[Tensor]:
-        """The tensors."""
-        return self._mapping().values()
-
-    def items(self) -> ItemsView[str, Tensor]:
-        """The tensors with their names."""
-        return self._mapping().items()
-
-    def to_tuple(self) -> tuple[Tensor, ...]:
-        """The tensors as a plain tuple."""
-        return tuple(self)
-
-    def _mapping(self) -> dict[str, Tensor]:
-        return dict(zip(self.names, self, strict=True))
 
     def __getnewargs__(self) -> tuple[Any, ...]:
         return tuple(self)
