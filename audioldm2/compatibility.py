@@ -1,4 +1,4 @@
-"""Methods that scripts written for diffusers call on a pipeline, on top of the pipeline's own."""
+"""The methods of diffusers' pipeline that scripts use and that are not steps of our own `__call__`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from audioldm2.tensors import check_finite, check_tensor
 
 
 class DiffusersMethods(StageRunner, ABC):
-    """What diffusers' `AudioLDM2Pipeline` has beside its call; a base class of ours."""
+    """Base class of this package's pipeline: what diffusers' has besides `__call__`."""
 
     tokenizer: Any
     tokenizer_2: Any
@@ -39,7 +39,7 @@ class DiffusersMethods(StageRunner, ABC):
         """Turn log-mel spectrograms into waveforms."""
 
     _name_or_path: str
-    other_parts: ClassVar[tuple[str, ...]]  # beside the stages: tokenizers, feature extractor and scheduler
+    other_parts: ClassVar[tuple[str, ...]]  # besides the stages: tokenizers, feature extractor and scheduler
 
     @property
     def components(self) -> dict[str, Any]:
@@ -48,7 +48,7 @@ class DiffusersMethods(StageRunner, ABC):
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """What model_index.json would say: the library and class of each part; and `_name_or_path`."""
+        """What model_index.json would contain (the library and class of each part), and `_name_or_path`."""
         return pipeline_config(self.components, self._name_or_path)
 
     @property
@@ -76,7 +76,7 @@ class DiffusersMethods(StageRunner, ABC):
         factor: int = self.part("vae").downsampling
         return factor
 
-    # --- what a callback can read, and the scale also change
+    # --- what a callback can read; it can also change the scale
 
     _callback_tensor_inputs: ClassVar[Sequence[str]] = CALLBACK_TENSORS
     _guidance_scale: float = 3.5
@@ -85,17 +85,17 @@ class DiffusersMethods(StageRunner, ABC):
 
     @property
     def guidance_scale(self) -> float:
-        """The scale of the generation that runs, or ran last; a callback may set `_guidance_scale`."""
+        """The scale of the current or last generation; a callback may set `_guidance_scale`."""
         return self._guidance_scale
 
     @property
     def num_timesteps(self) -> int:
-        """The number of the scheduler's timesteps in the generation that runs, or ran last."""
+        """The number of the scheduler's timesteps in the current or last generation."""
         return self._num_timesteps
 
     @contextmanager
     def _run_of(self, num_timesteps: int, guidance_scale: float) -> Iterator[None]:
-        """Set what callbacks can read; a generation inside another one's callback restores it at its end."""
+        """Set what callbacks can read; a generation that a callback starts restores it at its end."""
         outer = self._num_timesteps, self._guidance_scale
         self._num_timesteps, self._guidance_scale = num_timesteps, guidance_scale
         self._interrupt = False
@@ -241,7 +241,7 @@ class DiffusersMethods(StageRunner, ABC):
             total: number of steps, if there is no iterable.
 
         Raises:
-            ValueError: neither or both are given.
+            ValueError: both are given, or neither.
         """
         if (iterable is None) == (total is None):
             raise ValueError("progress_bar takes either an iterable or a total")
@@ -250,7 +250,7 @@ class DiffusersMethods(StageRunner, ABC):
     def enable_sequential_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str = "cuda"
     ) -> None:
-        """The same as `enable_model_cpu_offload`: whole stages move, of which the largest decides the memory.
+        """The same as `enable_model_cpu_offload`: whole stages are moved, so the largest one must fit.
 
         Args:
             gpu_id: index of the GPU.
@@ -259,12 +259,10 @@ class DiffusersMethods(StageRunner, ABC):
         self.enable_model_cpu_offload(gpu_id, device)
 
     def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
-        """Accepted for diffusers: attention here never holds a whole matrix of weights where that matters.
-
-        `scaled_dot_product_attention` computes it in blocks, so there is nothing to slice.
+        """Accepted for diffusers: `scaled_dot_product_attention` works in blocks, so no slicing is needed.
 
         Args:
-            slice_size: diffusers' "auto", "max", a number, or None; has no meaning here.
+            slice_size: diffusers' "auto", "max", a number, or None; has no effect.
         """
 
     def disable_attention_slicing(self) -> None:
@@ -274,7 +272,7 @@ class DiffusersMethods(StageRunner, ABC):
         """Accepted for diffusers; see `enable_attention_slicing`.
 
         Args:
-            attention_op: has no meaning here.
+            attention_op: has no effect.
         """
 
     def disable_xformers_memory_efficient_attention(self) -> None:

@@ -7,7 +7,7 @@ The UNet attends to GPT-2's vectors and to T5's states; CLAP's vector also ranks
 
 Prompts and negative prompts go through the encoders as one batch. For T5 they are padded to the length M of
 the longest prompt, and negative prompts are cut to it (as in diffusers). M matters: padding takes positions
-in GPT-2, so the same prompt gives slightly different vectors beside a longer one.
+in GPT-2, so the same prompt gives slightly different vectors next to a longer one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from audioldm2.arguments import as_negatives, as_texts
 from audioldm2.models.clap import max_text_tokens
-from audioldm2.models.projection import VECTORS_BESIDE_STATES
+from audioldm2.models.projection import NUM_ADDED_VECTORS
 from audioldm2.runtime.foreign import setting
 from audioldm2.runtime.precision import stage_dtype
 from audioldm2.tensors import check_finite, check_tensor
@@ -118,8 +118,8 @@ class PromptInputs:
 
         Raises:
             TypeError: one that is not a tensor.
-            ValueError: embeddings beside a text, one of two missing, numbers that cannot be used, or shapes
-                that do not fit together.
+            ValueError: embeddings together with a text, one of two missing, numbers that cannot be used, or
+                shapes that do not fit together.
         """
         prefix = self.name.removesuffix("prompt")
         names = [f"{prefix}prompt_embeds", f"{prefix}generated_prompt_embeds", f"{prefix}attention_mask"]
@@ -161,8 +161,8 @@ def _fitting(pipe: Encoders, inputs: PromptInputs) -> Encoded | None:
     return encoded
 
 
-def _say_that_it_is_unused(uncond: PromptInputs) -> None:
-    """Check a negative prompt all the same, and warn if there is one."""
+def _check_unused(uncond: PromptInputs) -> None:
+    """Check a negative prompt even though guidance is off, and warn if there is one."""
     if uncond.text is not None:
         as_texts(uncond.name, uncond.text, empty=True)
     if uncond.text or uncond.states is not None:
@@ -201,7 +201,7 @@ def condition(
     cond_encoded = _fitting(pipe, cond)
     uncond_encoded = _fitting(pipe, uncond)
     if not guided:
-        _say_that_it_is_unused(uncond)
+        _check_unused(uncond)
         uncond_encoded = None
     prompts: list[str] = []
     negatives: list[str] = []
@@ -212,7 +212,7 @@ def condition(
         prompts = as_texts(cond.name, cond.text, empty=True)
         tokens_2 = [_tokenize_second(pipe, prompts, transcription)]
     elif transcription is not None:
-        _check_speaks(pipe)
+        check_transcription(transcription, speaks(pipe))
         raise ValueError("transcription goes with prompt; prompt_embeds already contain the words")
     else:
         # A negative text is encoded to as many vectors as the given ones.
@@ -313,18 +313,18 @@ def speaks(pipe: Encoders) -> bool:
     return setting(pipe.projection_model, "use_learned_position_embedding") is not None
 
 
-def _check_speaks(pipe: Encoders) -> None:
-    if not speaks(pipe):
+def check_transcription(transcription: Text | None, is_speech: bool) -> None:
+    """Raise ValueError unless there is a transcription for a speech checkpoint, and none for another one."""
+    if transcription is not None and not is_speech:
         raise ValueError("transcription is for the speech checkpoints; this one takes only a prompt")
+    if transcription is None and is_speech:
+        raise ValueError("this checkpoint speaks: pass transcription, the words to say")
 
 
 def _tokenize_second(pipe: Encoders, prompts: list[str], transcription: Text | None) -> _SecondTokens:
-    if not speaks(pipe):
-        if transcription is not None:
-            _check_speaks(pipe)
-        return _SecondTokens(*tokenize(pipe, pipe.tokenizer_2, prompts))
+    check_transcription(transcription, speaks(pipe))
     if transcription is None:
-        raise ValueError("this checkpoint speaks: pass transcription, the words to say")
+        return _SecondTokens(*tokenize(pipe, pipe.tokenizer_2, prompts))
     texts = as_texts("transcription", transcription)
     if len(texts) != len(prompts):
         raise ValueError(f"{len(texts)} transcriptions for {len(prompts)} prompts; give one per prompt")
@@ -390,5 +390,5 @@ def token_limit(pipe: Encoders, tokenizer: Any) -> int:
         # T5 takes any length, but GPT-2 has a fixed number of positions. All generated vectors but the last
         # take one, too.
         new = setting(pipe.language_model, "max_new_tokens", 8)
-        limit = min(limit, positions - VECTORS_BESIDE_STATES - (new - 1))
+        limit = min(limit, positions - NUM_ADDED_VECTORS - (new - 1))
     return limit

@@ -10,7 +10,7 @@ class FrozenMapping(Mapping[str, Any]):
     """A mapping that cannot be changed: `settings["name"]`, `settings.name` or `f(**settings)`.
 
     Args:
-        entries: are copied.
+        entries: the entries, which are copied.
 
     Example:
         >>> settings = FrozenMapping({"guidance_scale": 2.0})
@@ -27,7 +27,7 @@ class FrozenMapping(Mapping[str, Any]):
         return self._entries[name]
 
     def __getattr__(self, name: str) -> Any:
-        # "_entries" itself is not there yet while an object is being unpickled.
+        # While an object is being unpickled, "_entries" itself does not exist yet.
         if name != "_entries" and name in self._entries:
             return self._entries[name]
         raise AttributeError(f"there is no entry {name!r}")

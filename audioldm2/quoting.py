@@ -1,4 +1,4 @@
-"""Foreign text in error messages: printable, on one line, and short.
+"""Untrusted text in error messages: printable, on one line, and short.
 
 What a checkpoint or another library says can be megabytes long, or contain control characters that a terminal
 obeys. An error message shows it through these functions only. Imports only the standard library.
@@ -24,7 +24,7 @@ def one_line(text: object, limit: int | None = MAX_REASON) -> str:
 
     Args:
         text: anything with a `str`; an error without a text is represented by its class.
-        limit: the most characters; None for all.
+        limit: the largest number of characters; None for all.
     """
     lines = str(text).strip().splitlines() or [type(text).__name__]
     return printable(lines[0], limit)
@@ -44,14 +44,14 @@ def shortened(text: str, limit: int) -> str:
 
 
 def listed(entries: Iterable[str], separator: str = ", ") -> str:
-    """Entries in one line; of many, only the first `MAX_LISTED` and how many more there are."""
+    """Entries on one line: at most `MAX_LISTED` of them, and how many more there are."""
     shown = list(entries)
     more = [f"and {len(shown) - MAX_LISTED} more"] if len(shown) > MAX_LISTED else []
     return separator.join(shown[:MAX_LISTED] + more)
 
 
 class _Repr(reprlib.Repr):
-    """repr that looks no further into nested and long values than a message shows."""
+    """A repr that looks no further into nested and long values than a message shows."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -30,7 +30,7 @@ from audioldm2.tensors import check_tensor
 Callback = Callable[[int, Tensor, Tensor], None]
 StepCallback = Callable[[Any, int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]
 
-# What `callback_on_step_end` may ask for and return beside the latents, and the fields of `Conditioning`.
+# What `callback_on_step_end` may ask for and return besides the latents, and the fields of `Conditioning`.
 CONDITIONING_TENSORS = {
     "prompt_embeds": "t5_states",
     "attention_mask": "t5_mask",
@@ -109,8 +109,8 @@ def denoise(
         num_inference_steps: what `set_timesteps` was called with, which is less than the number of timesteps
             for samplers that evaluate the UNet several times a step; by default, the number of timesteps.
         generator: draws the noise that some samplers add.
-        eta: how much of it DDIM adds (Song et al. 2021, eq. 16); other samplers have none, which is a
-            warning.
+        eta: how much of it DDIM adds (Song et al. 2021, eq. 16); with other samplers it has no effect, and a
+            warning says so.
         after_step: called as after_step(step, timestep, latents, conditioning, guidance_scale) after each
             step; what it returns, if anything, replaces the last three, and may end the run.
         progress: called after each step.
@@ -126,7 +126,7 @@ def denoise(
         )
     timesteps = scheduler.timesteps
     order = getattr(scheduler, "order", 1)
-    # Evaluations that a sampler spends on its start and that are no steps of their own, as in diffusers.
+    # Evaluations with which a sampler starts and which are not steps of their own, as in diffusers.
     starting = len(timesteps) - (num_inference_steps or len(timesteps)) * order
     predict = _predictor(unet, conditioning)
     for i, t in enumerate(timesteps):
@@ -153,12 +153,12 @@ def check_callbacks(callback: Any, on_step_end: Any, tensor_inputs: Any) -> None
 
     Args:
         callback: None, or called as in `callbacks`.
-        on_step_end: the same.
+        on_step_end: None, or called as in `callbacks`.
         tensor_inputs: names from `CALLBACK_TENSORS`.
 
     Raises:
-        TypeError: something that cannot be called.
-        ValueError: another name.
+        TypeError: a callback is not callable.
+        ValueError: `tensor_inputs` is not a list of these names.
     """
     for name, one in (("callback", callback), ("callback_on_step_end", on_step_end)):
         if one is not None and not callable(one):

@@ -1,4 +1,4 @@
-"""Checks of tensors: those that a caller passes, and those that a stage returns."""
+"""Checks of the tensors that a caller passes and of those that a stage returns."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ class NonFiniteError(ValueError, FloatingPointError):
     """Numbers that were finite became NaN or infinite; the message says in which stage."""
 
 
-def check_finite(stage: str, x: Tensor, beside: str = "weights and config") -> None:
+def check_finite(stage: str, x: Tensor, causes: str = "weights and config") -> None:
     """Check that a stage returned finite numbers.
 
     Args:
         stage: the part that computed `x`, for the error message.
         x: what it returned, of any shape.
-        beside: what to check, beside the dtype.
+        causes: what the message says to check, apart from the dtype.
 
     Raises:
         NonFiniteError: `x` contains NaN or infinity.
@@ -26,7 +26,7 @@ def check_finite(stage: str, x: Tensor, beside: str = "weights and config") -> N
     if not bool(x.isfinite().all()):
         raise NonFiniteError(
             f"{stage} turned finite numbers into NaN or infinity, in {str(x.dtype).removeprefix('torch.')}; "
-            f"check its {beside}, or use another dtype"
+            f"check its {causes}, or use another dtype"
         )
 
 
@@ -41,7 +41,7 @@ def check_tensor(name: str, value: Any, shape: str, floating: bool = True) -> No
 
     Raises:
         TypeError: it is not a tensor.
-        ValueError: it has another number of dimensions, no elements, another kind of numbers, or NaN or
+        ValueError: it has the wrong number of dimensions, no elements, the wrong kind of numbers, or NaN or
             infinity; or it is sparse or on the meta device.
     """
     if not isinstance(value, Tensor):

@@ -489,9 +489,9 @@ class LogMel:
     ) -> LogMel:
         """The front end that fits a pipeline's checkpoint.
 
-        The settings come from the vocoder's config.json (see `LogMelConfig.for_vocoder`). What that does not
-        say, a checkpoint may say in an `audioldm2.json` beside model_index.json, with the names of
-        `LogMelConfig`: `{"log_mel": {"n_fft": 2048}}`.
+        The settings come from the vocoder's config.json (see `LogMelConfig.for_vocoder`). The rest may
+        be in an `audioldm2.json` next to model_index.json, with the names of `LogMelConfig`:
+        `{"log_mel": {"n_fft": 2048}}`.
 
         Args:
             repo_or_folder: a local folder, "owner/name" on the Hub (weights are not downloaded), or "tiny".

@@ -34,7 +34,7 @@ from audioldm2.audio.waveforms import check_waveform
 HALF_WIDTH = 290.5 / 3  # of the filter, in samples of the lower rate
 CUTOFF = 0.956872  # relative to the lower Nyquist frequency: the middle of the transition band, 0.914 to 1.0
 KAISER_BETA = 13.04
-MAX_RATE = 2**20  # Hz; more is no rate of a sound, but would need gigabytes for the filters
+MAX_RATE = 2**20  # Hz; no sound has more, and the filters would need gigabytes
 MAX_FACTOR = 4096  # of two rates
 OUTPUTS_AT_ONCE = 64  # channels of the convolution if L is smaller; measured on CPUs
 # The convolution's kernel is mostly zeros when L and M are large. It is not built beyond this many weights.

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from audioldm2.atomic import check_writable, replacing
 from audioldm2.audio.file_types import SOUND_TYPES
-from audioldm2.audio.waveforms import check_finite
+from audioldm2.audio.waveforms import check_finite_samples
 
 PCM, IEEE_FLOAT, EXTENSIBLE = 1, 3, 0xFFFE  # format tags
 # Other formats, which are compressed and not supported.
@@ -190,7 +190,7 @@ def read_wav(path: str | Path) -> tuple[Tensor, int]:
     """
     path = Path(path)
     if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
-        raise ValueError(f"{path} is not a regular file")  # reading a pipe could wait for ever
+        raise ValueError(f"{path} is not a regular file")  # reading a pipe could block forever
     with open(path, "rb") as file:
         try:
             layout, data = _read_chunks(file)
@@ -200,7 +200,7 @@ def read_wav(path: str | Path) -> tuple[Tensor, int]:
             raise ValueError(f"{path} {error}") from error
     waveform = torch.from_numpy(np.ascontiguousarray(channels))
     if waveform.numel():
-        check_finite(str(path), waveform)
+        check_finite_samples(str(path), waveform)
     return waveform, layout.rate
 
 

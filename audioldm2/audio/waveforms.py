@@ -31,14 +31,13 @@ def check_waveform(name: str, value: Any) -> None:
         raise ValueError(f"{name} must have shape (..., samples), got a single number")
     if value.numel() == 0:
         raise ValueError(f"{name} has no samples: its shape is {tuple(value.shape)}")
-    check_finite(name, value)
+    check_finite_samples(name, value)
 
 
-def check_finite(name: str, value: Tensor) -> None:
-    """Raise ValueError if a tensor has NaN or infinite values."""
-    extremes = torch.stack(
-        torch.aminmax(value.detach())
-    )  # NaN if there is one; ten times faster than counting
+def check_finite_samples(name: str, value: Tensor) -> None:
+    """Raise ValueError if a waveform has NaN or infinite samples."""
+    # The extremes are NaN if one sample is. Finding them is ten times faster than counting.
+    extremes = torch.stack(torch.aminmax(value.detach()))
     if not torch.isfinite(extremes).all():
         invalid = value.numel() - int(torch.isfinite(value).sum())
         raise ValueError(f"{invalid} of {value.numel()} samples in {name} are NaN or infinite")

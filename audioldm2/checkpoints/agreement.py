@@ -22,7 +22,7 @@ from audioldm2.checkpoints.errors import CheckpointError
 from audioldm2.models.clap import ClapModel, max_text_tokens
 from audioldm2.models.gpt2 import GPT2
 from audioldm2.models.hifigan import HifiGan
-from audioldm2.models.projection import VECTORS_BESIDE_STATES, ProjectionModel
+from audioldm2.models.projection import NUM_ADDED_VECTORS, ProjectionModel
 from audioldm2.models.t5 import T5Encoder
 from audioldm2.models.unet import UNet
 from audioldm2.models.vae import VAE
@@ -36,14 +36,15 @@ MIN_VITS_VOCABULARY = 183
 
 
 def check_parts(folder: Path, parts: Mapping[str, Any]) -> None:
-    """Check that the parts of a pipeline fit together. Parts of other packages are not looked at.
+    """Check that the parts of a pipeline fit together. Parts of other packages are not checked.
 
     Args:
         folder: the checkpoint's, for the error message.
         parts: by their names in model_index.json.
 
     Raises:
-        CheckpointError: names the file and the key that does not fit, and the one that it has to fit.
+        CheckpointError: a part does not fit. The message names its file and key, and those that it has to
+            fit.
     """
     _Agreement(folder, parts).check()
 
@@ -167,11 +168,11 @@ class _Agreement:
         if encoder is None or tokenizer is None or self.gpt2 is None or self.projection is None:
             return
         gpt2 = self.gpt2.config
-        limit = gpt2.n_positions - VECTORS_BESIDE_STATES - (gpt2.max_new_tokens - 1)
+        limit = gpt2.n_positions - NUM_ADDED_VECTORS - (gpt2.max_new_tokens - 1)
         path = self.folder / "tokenizer_2"
         if isinstance(encoder, T5Encoder):
             if limit < 1:
-                self._refuse("language_model", "n_positions leaves no position beside max_new_tokens")
+                self._refuse("language_model", "n_positions leaves no position besides max_new_tokens")
             check_tokenizer(path, tokenizer, encoder.config.vocab_size, limit)
             return
         positions = self.projection.config.max_seq_length
@@ -213,7 +214,8 @@ def check_tokenizer(folder: Path, tokenizer: Any, vocab_size: int, limit: int) -
         limit: the most tokens that its stage takes.
 
     Raises:
-        CheckpointError: names the folder and what is wrong.
+        CheckpointError: a token has no embedding, or the tokenizer does not work. The message names the
+            folder.
     """
     _check_vocabulary(folder, tokenizer, vocab_size)
     limit = min(limit, tokenizer.model_max_length)
@@ -249,7 +251,7 @@ def tokenizer_errors(folder: Path, verb: str = "used") -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # Those of the tokenizers library, which is written in Rust, are no subclass of Exception.
+        # Panics of the tokenizers library, which is written in Rust, are not subclasses of Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise CheckpointError(f"{folder}: the tokenizer cannot be {verb}: {one_line(error)}") from error
@@ -262,7 +264,7 @@ def check_scheduler(scheduler: Any) -> None:
     """Try a scheduler in a short sampling run.
 
     Raises:
-        ValueError: its settings give no finite numbers, or an error of its own.
+        ValueError: the run fails, leaves the training steps, or gives numbers that are not finite.
     """
     total = len(scheduler.betas)
     steps = max(1, min(PROBE_STEPS, total // 2 - 1))

@@ -311,7 +311,7 @@ def load_checkpoint(
     classes = read_index(folder, replaced=parts)
     check_folders(folder, needed)
     settings = read_settings(folder)
-    log_mel_settings(folder)  # told now if they cannot be used, and not when a sound is encoded
+    log_mel_settings(folder)  # an error in them is raised now, not when a sound is encoded
     # Importing transformers takes a second, during which weights are read.
     with ThreadPoolExecutor(max_workers=1) as pool:
         tokenizers = {

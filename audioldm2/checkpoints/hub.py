@@ -83,7 +83,7 @@ class Source:
         token = self.token.strip() if isinstance(self.token, str) else self.token
         if isinstance(token, str) and not re.fullmatch(r"[!-~]+", token):
             raise CheckpointError(
-                "token is not an access token: it is empty, or has a space or another letter "
+                "token is not an access token: it is empty, or has a space or another character "
                 "that a token cannot have"
             )
         return token
@@ -299,12 +299,8 @@ def _existing(name: str) -> Path | None:
     try:
         local = Path(name).expanduser()
         return local if name and local.exists() else None
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ):  # too long a name, a user that does not exist, a null character
-        return None
+    except (OSError, RuntimeError, ValueError):
+        return None  # the name is too long, of a user that does not exist, or has a null character
 
 
 def default_dtype(folder: Path) -> torch.dtype | None:

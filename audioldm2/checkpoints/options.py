@@ -1,8 +1,8 @@
 """The keyword arguments of `from_pretrained` and `save_pretrained`, checked in one place.
 
-`load_options` turns those of loading into where the checkpoint is, and the dtypes, the device and the parts
-to use; `save_options` turns those of saving into the format of the weight files. Arguments of diffusers that
-mean nothing here are refused with what to do instead, and unknown ones with the nearest known name.
+`load_options` turns those of loading into a source, the dtypes, the device and the parts to use;
+`save_options` turns those of saving into a folder and the format of the weight files. Arguments of diffusers
+that mean nothing here are refused, with what to do instead, and unknown ones with the nearest known name.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def load_options(
     others: Mapping[str, Any] | None = None,
     part_names: Collection[str] = (),
 ) -> LoadOptions:
-    """Check the arguments of a `from_pretrained`, most of which are described there.
+    """Check the arguments of a `from_pretrained`, where most of them are described.
 
     Args:
         others: all other keyword arguments: parts, and what is refused.
@@ -279,7 +279,7 @@ def save_options(
     is_main_process: bool = True,
     **others: Any,
 ) -> tuple[Path, SaveOptions]:
-    """Check the arguments of a `save_pretrained`, most of which are described there.
+    """Check the arguments of a `save_pretrained`, where most of them are described.
 
     Args:
         is_main_process: as in diffusers; only True is supported.

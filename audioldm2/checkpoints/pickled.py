@@ -1,12 +1,12 @@
 """Checking a PyTorch weight file (`.bin`) before PyTorch reads it.
 
-`torch.load(weights_only=True)` runs no code, but it believes the file: it allocates what the file claims,
-reads compressed records as if they were not, and may extract archives. `check_bin` reads only the pickle in
-the file, into descriptions of its tensors, and refuses everything but a state dict whose tensors lie inside
-the file.
+`torch.load(weights_only=True)` runs no code, but it trusts the file: it allocates what the file claims to
+need, reads compressed records as if they were not, and may extract archives. `check_bin` reads only the
+pickle in the file, into descriptions of its tensors, and refuses everything but a state dict whose tensors
+lie inside the file.
 
-The pickle is read by the interpreter that is written in Python, because the one in C allocates what single
-instructions claim. Only the instructions and names that a state dict needs are known here.
+The pickle is read by the interpreter that is written in Python, because the one in C allocates whatever a
+single instruction claims. Only the instructions and names that a state dict needs are known here.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _STORAGES = {
 
 
 def check_bin(path: Path) -> None:
-    """Check that a file is a state dict which can be read within the memory that it takes on the disk.
+    """Check that a file is a state dict whose tensors need no more memory than the file has bytes.
 
     Args:
         path: a regular file.
@@ -237,7 +237,7 @@ def _read_zip(file: BinaryIO) -> Any:
     size = _size_of(file)
     limited = _LimitedReader(file, MAX_ZIP_BYTES)
     with zipfile.ZipFile(limited) as archive:
-        if archive.comment:  # with one, where the directory begins is a matter of opinion
+        if archive.comment:  # with one, readers can disagree on where the directory begins
             raise _RefusedError("it has a comment, which torch.save does not write")
         records = archive.infolist()
         sizes = {record.filename: record.file_size for record in records}

@@ -1,4 +1,4 @@
-"""audioldm2.json: what a checkpoint says about itself that only this package reads; diffusers ignores it.
+"""audioldm2.json: what a checkpoint says about itself to this package; diffusers ignores it.
 
     {"recommended": {"num_inference_steps": 20, "guidance_scale": 2.0}, ...}
 
@@ -58,7 +58,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         are not known are left out, with a warning: a later version may know them.
 
     Raises:
-        CheckpointError: the file cannot be read, or recommends something that is not possible.
+        CheckpointError: the file cannot be read, or recommends a value that is not allowed.
     """
     path = folder / SETTINGS_FILE
     if not path.exists():
@@ -87,7 +87,7 @@ def check_recommended(settings: Any) -> None:
 
     Raises:
         TypeError: `settings` is not a mapping.
-        ValueError: a name is not known, or a value is not possible.
+        ValueError: a name is not known, or a value is not allowed.
     """
     if not isinstance(settings, Mapping):
         raise TypeError(f"recommended settings must be a mapping, got {quoted(settings)}")

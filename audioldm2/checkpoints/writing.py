@@ -110,7 +110,7 @@ def remove_stale_weights(folder: Path, written: Collection[str], variant: str | 
     shard = r"-\d{5}-of-\d{5}"
     weights = re.compile(
         "|".join(
-            # Older releases of diffusers wrote the variant behind the number of the shard.
+            # Older releases of diffusers wrote the variant after the number of the shard.
             rf"{stem}(?:{dot}|{dot}{shard}|{shard}{dot})\.{suffix}|{stem}\.{suffix}\.index{dot}\.json"
             for suffix, stems in STEMS.items()
             for stem in stems
@@ -128,8 +128,8 @@ def remove_stale_weights(folder: Path, written: Collection[str], variant: str | 
 def staging(folder: Path) -> Iterator[Path]:
     """A context manager for a temporary folder inside `folder`, for files that others write.
 
-    What is written there does not show until it is moved with `take`, and leaves files of an earlier save
-    alone, from which tensors may be memory-mapped.
+    Files that are written there take effect only when `take` moves them. Until then the files of an earlier
+    save, from which tensors may be memory-mapped, are unchanged.
 
     Args:
         folder: created if it does not exist, and removed again if the block raises before it has a file.

@@ -156,25 +156,24 @@ def _same_file(a: str, b: str) -> bool:
 
 
 def _check_with_checkpoint(options: argparse.Namespace, sampler: Any) -> None:
-    """Check the arguments whose limits are the checkpoint's, from its configs, before weights are read.
+    """Check the arguments whose limits depend on the checkpoint. This reads its configs, not its weights.
 
     Raises:
-        CheckpointError: the checkpoint cannot be found, or is none of this pipeline.
-        ValueError: an argument is out of range; the message names it as the pipeline does.
+        CheckpointError: the checkpoint cannot be found, or is not one of this pipeline.
+        ValueError: an argument is out of range, or a transcription is missing or not possible; the message
+            names the argument as the pipeline does.
     """
     from audioldm2.checkpoints.formats import INDEX, read_index
     from audioldm2.checkpoints.hub import Source, checkpoint_folder
     from audioldm2.checkpoints.tensors import read_json
+    from audioldm2.conditioning import check_transcription
     from audioldm2.decoding import frames_and_samples
 
     names = ("scheduler", "unet", "vae", "vocoder")
     source = Source(options.model)
     folder = checkpoint_folder(source, ["", *names], first_file=INDEX, check=read_index, weights=False)
     speaks = read_index(folder)["text_encoder_2"] == "VitsModel"
-    if options.transcription is not None and not speaks:
-        raise ValueError("transcription is for the speech checkpoints; this one takes only a prompt")
-    if options.transcription is None and speaks:
-        raise ValueError("this checkpoint speaks: pass transcription, the words to say")
+    check_transcription(options.transcription, speaks)
     try:
         scheduler = sampler.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
         unet, vae, vocoder = (read_json(folder / name / "config.json") for name in names[1:])

@@ -9,6 +9,7 @@ import traceback
 from typing import Any
 
 from audioldm2.checkpoints.errors import CheckpointError
+from audioldm2.quoting import printable
 
 PROGRAM = "audioldm2"
 MAX_LENGTH = 600  # of an error, in characters
@@ -35,10 +36,7 @@ def clean(text: str) -> str:
         token = os.environ.get(name, "").strip()
         if len(token) >= 4:
             text = text.replace(token, "***")
-    text = _TOKEN.sub("***", text)
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return printable(_TOKEN.sub("***", text), limit=None)
 
 
 def shorten(text: str, length: int) -> str:
@@ -52,7 +50,7 @@ def shorten_quotations(text: str) -> str:
     return _QUOTATION.sub(lambda match: match[1] + shorten(match[2], MAX_QUOTATION) + match[1], text)
 
 
-def one_line(text: str) -> str:
+def summary(text: str) -> str:
     """A text of several lines as one: the first two, and how many more there are."""
     lines = [line.strip() for line in text.strip().splitlines()]
     start = " ".join(lines[:2])
@@ -66,17 +64,17 @@ def reason(error: Exception) -> str:
     if type(error).__name__ == "OutOfMemoryError":
         return "out of memory; try --dtype float16, a shorter --duration or fewer --candidates"
     if isinstance(error, OSError) and error.filename is not None:
-        return one_line(f"{error.filename}: {error.strerror}")
+        return summary(f"{error.filename}: {error.strerror}")
     if isinstance(error, OSError) and error.strerror:
-        return one_line(error.strerror)
-    return one_line(str(error)) or type(error).__name__
+        return summary(error.strerror)
+    return summary(str(error)) or type(error).__name__
 
 
 def with_option_names(error: Exception) -> str | None:
     """The error of an invalid argument with the option's name instead of the argument's; None for others."""
     if isinstance(error, CheckpointError) or not _ARGUMENT.search(str(error)):
         return None
-    return one_line(_ARGUMENT.sub(lambda match: OPTIONS[match[1]], str(error)))
+    return summary(_ARGUMENT.sub(lambda match: OPTIONS[match[1]], str(error)))
 
 
 def say(text: str, quiet: bool = False) -> None:
@@ -100,7 +98,8 @@ def print_error(text: str, debug: bool = False) -> None:
 class Warnings:
     """Prints warnings as one line each; takes the place of `warnings.showwarning`.
 
-    What begins like an earlier warning is not printed: both encoders warn about a long prompt, for example.
+    A warning that begins like an earlier one is not printed: both encoders warn about a long prompt, for
+    example.
     """
 
     def __init__(self) -> None:

@@ -12,7 +12,7 @@ from typing import NoReturn, TypeVar
 from audioldm2 import __version__
 from audioldm2.arguments import MAX_LENGTH_IN_S, as_texts, check_length
 from audioldm2.audio.file_types import SAMPLE_FORMATS
-from audioldm2.cli.messages import OPTIONS, PROGRAM, one_line
+from audioldm2.cli.messages import OPTIONS, PROGRAM, summary
 from audioldm2.extras import install_hint
 from audioldm2.schedulers import SAMPLERS
 
@@ -58,7 +58,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print an error and exit with code 2."""
-        self.exit(2, f"{self.prog}: error: {one_line(message)}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: error: {summary(message)}; see {self.prog} --help\n")
 
     @property
     def names(self) -> list[str]:

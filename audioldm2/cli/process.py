@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 
 class Stopped(BaseException):
-    """A signal asked the program to stop. Like KeyboardInterrupt, it is no Exception.
+    """A signal asked the program to stop. Like KeyboardInterrupt, it is not an Exception.
 
     Attributes:
         signal: which one.
@@ -30,14 +30,14 @@ class Stopped(BaseException):
 def stoppable() -> Iterator[None]:
     """SIGTERM and SIGHUP raise `Stopped` in the block, so that temporary files are removed.
 
-    A signal that is ignored (SIGHUP under nohup) stays so. Only the main thread can receive signals; in
+    A signal that is ignored (SIGHUP under nohup) stays ignored. Only the main thread can receive signals; in
     others, this does nothing.
     """
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     replaced = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
 
     def stop(number: int, frame: FrameType | None) -> None:
-        for each in replaced:  # another one must not disturb the cleaning up
+        for each in replaced:  # another signal must not interrupt the cleanup
             signal.signal(each, signal.SIG_IGN)
         raise Stopped(number)
 
@@ -99,7 +99,7 @@ def print_line(text: str) -> str | None:
     Returns:
         Why this failed, or None.
     """
-    if sys.stdout is None:  # closed, so nobody wants it
+    if sys.stdout is None:  # closed: the caller does not want the message
         return None
     try:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from audioldm2.quoting import quoted
 
 T = TypeVar("T")
-# Limits of what no tensor of a checkpoint limits, far beyond any real one: a config is foreign text, and the
+# Limits of what no tensor of a checkpoint limits, far beyond any real one: a config is not trusted, and the
 # sizes in it decide how much memory and time loading and generating take.
 MAX_LAYERS = 1024  # repetitions of a block, in one level if there are several
 MAX_ENTRIES = 64  # of a list: one entry for each level, step, kernel or transformer

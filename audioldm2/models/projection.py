@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from audioldm2.models.config import check_sizes
 from audioldm2.models.stage import Stage
 
-# What the joined sequence has beside the second encoder's states: CLAP's vector and four learned ones.
-VECTORS_BESIDE_STATES = 5
+# The joined sequence has the second encoder's states and these: CLAP's vector and four learned ones.
+NUM_ADDED_VECTORS = 5
 
 
 @dataclass(frozen=True)

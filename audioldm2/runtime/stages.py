@@ -129,8 +129,8 @@ class StageRunner:
             device: where stages run.
 
         Raises:
-            ValueError: the device is not available, it has an index beside `gpu_id`, or it is a GPU and
-                stages are compiled already.
+            ValueError: the device is not available, it has an index in addition to `gpu_id`, or it is a GPU
+                and stages are compiled already.
         """
         device = torch.device(device) if isinstance(device, torch.device) else available_device(device)
         if gpu_id is not None and device.index is not None:

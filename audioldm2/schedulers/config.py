@@ -134,8 +134,8 @@ class Configurable:
     def compatibles(self) -> list[type[Any]]:
         """The classes that can be made from this scheduler's settings with `from_config`.
 
-        They are this package's and, where diffusers is installed, its other ones, which work in a pipeline as
-        well. To read this imports diffusers, which takes seconds.
+        They are this package's and, if diffusers is installed, its other ones, which work in a pipeline as
+        well. Reading this property imports diffusers, which takes seconds.
 
         Example:
             >>> samplers = {cls.__name__: cls for cls in pipe.scheduler.compatibles}
@@ -176,8 +176,8 @@ class Configurable:
         Args:
             config: `scheduler.config` of any scheduler of this package or of diffusers, or the content of a
                 `scheduler_config.json`.
-            return_unused_kwargs: return, instead of warning of or refusing them, the overrides that are not
-                settings of this class.
+            return_unused_kwargs: return the overrides that are not settings of this class, instead of
+                warning about them or refusing them.
             **overrides: settings that replace those in `config`.
 
         Returns:
@@ -424,7 +424,7 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
 
 @functools.cache
 def _hints(init: Callable[..., None]) -> dict[str, Any]:
-    """The types of the parameters of an `__init__`; none where they cannot be resolved."""
+    """The types of the parameters of an `__init__`; none if they cannot be resolved."""
     try:
         return typing.get_type_hints(init)
     except NameError:
@@ -448,12 +448,12 @@ def _schedulers() -> dict[str, type[Configurable]]:
 
 
 def _is_known(class_name: object) -> bool:
-    """Whether the settings of a class are known here: this package's classes, and where there is no name."""
+    """Whether the settings of a class are known here: this package's classes, and those without a name."""
     return class_name is None or (isinstance(class_name, str) and class_name in _schedulers())
 
 
 def _diffusers_schedulers() -> Iterable[type[Any]]:
-    """diffusers' samplers that take the same settings, where diffusers is installed and can be imported."""
+    """diffusers' samplers that take the same settings, if diffusers is installed and can be imported."""
     if importlib.util.find_spec("diffusers") is None:
         return
     try:
@@ -463,7 +463,6 @@ def _diffusers_schedulers() -> Iterable[type[Any]]:
         return
     for name in sorted(names):
         cls = getattr(diffusers, name, None)
-        if isinstance(cls, type) and not hasattr(
-            cls, "_backends"
-        ):  # in place of a class that needs a package
+        # A class with `_backends` stands in for one that needs a package that is not installed.
+        if isinstance(cls, type) and not hasattr(cls, "_backends"):
             yield cls

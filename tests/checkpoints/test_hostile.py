@@ -488,7 +488,7 @@ def test_parts_that_do_not_fit_together(
     ("part", "key", "value", "reason"),
     [
         ("unet", "sample_size", 10**6, "stands for a sound of"),
-        ("language_model", "max_new_tokens", 100, "n_positions leaves no position beside max_new_tokens"),
+        ("language_model", "max_new_tokens", 100, "n_positions leaves no position besides max_new_tokens"),
     ],
 )
 def test_values_that_only_another_part_bounds(
