@@ -263,7 +263,7 @@ def test_formats_that_are_not_supported_are_refused_by_name(tmp_path, content, m
     assert "a.wav" in str(caught.value)
 
 
-def test_every_spoiled_byte_of_a_header_is_a_sound_or_a_value_error(tmp_path):
+def test_every_corrupted_byte_of_a_header_is_a_sound_or_a_value_error(tmp_path):
     path = tmp_path / "a.wav"
     for content in (READABLE["24 bits in 4 bytes, extensible"][0], READABLE["RF64"][0]):
         for position in range(len(content)):

@@ -1,4 +1,4 @@
-"""500 of the spoiled checkpoints that `scripts/fuzz` makes 10,000 of."""
+"""500 of the corrupted checkpoints that `scripts/fuzz` makes 10,000 of."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.spoiled_checkpoints import KINDS, run_case, spoil, write_base
+from scripts.corrupted_checkpoints import KINDS, corrupt, run_case, write_base
 
 # How many cases of each kind. Those that a pipeline is loaded for, rather than one part, take longest.
 CASES = {
@@ -42,22 +42,22 @@ def test_there_are_500() -> None:
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_a_spoiled_checkpoint_loads_or_is_refused(
+def test_a_corrupted_checkpoint_loads_or_is_refused(
     base: Path, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where a file that is written by accident would be
     wrong = []
     for number in range(CASES[kind]):
         result = run_case(
-            spoil(base, tmp_path / str(number), SEED, number, (kind,)), whole=False, patience=100
+            corrupt(base, tmp_path / str(number), SEED, number, (kind,)), whole=False, patience=100
         )
         if result.wrong:
             wrong.append(f"{number}: {result.what}: {result.wrong}")
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_unspoiled_checkpoint_gives_a_sound(base: Path, tmp_path: Path) -> None:
-    case = spoil(base, tmp_path / "case", SEED, 0, ("tensors",))
+def test_the_intact_checkpoint_gives_a_sound(base: Path, tmp_path: Path) -> None:
+    case = corrupt(base, tmp_path / "case", SEED, 0, ("tensors",))
     result = run_case(case)
     assert (result.outcome, result.wrong) == ("refused", "") or result.outcome == "sound"
 
@@ -65,14 +65,14 @@ def test_the_unspoiled_checkpoint_gives_a_sound(base: Path, tmp_path: Path) -> N
 def test_what_is_wrong_is_seen(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The judge of the cases itself: another error, a message that names no file, a file that is written."""
     monkeypatch.chdir(tmp_path)
-    case = spoil(base, tmp_path / "case", SEED, 0, ("names",))
+    case = corrupt(base, tmp_path / "case", SEED, 0, ("names",))
     case.name = None
 
     def failing(error: Exception) -> str:
         def load(*_: object) -> None:
             raise error
 
-        monkeypatch.setattr("scripts.spoiled_checkpoints.load", load)
+        monkeypatch.setattr("scripts.corrupted_checkpoints.load", load)
         return run_case(case).wrong
 
     from audioldm2.checkpoints.errors import CheckpointError
@@ -85,5 +85,5 @@ def test_what_is_wrong_is_seen(base: Path, tmp_path: Path, monkeypatch: pytest.M
     def writing(*_: object) -> None:
         (case.folder / "new").touch()
 
-    monkeypatch.setattr("scripts.spoiled_checkpoints.load", writing)
+    monkeypatch.setattr("scripts.corrupted_checkpoints.load", writing)
     assert run_case(case, whole=False).wrong == "files were written"

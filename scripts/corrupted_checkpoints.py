@@ -1,6 +1,6 @@
-"""Spoiled checkpoints, and what loading one must come to. `scripts/fuzz` and the tests run them.
+"""Corrupted checkpoints, and how loading one has to end. `scripts/fuzz` and the tests run them.
 
-A case is a checkpoint with one thing wrong, drawn by a seed and a number: `spoil(...)` writes it, and
+A case is a checkpoint with one thing wrong, drawn by a seed and a number: `corrupt(...)` writes it, and
 `run_case` loads it and judges what happens. Loading has to end in a working pipeline or in one
 `CheckpointError`, whose message is a single printable line that names the file; a pipeline that loads has to
 give a finite sound, or a `ValueError` of one line. Nothing may run code, write a file, or take more time or
@@ -40,7 +40,7 @@ from audioldm2.checkpoints.formats import CONFIG_FILES, INDEX, PARTS, TOKENIZERS
 from scripts.random_checkpoint import SMALL_RANDOM, changed, write_random_checkpoint
 
 SECONDS = 10.0  # that loading may take
-MEMORY = 300 * 2**20  # bytes that loading may take beside twice the size of the files
+MEMORY = 300 * 2**20  # bytes that loading may take in addition to twice the size of the files
 LONGEST_MESSAGE = 3000
 PROMPT = "Rain falls on a tin roof"
 MARKER = "code-was-run"  # the file that a hostile pickle would write, in the working directory
@@ -102,15 +102,15 @@ VALUES: tuple[Any, ...] = (
 
 @dataclass
 class Case:
-    """One spoiled checkpoint.
+    """One corrupted checkpoint.
 
     Attributes:
         number: its number in a run of one seed.
         kind: a key of `KINDS`.
         folder: of the checkpoint.
-        part: the part that was spoiled; "" if it is none, or several.
-        what: how it was spoiled, for the report.
-        name: what is passed to `from_pretrained` instead of the folder, if that is what is spoiled.
+        part: the part that was corrupted; "" if it is none, or several.
+        what: how it was corrupted, for the report.
+        name: what is passed to `from_pretrained` instead of the folder, if that is what is corrupted.
     """
 
     number: int
@@ -122,14 +122,14 @@ class Case:
 
 
 class Result(NamedTuple):
-    """What a case came to."""
+    """How a case ended."""
 
     number: int
     kind: str
     what: str
     outcome: str  # "refused", "loaded", "sound" or "refused at the call"
     wrong: str  # "" if nothing is
-    seconds: float  # of the processor, that loading took
+    seconds: float  # of CPU time that loading took
     memory: int  # bytes that loading took
 
 
@@ -201,7 +201,7 @@ def cut(draw: Draw, data: bytes) -> bytes:
     return data[: max(0, end)]
 
 
-# --- the kinds; each spoils a checkpoint's folder and says how
+# --- the kinds; each corrupts a checkpoint's folder and says how
 
 
 def json_value(draw: Draw, case: Case, files: tuple[str, ...] = JSON_FILES) -> str:
@@ -719,7 +719,7 @@ def _shared(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def special_file(draw: Draw, case: Case) -> str:
-    """What is no regular file, or one of an unusual size, in place of any file."""
+    """Something other than a regular file, or one of an unusual size, in place of any file."""
     files = sorted(p for p in case.folder.rglob("*") if p.is_file())
     path = draw.choice(files)
     file = path.relative_to(case.folder)
@@ -826,7 +826,7 @@ def several(draw: Draw, case: Case) -> str:
         try:
             done.append(kind(draw, case))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            break  # what was spoiled first cannot be read any more
+            break  # what was corrupted first cannot be read any more
     case.part = ""
     return "; ".join(done)
 
@@ -856,16 +856,16 @@ KINDS: dict[str, Callable[[Draw, Case], str]] = {
 
 
 def write_base(folder: Path) -> Path:
-    """Write the checkpoint that the cases spoil: small and random, in the Hub's layout."""
+    """Write the checkpoint that the cases corrupt: small and random, in the Hub's layout."""
     write_random_checkpoint(folder, SIZES)
     return folder
 
 
-def spoil(base: Path, folder: Path, seed: int, number: int, kinds: tuple[str, ...] = tuple(KINDS)) -> Case:
+def corrupt(base: Path, folder: Path, seed: int, number: int, kinds: tuple[str, ...] = tuple(KINDS)) -> Case:
     """Write a case.
 
     Args:
-        base: the checkpoint to spoil.
+        base: the checkpoint to corrupt.
         folder: where to write the case; it must not exist. Unchanged files are links to those of `base`.
         seed: of the run.
         number: of the case; the kinds take turns.
@@ -878,13 +878,13 @@ def spoil(base: Path, folder: Path, seed: int, number: int, kinds: tuple[str, ..
 
 
 def size_of(folder: Path) -> int:
-    """The size of a case's regular files, holes left out."""
+    """The size of a case's regular files on the disk, without their holes."""
     found = (p.lstat() for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
     return sum(min(entry.st_size, 512 * entry.st_blocks) for entry in found)
 
 
 def load(case: Case, whole: bool = True) -> Any:
-    """Load a case: the pipeline, or only the part that was spoiled."""
+    """Load a case: the pipeline, or only the part that was corrupted."""
     if whole or case.part not in (*PARTS, *TOKENIZERS):
         name = case.folder if case.name is None else case.name
         return AudioLDM2Pipeline.from_pretrained(name, local_files_only=True)
@@ -910,7 +910,7 @@ def call(pipe: AudioLDM2Pipeline, candidates: int) -> None:
 
 
 def judge(error: BaseException, case: Case, loading: bool) -> str:
-    """What is wrong with an error; "" if it is one that a spoiled checkpoint may cause."""
+    """What is wrong with an error; "" if it is one that a corrupted checkpoint may cause."""
     text = str(error)
     if not isinstance(error, CheckpointError if loading else ValueError):
         return f"{type(error).__name__}: {text[:300]!r}"
@@ -925,7 +925,7 @@ def judge(error: BaseException, case: Case, loading: bool) -> str:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the block after so many seconds; only in the main thread."""
+    """Raise TimeoutError in the block after this many seconds; only in the main thread."""
 
     def stop(*_: Any) -> None:
         raise TimeoutError(f"it took more than {seconds:.0f} s")
@@ -950,7 +950,7 @@ def memory(peak: bool) -> int:
 
 
 def forget_peak() -> None:
-    """Count the peak of the memory anew."""
+    """Start measuring the peak of the memory anew."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -960,8 +960,8 @@ def run_case(case: Case, whole: bool = True, patience: float = SECONDS) -> Resul
 
     Args:
         case: the case.
-        whole: load the whole pipeline; otherwise only the spoiled part, which is not run.
-        patience: seconds by the clock after which loading is stopped. The processor may take `SECONDS`.
+        whole: load the whole pipeline; otherwise only the corrupted part, which is not run.
+        patience: seconds of wall time after which loading is stopped. It may take `SECONDS` of CPU time.
     """
     before = sorted(str(p) for p in case.folder.rglob("*"))
     allowed = 2 * size_of(case.folder) + MEMORY
