@@ -33,13 +33,12 @@ class DiffusersMethods(StageRunner, ABC):
     language_model: Any
     feature_extractor: Any
     scheduler: Any
+    other_parts: ClassVar[tuple[str, ...]]  # besides the stages: tokenizers, feature extractor and scheduler
+    _name_or_path: str
 
     @abstractmethod
     def vocode(self, mel: Tensor) -> Tensor:
         """Turn log-mel spectrograms into waveforms."""
-
-    _name_or_path: str
-    other_parts: ClassVar[tuple[str, ...]]  # besides the stages: tokenizers, feature extractor and scheduler
 
     @property
     def components(self) -> dict[str, Any]:

@@ -246,7 +246,7 @@ class AudioLDM2Pipeline(DiffusersMethods):
             save_directory: `folder`, under the name that it has in diffusers.
 
         Raises:
-            TypeError: a part cannot be written, or an argument is not known. Nothing has been written then.
+            TypeError: a part cannot be written, or an argument is not known. In that case nothing is written.
             ValueError: an argument has a value that is not supported.
         """
         path, options = save_options(
@@ -473,11 +473,11 @@ class AudioLDM2Pipeline(DiffusersMethods):
             guidance_scale: the weight w of classifier-free guidance (Ho and Salimans 2021), in noise =
                 uncond + w (cond - uncond); 1 or less disables guidance, which halves the time.
             negative_prompt: what to steer away from, one for all prompts or one for each; "" by default.
-                Without guidance it has no effect, which is a warning.
+                Without guidance it has no effect, and a warning says so.
             num_waveforms_per_prompt: candidates per prompt. Unless `prompt` is None or `output_type` is
                 "latent", they are ordered by CLAP's score, best first.
             eta: how much noise a DDIM step adds (Song et al. 2021, eq. 16). With other samplers it has no
-                effect, which is a warning.
+                effect, and a warning says so.
             generator: the source of random numbers; a list has one for each of the B waveforms.
             latents: the initial noise, (B, channels, frames/4, mels/4), instead of drawing it.
             prompt_embeds: see `encode_prompt`.

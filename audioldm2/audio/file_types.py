@@ -66,7 +66,7 @@ def sound_type(path: str | Path, sample_format: str | None = None) -> tuple[Soun
     suffix = Path(path).suffix
     found = SOUND_TYPES.get(suffix.lower())
     if found is None:
-        raise ValueError(f"unknown type of sound file {suffix!r}; use {_listed(SOUND_TYPES)}")
+        raise ValueError(f"unknown type of sound file {suffix!r}; use {_suffixes(SOUND_TYPES)}")
     if sample_format is None:
         return found, next(iter(found.subtypes))
     if sample_format not in SAMPLE_FORMATS:
@@ -86,9 +86,9 @@ def image_type(path: str | Path) -> str:
     """
     suffix = Path(path).suffix
     if suffix.lower() not in IMAGE_TYPES:
-        raise ValueError(f"unknown type of image file {suffix!r}; use {_listed(IMAGE_TYPES)}")
+        raise ValueError(f"unknown type of image file {suffix!r}; use {_suffixes(IMAGE_TYPES)}")
     return IMAGE_TYPES[suffix.lower()]
 
 
-def _listed(types: dict[str, SoundType] | dict[str, str]) -> str:
+def _suffixes(types: dict[str, SoundType] | dict[str, str]) -> str:
     return ", ".join(suffix for suffix in types if suffix)

@@ -25,7 +25,7 @@ class TensorSource(Protocol):
 
     shapes: dict[str, tuple[int, ...]]
     types: dict[str, torch.dtype | str]  # a string for a type that parameters cannot have
-    nbytes: int  # that the tensors take, as long as none shares memory with another
+    nbytes: int  # the memory that the tensors take if no two share it
 
     def read(self, name: str) -> Tensor:
         """Read a tensor that is converted and then dropped."""
@@ -88,9 +88,10 @@ def fill(
     if wrong:
         raise CheckpointError(f"{len(wrong)} of the checkpoint's tensors do not fit: {listed(wrong, '; ')}")
     # Each parameter gets memory of its own, so a small file must not stand for many large ones.
-    if sum(
+    needed = sum(
         math.prod(source.shapes[name]) * cast(torch.dtype, source.types[name]).itemsize for name in used
-    ) > (source.nbytes):
+    )
+    if needed > source.nbytes:
         raise CheckpointError("the weights share memory: they are larger than the files that contain them")
 
     if dtype is None:

@@ -368,7 +368,7 @@ def save_parts(
     Raises:
         TypeError: a part is of a class that cannot be written, or a stage's parameters are not those of its
             class; nothing has been written then.
-        ValueError: settings that cannot be recommended; nothing has been written then.
+        ValueError: settings that cannot be recommended; in that case nothing is written.
     """
     folder, options, settings = Path(folder), options or SaveOptions(), settings or {}
     parts = {name: unwrapped(parts[name]) for name in part_classes()}

@@ -43,10 +43,10 @@ def write_weights(folder: Path, name: str, weights: Mapping[str, Tensor], option
     """Write tensors into one weight file, or into shards and their index.
 
     Args:
-        folder: exists.
-        name: of the file if there is one, such as "model.safetensors".
+        folder: an existing folder.
+        name: the name of the file if there is only one, such as "model.safetensors".
         weights: the tensors by name, contiguous, no two in the same memory.
-        options: the format of the files; `name` has its suffix.
+        options: the format of the files, which the suffix of `name` has to fit.
     """
     stem, suffix = name.split(".")
     dot = "" if options.variant is None else f".{options.variant}"
@@ -57,7 +57,7 @@ def write_weights(folder: Path, name: str, weights: Mapping[str, Tensor], option
         count = len(shards)
         files = {f"{stem}{dot}-{i:05}-of-{count:05}.{suffix}": shard for i, shard in enumerate(shards, 1)}
     written = {*files}
-    with ExitStack() as stack:  # it replaces the index last, after the shards
+    with ExitStack() as stack:  # it exits in reverse order, so the index is replaced last
         if len(files) > 1:
             index = f"{stem}.{suffix}.index{dot}.json"
             written.add(index)

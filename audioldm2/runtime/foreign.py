@@ -1,9 +1,9 @@
-"""Parts of a pipeline that are not this package's: wrappers, and modules of diffusers and transformers.
+"""Parts of a pipeline that are not from this package: wrappers, and modules of diffusers and transformers.
 
 The pipeline calls every part through `adapted(name, part)`, which has the interface of this package's stage
 of that name. A part that has this interface is returned as it is. Anything else is called by keyword and its
-output is unwrapped; docs/replacing-parts.md lists what each part must provide. What is missing is one
-TypeError that names the part, before anything runs.
+output is unwrapped; docs/replacing-parts.md lists what each part must provide. A part that lacks
+something raises one TypeError that names both, before anything runs.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Adapter:
 
     @classmethod
     def lacks(cls, part: Any, inner: Any) -> str | None:
-        """What a part lacks to be adapted, for an error message; None if nothing."""
+        """What a part would need to be adapted, for an error message; None if it has everything."""
         if not callable(part):
             return "a forward method"
         missing = [name for name in cls.settings if setting(part, name) is None]
@@ -231,7 +231,7 @@ class ForeignGPT2(Adapter):
 
     @staticmethod
     def _options(inner: Any) -> dict[str, bool]:
-        """With a head for words, the first output is the words' logits, and the states must be asked for."""
+        """With a language-model head, the first output is the logits; the states must be requested."""
         if not _is_from_transformers(inner):
             return {}
         return {"output_hidden_states": True, "use_cache": False, "return_dict": True}
