@@ -191,8 +191,8 @@ class WeightFiles:
             others = _variants(names)
             if variant and weights_file(names, None, use_safetensors):
                 raise MissingCheckpointError(
-                    f"{folder} has no weights of the variant {quoted(variant)}; leave out variant (torch_dtype "
-                    "converts the weights)"
+                    f"{folder} has no weights of the variant {quoted(variant)}; leave out variant "
+                    "(torch_dtype converts the weights)"
                 )
             if others and variant not in others:
                 raise MissingCheckpointError(
