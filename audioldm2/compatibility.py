@@ -16,7 +16,8 @@ from audioldm2.checkpoints.formats import pipeline_config
 from audioldm2.conditioning import Text, tokenize
 from audioldm2.noise import Generators
 from audioldm2.ranking import best_first, score
-from audioldm2.runtime.precision import stage_device, stage_dtype
+from audioldm2.runtime.device import named_device
+from audioldm2.runtime.precision import check_dtype, stage_device, stage_dtype
 from audioldm2.runtime.stages import StageRunner
 from audioldm2.sampling import CALLBACK_TENSORS, initial_latents
 from audioldm2.tensors import check_finite, check_tensor
@@ -134,10 +135,13 @@ class DiffusersMethods(StageRunner, ABC):
         check_tensor("inputs_embeds", inputs_embeds, "(B, N, C)")
         if max_new_tokens is not None:
             check_count("max_new_tokens", max_new_tokens)
+        if attention_mask is None:
+            attention_mask = torch.ones(
+                inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device
+            )
+        check_tensor("attention_mask", attention_mask, "(B, N)", floating=False)
         with self.generation(), self.running("language_model") as gpt2:
-            if attention_mask is None:
-                shape = inputs_embeds.shape[:2]
-                attention_mask = torch.ones(shape, dtype=torch.long, device=inputs_embeds.device)
+            inputs_embeds = inputs_embeds.to(stage_dtype(gpt2))
             vectors: Tensor = gpt2.generate(inputs_embeds, attention_mask, max_new_tokens)
         check_finite("language_model", vectors)
         return vectors
@@ -174,7 +178,8 @@ class DiffusersMethods(StageRunner, ABC):
         check_count("height", height, lowest=self.vae_scale_factor)
         bands = self.part("vocoder").config.model_in_dim // self.vae_scale_factor
         shape = (batch_size, num_channels_latents, height // self.vae_scale_factor, bands)
-        device = self.device if device is None else torch.device(device)
+        check_dtype(dtype)
+        device = self.device if device is None else named_device(device)
         return initial_latents(shape, self.scheduler, generator, device, dtype, latents)
 
     def mel_spectrogram_to_waveform(self, mel_spectrogram: Tensor) -> Tensor:
@@ -186,7 +191,10 @@ class DiffusersMethods(StageRunner, ABC):
         Returns:
             (B, samples) in [-1, 1], float32, on the CPU.
         """
-        mel = mel_spectrogram[:, None] if mel_spectrogram.dim() == 3 else mel_spectrogram
+        with_channel = not isinstance(mel_spectrogram, Tensor) or mel_spectrogram.dim() == 4
+        shape = "(B, 1, T, F)" if with_channel else "(B, T, F)"
+        check_tensor("mel_spectrogram", mel_spectrogram, shape)
+        mel = mel_spectrogram if with_channel else mel_spectrogram[:, None]
         return self.vocode(mel)
 
     @torch.no_grad()
@@ -228,7 +236,7 @@ class DiffusersMethods(StageRunner, ABC):
             extractor = self.part("feature_extractor")
             rate = self.part("vocoder").config.sampling_rate
             scores = score(clap, extractor, embeddings, audio, rate)
-        return best_first(audio, scores)[0].to(audio.device if device is None else device)
+        return best_first(audio, scores)[0].to(audio.device if device is None else named_device(device))
 
     # --- switches
 

@@ -216,7 +216,12 @@ def condition(
         raise ValueError("transcription goes with prompt; prompt_embeds already contain the words")
     else:
         # A negative text is encoded to as many vectors as the given ones.
-        max_new_tokens = max_new_tokens or cond_encoded.vectors.shape[1]
+        given = cond_encoded.vectors.shape[1]
+        if max_new_tokens not in (None, given):
+            raise ValueError(
+                f"max_new_tokens = {max_new_tokens}, but generated_prompt_embeds has {given} vectors"
+            )
+        max_new_tokens = given
     if guided and uncond_encoded is None:
         rows, length = (tokens_2[0] if cond_encoded is None else cond_encoded).mask.shape
         negatives = as_negatives(uncond.text, rows)
@@ -251,7 +256,7 @@ def _encode(
     with pipe.progress("Encoding text", 4) as bar:
         ids, mask = tokenize(pipe, pipe.tokenizer, texts)
         with pipe.running("text_encoder") as text_encoder:
-            clap = text_encoder.text_features(ids, mask)  # (B, 512)
+            clap = text_encoder.text_features(input_ids=ids, attention_mask=mask)  # (B, 512)
         check_finite("text_encoder", clap)
         bar.update()
         mask_2 = torch.cat([tokens.mask for tokens in tokens_2])

@@ -72,17 +72,32 @@ def vocode(vocoder: Any, mel: Tensor, progress: ProgressBar) -> Tensor:
     Raises:
         NonFiniteError: the vocoder returned numbers that are not finite.
     """
+    if mel.shape[1] != 1:
+        raise ValueError(f"mel has shape {tuple(mel.shape)}; a spectrogram has one channel, (B, 1, T, F)")
     mel = rearrange(mel, "b 1 t f -> b t f").to(stage_dtype(vocoder))
     groups = equal_groups(mel, FRAMES_AT_ONCE, axis=1)
     waveforms = []
     with progress("Vocoding", len(groups)) as bar:
         for group in groups:
             long = group.shape[1] > FRAMES_AT_ONCE
-            waveforms.append((vocoder.in_chunks(group) if long else vocoder(group)).float().cpu())
+            waveform = vocoder.in_chunks(group) if long else vocoder(group)
+            _check_waveform(waveform, group, vocoder.hop_length)
+            waveforms.append(waveform.float().cpu())
             bar.update()
     audio = torch.cat(waveforms)
     check_finite("vocoder", audio)
     return audio
+
+
+def _check_waveform(waveform: Tensor, mel: Tensor, hop_length: int) -> None:
+    """Raise ValueError unless a vocoder returned waveforms of the spectrograms' length, up to a frame."""
+    batch, frames, _ = mel.shape
+    samples = frames * hop_length
+    if waveform.shape[:-1] != (batch,) or abs(waveform.shape[-1] - samples) >= hop_length:
+        raise ValueError(
+            f"vocoder returned {tuple(waveform.shape)} for {batch} spectrograms of {frames} frames; it must "
+            f"return waveforms, ({batch}, {samples})"
+        )
 
 
 def equal_groups(x: Tensor, longest: int, axis: int) -> tuple[Tensor, ...]:

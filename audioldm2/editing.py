@@ -31,7 +31,11 @@ def as_waveforms(audio: Tensor | np.ndarray[Any, Any]) -> Tensor:
     Raises:
         TypeError, ValueError: anything else; the message names the argument.
     """
-    if isinstance(audio, np.ndarray) and audio.dtype.kind == "f":
+    if isinstance(audio, np.ndarray):
+        if audio.dtype not in (np.float16, np.float32, np.float64):
+            raise TypeError(
+                f"audio must be float32 in [-1, 1], got {audio.dtype}; of 16-bit samples pass audio / 32768"
+            )
         audio = torch.from_numpy(np.ascontiguousarray(audio))
     if isinstance(audio, str | os.PathLike):
         raise TypeError("audio must be a tensor or an array, got a path; read the file with read_wav")

@@ -32,7 +32,7 @@ from audioldm2.checkpoints.options import (
     load_options,
     save_options,
 )
-from audioldm2.checkpoints.recommended import RECOMMENDED
+from audioldm2.checkpoints.recommended import RECOMMENDED, check_recommended
 from audioldm2.compatibility import DiffusersMethods
 from audioldm2.conditioning import PromptInputs, Text, condition
 from audioldm2.decoding import decode, frames_and_samples, vocode
@@ -50,6 +50,7 @@ from audioldm2.noise import Generators
 from audioldm2.output import AudioPipelineOutput
 from audioldm2.quoting import quoted
 from audioldm2.ranking import best_first, score
+from audioldm2.runtime.device import named_device
 from audioldm2.sampling import (
     Callback,
     StepCallback,
@@ -215,6 +216,8 @@ class AudioLDM2Pipeline(DiffusersMethods):
         )
         loaded, settings = load_checkpoint(options.source, options.dtype, options.device, options.parts)
         pipe = cls(**loaded)
+        if options.parts:
+            pipe.check_parts()
         pipe._name_or_path = options.source.name
         pipe._settings = settings
         pipe.recommended = FrozenMapping(settings.get(RECOMMENDED, {}))
@@ -258,7 +261,12 @@ class AudioLDM2Pipeline(DiffusersMethods):
             **others,
         )
         with self.generation():
-            save_parts(vars(self), path, options, {**self._settings, RECOMMENDED: dict(self.recommended)})
+            save_parts(
+                vars(self),
+                path,
+                options,
+                {**self._settings, RECOMMENDED: check_recommended(self.recommended)},
+            )
 
     # --- the steps of a generation
 
@@ -311,7 +319,7 @@ class AudioLDM2Pipeline(DiffusersMethods):
         check_count("num_waveforms_per_prompt", num_waveforms_per_prompt)
         if max_new_tokens is not None:
             check_count("max_new_tokens", max_new_tokens)
-        device = self.device if device is None else torch.device(device)
+        device = self.device if device is None else named_device(device)
         with self.generation():
             found = condition(
                 self,
@@ -388,6 +396,7 @@ class AudioLDM2Pipeline(DiffusersMethods):
             >>> again = pipe.decode_latents(latents)[:, : waveform.shape[-1]]  # if the rates are equal
         """
         waveforms = as_waveforms(audio)
+        check_count("sampling_rate", sampling_rate)
         vocoder = self.part("vocoder")
         settings = {"hop_length": vocoder.hop_length, **self._settings.get("log_mel", {})}
         log_mel = LogMel(LogMelConfig.for_vocoder(vocoder.config, **settings))

@@ -43,7 +43,7 @@ def score(
     rate = setting(feature_extractor, "sampling_rate") or feature_extractor.sampling_rate
     resampled = resample(audio.to(stage_device(text_encoder)), sampling_rate, rate)
     features = feature_extractor(resampled, rate, generator)
-    sound_embeddings = text_encoder.audio_features(features.to(stage_dtype(text_encoder)))
+    sound_embeddings = text_encoder.audio_features(input_features=features.to(stage_dtype(text_encoder)))
     check_finite("text_encoder", sound_embeddings)
     sound_embeddings = rearrange(sound_embeddings, "(b n) p -> b n p", b=len(text_embeddings))
     return torch.einsum("bnp,bp->bn", sound_embeddings, text_embeddings.to(sound_embeddings))

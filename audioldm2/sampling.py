@@ -21,9 +21,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from audioldm2.arguments import check_number
 from audioldm2.conditioning import Conditioning
 from audioldm2.noise import Generators, check_generators, randn
 from audioldm2.quoting import quoted
+from audioldm2.runtime.foreign import outputs
 from audioldm2.runtime.precision import stage_dtype
 from audioldm2.tensors import check_tensor
 
@@ -204,17 +206,32 @@ def callbacks(
         values = {name: getattr(conditioning, field) for name, field in CONDITIONING_TENSORS.items()}
         values["latents"] = latents
         returned = on_step_end(pipe, step, t, {name: values[name] for name in tensor_inputs}) or {}
+        if not isinstance(returned, Mapping):
+            raise TypeError(
+                f"callback_on_step_end must return a dict of tensors or None, got {quoted(returned)}"
+            )
         guidance_scale = pipe.guidance_scale
+        check_number("_guidance_scale", guidance_scale)
+        if guidance_scale > 1 and not conditioning.guided:
+            raise ValueError(
+                "a callback cannot switch guidance on in a run without it; begin with guidance_scale > 1"
+            )
         if conditioning.guided and not guidance_scale > 1:
             # As in diffusers, where the callback then returns the second half of the rows.
             conditioning = conditioning.without_guidance()
             values |= {name: getattr(conditioning, field) for name, field in CONDITIONING_TENSORS.items()}
         for name, tensor in returned.items():
-            if name not in values or not isinstance(tensor, Tensor):
+            if name not in values:
                 raise ValueError(
-                    f"callback_on_step_end returned {quoted(name)}; it may return tensors of the names "
-                    f"{', '.join(values)}"
+                    f"callback_on_step_end returned {quoted(name)}; it may return {', '.join(values)}"
                 )
+            dimensions = ", ".join("...."[: values[name].dim()]) if values[name].dim() > 1 else "."
+            check_tensor(
+                f"{name} of callback_on_step_end",
+                tensor,
+                f"({dimensions})",
+                floating=name != "attention_mask",
+            )
             if name != "latents":
                 tensor = tensor[-len(values[name]) :]
             if tensor.shape != values[name].shape:
@@ -254,7 +271,12 @@ def _predictor(unet: nn.Module, conditioning: Conditioning) -> Callable[[Tensor,
             encoder_hidden_states_1=states,
             encoder_attention_mask_1=mask,
         )
-        prediction: Tensor = output if isinstance(output, Tensor) else output[0]
+        prediction = outputs("unet", output)[0]
+        if prediction.shape[0] != copies * len(latents) or prediction.shape[2:] != latents.shape[2:]:
+            raise ValueError(
+                f"unet returned {tuple(prediction.shape)} for {copies * len(latents)} latents of shape "
+                f"{tuple(latents.shape[1:])}"
+            )
         return prediction
 
     return predict

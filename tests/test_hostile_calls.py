@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from audioldm2 import AudioLDM2Pipeline
+from audioldm2 import AudioLDM2Pipeline, DDIMScheduler, resample
 from audioldm2.tensors import NonFiniteError
 from tests.helpers import HAMMER, noise, seeded
 from tests.reference import Both
@@ -208,6 +210,36 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "seed": ({"generator": 3}, TypeError, r"generator must be .* got 3; for a seed pass torch\.Generator"),
     "callback": ({"callback": 3}, TypeError, "callback must be a function, got 3"),
     "attention": ({"cross_attention_kwargs": {"scale": 0.5}}, ValueError, "no attention processors"),
+    "vectors": (
+        {
+            "prompt": None,
+            "prompt_embeds": noise(1, 3, 20),
+            "generated_prompt_embeds": noise(1, 8, 16),
+            "max_new_tokens": 3,
+        },
+        ValueError,
+        "max_new_tokens = 3, but generated_prompt_embeds has 8 vectors",
+    ),
+    "callback's guidance": (
+        {"callback_on_step_end": lambda pipe, *step: setattr(pipe, "_guidance_scale", NAN)},
+        ValueError,
+        "_guidance_scale must be a finite number, got nan",
+    ),
+    "callback's tensors": (
+        {"callback_on_step_end": lambda pipe, i, t, given: {"latents": given["latents"] * NAN}},
+        ValueError,
+        "latents of callback_on_step_end has numbers that are not finite",
+    ),
+    "callback's result": (
+        {"callback_on_step_end": lambda *step: 3},
+        TypeError,
+        "callback_on_step_end must return a dict",
+    ),
+    "callback's scheduler": (
+        {"callback_on_step_end": lambda pipe, *step: setattr(pipe, "scheduler", DDIMScheduler())},
+        ValueError,
+        r"the callback replaced pipe\.scheduler",
+    ),
     "widths": (
         {"prompt": None, "prompt_embeds": noise(1, 3, 21), "generated_prompt_embeds": noise(1, 8, 16)},
         ValueError,
@@ -221,7 +253,7 @@ def test_each_kind_is_refused_by_name(
     base: Both, arguments: dict[str, Any], kind: type[Exception], message: str
 ) -> None:
     with pytest.raises(kind, match=message):
-        base.ours(**{"prompt": HAMMER, **arguments})
+        base.ours(**{"prompt": HAMMER, "num_inference_steps": 1, "audio_length_in_s": None, **arguments})
 
 
 def test_encode_prompt_refuses_what_the_call_refuses(base: Both) -> None:
@@ -261,3 +293,60 @@ def test_an_audio_tower_that_returns_nan_is_named(pipe: AudioLDM2Pipeline) -> No
 def test_too_much_guidance_is_named(base: Both) -> None:
     with pytest.raises(NonFiniteError, match=r"unet turned.*guidance_scale = 1e\+38"):
         base.ours(HAMMER, num_inference_steps=3, audio_length_in_s=0.16, guidance_scale=1e38)
+
+
+# --- the other methods
+
+
+METHODS: dict[str, tuple[Callable[[AudioLDM2Pipeline], Any], str]] = {
+    "sequence": (lambda pipe: pipe.generate_language_model(noise(1, 4)), "inputs_embeds has shape"),
+    "mask": (
+        lambda pipe: pipe.generate_language_model(noise(1, 4, 16), attention_mask="x"),
+        "attention_mask must be a torch.Tensor",
+    ),
+    "spectrogram": (
+        lambda pipe: pipe.mel_spectrogram_to_waveform(noise(1, 8, 16).numpy()),
+        "mel_spectrogram must be a torch.Tensor",
+    ),
+    "channels": (lambda pipe: pipe.vocode(noise(1, 2, 8, 16)), "mel has shape .* one channel"),
+    "device": (lambda pipe: pipe.encode_prompt(HAMMER, "foo"), "unknown device 'foo'"),
+    "latents' device": (
+        lambda pipe: pipe.prepare_latents(1, 4, 16, torch.float32, "foo"),
+        "unknown device 'foo'",
+    ),
+    "latents' dtype": (lambda pipe: pipe.prepare_latents(1, 4, 16, torch.int64, "cpu"), "int64 is not supp"),
+    "scored": (lambda pipe: pipe.score_waveforms(HAMMER, noise(3, 500), 2), "audio has 3 sounds"),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), METHODS.values(), ids=METHODS)
+def test_other_methods_name_what_they_refuse(
+    base: Both, call: Callable[[AudioLDM2Pipeline], Any], message: str
+) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        call(base.ours)
+
+
+def test_a_sequence_of_another_dtype_is_converted(base: Both) -> None:
+    sequence = noise(1, 4, 16)
+    expected = base.ours.generate_language_model(sequence)
+    assert torch.equal(base.ours.generate_language_model(sequence.double()), expected)
+
+
+def test_recommended_settings_are_checked_before_anything_is_written(
+    pipe: AudioLDM2Pipeline, tmp_path: Path
+) -> None:
+    for bad in (None, "x", {"guidance_scale": "x"}, {"prompt": "a"}):
+        pipe.recommended = bad
+        with pytest.raises((ValueError, TypeError), match=r"recommended|guidance_scale"):
+            pipe.save_pretrained(tmp_path / "saved")
+        assert not (tmp_path / "saved").exists()
+    pipe.recommended = {"guidance_scale": np.float32(2), "num_inference_steps": np.int64(20)}
+    pipe.save_pretrained(tmp_path / "saved")
+    again = AudioLDM2Pipeline.from_pretrained(tmp_path / "saved")
+    assert again.recommended | {"eta": 0} == {"guidance_scale": 2.0, "num_inference_steps": 20, "eta": 0}
+
+
+def test_a_waveform_that_overflows_is_refused() -> None:
+    with pytest.raises(ValueError, match="too loud to be resampled"):
+        resample(torch.tensor([3e38, 3e38, -3e38, -3e38]).repeat(4000), 16000, 44100)

@@ -57,9 +57,9 @@ class Listener(nn.Module):
         self.weight = nn.Parameter(torch.ones(1, dtype=dtype))
         self.seen: list[Tensor] = []
 
-    def audio_features(self, features: Tensor) -> Tensor:
-        self.seen.append(features)
-        return F.normalize(features.flatten(1)[:, :4], dim=-1)
+    def audio_features(self, input_features: Tensor) -> Tensor:
+        self.seen.append(input_features)
+        return F.normalize(input_features.flatten(1)[:, :4], dim=-1)
 
 
 class FrontEnd:

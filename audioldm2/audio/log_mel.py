@@ -563,7 +563,8 @@ def log_mel_settings(folder: Path) -> dict[str, Any]:
     """What a checkpoint's audioldm2.json says about log-mel spectrograms.
 
     Raises:
-        CheckpointError: the file cannot be read, or has a name or a type that `LogMelConfig` does not have.
+        CheckpointError: the file cannot be read, or has a setting that is unknown, of another type, or
+            decided by the vocoder.
     """
     from audioldm2.checkpoints.errors import CheckpointError
     from audioldm2.checkpoints.recommended import SETTINGS_FILE, read_settings
@@ -571,7 +572,9 @@ def log_mel_settings(folder: Path) -> dict[str, Any]:
 
     path = folder / SETTINGS_FILE
     settings = read_settings(folder).get("log_mel", {})
-    hints = get_type_hints(LogMelConfig)
+    # The others are the vocoder's.
+    free = ("n_fft", "frequency_min", "frequency_max", "floor")
+    hints = {name: hint for name, hint in get_type_hints(LogMelConfig).items() if name in free}
     if not isinstance(settings, dict) or not settings.keys() <= hints.keys():
         raise CheckpointError(f"{path}: log_mel must be an object with some of {', '.join(hints)}")
     try:

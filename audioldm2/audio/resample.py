@@ -144,7 +144,12 @@ def resample(waveform: Tensor, orig_sr: int, target_sr: int) -> Tensor:
             group = [_apply(x[:, t * stride :], filters, starts) for t in range(blocks)]
             groups.append(torch.stack(group, dim=1))
         y = rearrange(torch.cat(groups, dim=2), "b t n -> b (t n)")
-    return y[:, :length].reshape(*lead, length).to(waveform.dtype)
+    y = y[:, :length].reshape(*lead, length).to(waveform.dtype)
+    if not bool(y.isfinite().all()):
+        raise ValueError(
+            f"waveform is too loud to be resampled in {waveform.dtype}: the result is not finite"
+        )
+    return y
 
 
 def _apply(x: Tensor, filters: Tensor, starts: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from einops import rearrange
 from torch import Tensor
 
 from audioldm2.atomic import check_writable, replacing
-from audioldm2.audio.file_types import SOUND_TYPES
+from audioldm2.audio.file_types import SOUND_TYPES, WAV
 from audioldm2.audio.waveforms import check_finite_samples
 
 PCM, IEEE_FLOAT, EXTENSIBLE = 1, 3, 0xFFFE  # format tags
@@ -128,7 +128,7 @@ def write_wav(
     """
     if isinstance(path, str | os.PathLike):
         suffix = os.path.splitext(path)[1].lower()
-        if suffix in SOUND_TYPES and suffix != ".wav":
+        if SOUND_TYPES.get(suffix, WAV) is not WAV:
             raise ValueError(f"write_wav writes WAV files only, not {suffix}; soundfile.write writes others")
     if format not in ("pcm16", "float32"):
         raise ValueError(f"format must be 'pcm16' or 'float32', got {format!r}")

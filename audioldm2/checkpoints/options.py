@@ -300,6 +300,8 @@ def save_options(
         raise ValueError(
             "is_main_process=False is not supported: call save_pretrained in the main process only"
         )
+    if os.path.isfile(given[0]):
+        raise ValueError(f"save_pretrained() needs a folder; {quoted(os.fspath(given[0]))} is a file")
     try:
         path = Path(given[0]).expanduser()
     except RuntimeError as error:  # ~somebody

@@ -82,8 +82,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return {**content, RECOMMENDED: known}
 
 
-def check_recommended(settings: Any) -> None:
+def check_recommended(settings: Any) -> dict[str, Any]:
     """Check recommended settings.
+
+    Returns:
+        The settings as JSON can hold them.
 
     Raises:
         TypeError: `settings` is not a mapping.
@@ -98,3 +101,5 @@ def check_recommended(settings: Any) -> None:
             _CHECKS[name](value)
         except OverflowError as error:  # an integer that is too large for a float
             raise ValueError(f"{name} is too large: {quoted(value)}") from error
+    # NumPy's numbers as Python's.
+    return {name: value.item() if hasattr(value, "item") else value for name, value in settings.items()}

@@ -4,6 +4,20 @@ from __future__ import annotations
 
 import torch
 
+from audioldm2.quoting import quoted
+
+
+def named_device(name: torch.device | str) -> torch.device:
+    """The device of that name, whether or not this machine has it.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    try:
+        return torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"unknown device {quoted(name)}; use cpu, cuda, cuda:1, mps or xpu") from error
+
 
 def available_device(name: torch.device | str | int) -> torch.device:
     """The device of that name, if this machine has it.

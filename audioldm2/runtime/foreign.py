@@ -17,18 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Attributes in which torch.compile, DataParallel and DistributedDataParallel keep the module that they wrap.
-WRAPPED = ("_orig_mod", "module")
+from audioldm2.quoting import quoted
 
 
 def unwrapped(part: Any) -> Any:
     """The module inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
-    while isinstance(part, nn.Module):
-        inner = next((part._modules[name] for name in WRAPPED if part._modules.get(name) is not None), None)
-        if inner is None:
-            break
-        part = inner
-    return part
+    while True:
+        if isinstance(part, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            part = part.module
+        # torch.compile's class; importing it would import PyTorch's compiler.
+        elif type(part).__module__.startswith("torch._dynamo.") and hasattr(part, "_orig_mod"):
+            part = part._orig_mod
+        else:
+            return part
 
 
 def adapted(name: str, part: Any) -> Any:
@@ -54,12 +55,22 @@ def adapted(name: str, part: Any) -> Any:
     return part if adapter.fits(part) else adapter(part)
 
 
-def first_output(output: Any) -> Tensor:
-    """The tensor that a module returned, alone or as the first of several."""
-    if isinstance(output, Tensor):
-        return output
-    tensor: Tensor = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
-    return tensor
+def outputs(name: str, output: Any) -> list[Tensor]:
+    """The tensors that a module returned, alone, in a tuple or in a mapping.
+
+    Args:
+        name: the part's name in the pipeline, for the error message.
+        output: what it returned.
+
+    Raises:
+        TypeError: there is no tensor in it.
+    """
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    tensors = [output] if isinstance(output, Tensor) else output
+    if not isinstance(tensors, list | tuple) or not tensors or not isinstance(tensors[0], Tensor):
+        raise TypeError(f"{name} returned {quoted(output)}; it must return a tensor, alone or first")
+    return list(tensors)
 
 
 def config_of(part: Any) -> Any:
@@ -147,7 +158,7 @@ class ForeignClap(Adapter):
         output = method(**inputs)
         # transformers 5 returns the whole output of the tower, its features as `pooler_output`.
         output = getattr(output, "pooler_output", output)
-        return F.normalize(first_output(output), dim=-1)
+        return F.normalize(outputs("text_encoder", output)[0], dim=-1)
 
 
 class ForeignEncoder(Adapter):
@@ -166,7 +177,7 @@ class ForeignEncoder(Adapter):
         elif hasattr(unwrapped(part), "decoder") and hasattr(unwrapped(part), "get_encoder"):
             part = unwrapped(part).get_encoder()
         # The token ids by position, as diffusers passes them, so that hooks see them among their inputs.
-        states = first_output(part(input_ids, **inputs))
+        states = outputs("text_encoder_2", part(input_ids, **inputs))[0]
         if states.dim() != 3 or states.shape[:2] != input_ids.shape:
             raise ValueError(
                 f"text_encoder_2 returned {tuple(states.shape)} for {tuple(input_ids.shape)} token ids; it "
@@ -193,7 +204,12 @@ class ForeignProjection(Adapter):
             attention_mask=attention_mask,
             attention_mask_1=attention_mask_1,
         )
-        return output[0], output[1]
+        found = outputs("projection_model", output)
+        if len(found) != 2:
+            raise TypeError(
+                f"projection_model returned {len(found)} tensors; it must return a sequence and a mask"
+            )
+        return found[0], found[1]
 
 
 class ForeignGPT2(Adapter):
@@ -224,7 +240,13 @@ class ForeignGPT2(Adapter):
             output = self.part(
                 inputs_embeds=inputs_embeds, attention_mask=attention_mask, **self._options(inner)
             )
-            states = output.hidden_states[-1] if hasattr(output, "hidden_states") else first_output(output)
+            hidden = getattr(output, "hidden_states", None)
+            states = hidden[-1] if hidden else outputs("language_model", output)[0]
+            if states.shape != inputs_embeds.shape:
+                raise ValueError(
+                    f"language_model returned states of shape {tuple(states.shape)} for a sequence of shape "
+                    f"{tuple(inputs_embeds.shape)}"
+                )
             inputs_embeds = torch.cat([inputs_embeds, states[:, -1:].to(inputs_embeds)], dim=1)
             attention_mask = F.pad(attention_mask, (0, 1), value=1)
         return inputs_embeds[:, -new:]
@@ -273,14 +295,17 @@ class ForeignVAE(Adapter):
         return 2 ** (len(setting(self.part, "block_out_channels")) - 1) if own is None else own
 
     def decode(self, latents: Tensor) -> Tensor:
-        return first_output(unwrapped(self.part).decode(latents))
+        return outputs("vae", unwrapped(self.part).decode(latents))[0]
 
     def decode_in_chunks(self, latents: Tensor, rows: int) -> Tensor:
         in_chunks = getattr(unwrapped(self.part), "decode_in_chunks", None)
-        return self.decode(latents) if in_chunks is None else first_output(in_chunks(latents, rows))
+        return self.decode(latents) if in_chunks is None else outputs("vae", in_chunks(latents, rows))[0]
 
     def encode(self, mel: Tensor) -> Any:
-        output = unwrapped(self.part).encode(mel)
+        inner = unwrapped(self.part)
+        if not hasattr(inner, "encode"):
+            raise TypeError(f"vae is of class {type(inner).__name__}, which has no method encode")
+        output = inner.encode(mel)
         return getattr(output, "latent_dist", output)
 
 
@@ -306,7 +331,7 @@ class ForeignVocoder(Adapter):
         return math.prod(setting(self.part, "upsample_rates")) if own is None else own
 
     def __call__(self, mel: Tensor) -> Tensor:
-        return first_output(self.part(mel))
+        return outputs("vocoder", self.part(mel))[0]
 
     def in_chunks(self, mel: Tensor) -> Tensor:
         in_chunks: Callable[[Tensor], Tensor] | None = getattr(unwrapped(self.part), "in_chunks", None)

@@ -202,10 +202,9 @@ class StageRunner:
             TypeError: a part cannot take its place.
             ValueError: a stage has no weights, or the stages are on different devices.
         """
-        self._check_other_parts()
+        self.check_parts()
         devices = {}
         for name in self.stage_names:
-            self.part(name)
             devices[name] = stage_device(getattr(self, name))
             if devices[name].type == "meta":
                 raise ValueError(
@@ -216,7 +215,18 @@ class StageRunner:
             where = ", ".join(f"{name} on {device}" for name, device in devices.items())
             raise ValueError(f"the stages are on different devices ({where}); move them with pipe.to(device)")
 
-    def _check_other_parts(self) -> None:
+    def check_parts(self) -> None:
+        """Check that each part can take its place.
+
+        Raises:
+            TypeError: one cannot; the message says why.
+        """
+        for name in self.stage_names:
+            self.part(name)
+            if not isinstance(getattr(self, name), nn.Module):
+                raise TypeError(
+                    f"{name} is of class {type(getattr(self, name)).__name__}; it must be an nn.Module"
+                )
         for name in ("tokenizer", "tokenizer_2"):
             if not callable(getattr(self, name)) or isinstance(getattr(self, name), type):
                 raise TypeError(f"{name} is {quoted(getattr(self, name))}; it must be one of transformers'")
@@ -269,7 +279,12 @@ class StageRunner:
             # Before the callback, too: if it runs the pipeline, stages that it changed leave the device.
             if self._offload is not None:
                 self._offload.may_have_changed()
+            scheduler = self.scheduler
             result = callback(*args, **kwargs)
+            if self.scheduler is not scheduler:
+                raise ValueError(
+                    "the callback replaced pipe.scheduler, which is running; replace it between generations"
+                )
             if self._fast is not None:
                 self._fast.forget()
             if self._offload is not None:

@@ -334,8 +334,9 @@ def test_log_mel_fits_a_checkpoint(tmp_path):
     settings.write_text(json.dumps({"log_mel": {"n_fft": 2048, "frequency_min": 30}, "recommended": {}}))
     assert LogMel.from_pretrained(tmp_path).config == LogMelConfig(16000, 2048, 512, 64, 30, 8000)
     for content, message in [
-        ({"log_mel": 5}, r"audioldm2\.json: log_mel must be an object with some of sampling_rate, "),
+        ({"log_mel": 5}, r"audioldm2\.json: log_mel must be an object with some of n_fft, "),
         ({"log_mel": {"hop": 5}}, r"audioldm2\.json: log_mel must be an object"),
+        ({"log_mel": {"hop_length": 7}}, r"audioldm2\.json: log_mel must be an object"),  # the vocoder's
         ({"log_mel": {"n_fft": "2048"}}, r"audioldm2\.json: log_mel\.n_fft = '2048' is not supported"),
         ({"log_mel": {"n_fft": 511}}, "n_fft=511 minus hop_length=512"),
         ([], r"audioldm2\.json must contain a JSON object"),

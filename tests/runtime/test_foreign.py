@@ -9,6 +9,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -217,3 +218,94 @@ def test_compile_names_a_foreign_stage(base: Both, pipe: AudioLDM2Pipeline) -> N
     pipe.vae = base.theirs.vae
     with pytest.raises(ValueError, match=r"cannot compile pipe\.vae, a AutoencoderKL"):
         pipe.compile(stages=["vae"])
+
+
+# --- wrappers with code of their own
+
+
+class Scaled(nn.Module):
+    """An adapter that keeps its module where DataParallel does, and changes what it returns."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        return 0.5 * self.module(*arguments, **options)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return 0.5 * self.module.decode(latents)
+
+    def generate(self, *arguments: Any) -> Tensor:
+        return 0.5 * self.module.generate(*arguments)
+
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return 0.5 * self.module.text_features(input_ids, attention_mask)
+
+    def audio_features(self, input_features: Tensor) -> Tensor:
+        return self.module.audio_features(input_features)
+
+
+@pytest.mark.parametrize("name", [name for name in STAGES if name != "projection_model"])
+def test_a_wrappers_own_code_is_run_whatever_it_calls_its_module(
+    pipe: AudioLDM2Pipeline, expected: Any, name: str
+) -> None:
+    own = getattr(pipe, name)
+    wrapper = Scaled(own)
+    if name == "vae":
+        wrapper.downsampling = own.downsampling
+    if name == "vocoder":
+        wrapper.hop_length = own.hop_length
+    setattr(pipe, name, wrapper)
+    changed = sound(pipe, [HAMMER, RAIN], num_waveforms_per_prompt=3)
+    assert np.abs(changed - expected).max() > 1e-3
+    with pytest.raises(TypeError, match=f"{name} is a Scaled"):
+        pipe.save_pretrained("/nowhere")
+
+
+class Returns(nn.Module):
+    """A part whose output is put into something else."""
+
+    def __init__(self, inner: nn.Module, change: Callable[[Any], Any]):
+        super().__init__()
+        self.inner, self.change = inner, change
+        self.hop_length = getattr(inner, "hop_length", None)
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        return self.change(self.inner(*arguments, **options))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("unet", lambda noise: {"sample": noise}),
+        ("unet", lambda noise: (noise, "more")),
+        ("projection_model", lambda found: {"states": found[0], "mask": found[1]}),
+        ("text_encoder_2", lambda states: [states]),
+        ("vocoder", lambda waveform: {"waveform": waveform}),
+    ],
+)
+def test_outputs_are_unwrapped(
+    pipe: AudioLDM2Pipeline, expected: Any, name: str, change: Callable[[Any], Any]
+) -> None:
+    setattr(pipe, name, Returns(getattr(pipe, name), change))
+    check(pipe, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "kind", "message"),
+    [
+        ("unet", lambda noise: None, TypeError, "unet returned None; it must return a tensor"),
+        ("unet", lambda noise: noise[:1], ValueError, r"unet returned \(1, 4, 8, 4\) for 2 latents"),
+        ("text_encoder_2", lambda states: "x", TypeError, "text_encoder_2 returned 'x'"),
+        ("projection_model", lambda found: found[:1], TypeError, "projection_model returned 1 tensors"),
+        ("vocoder", lambda waveform: waveform[:, None], ValueError, r"vocoder returned \(1, 1, 51\d\d\)"),
+        ("vocoder", lambda waveform: waveform[:, :100], ValueError, r"must return waveforms, \(1, 5120\)"),
+    ],
+)
+def test_outputs_that_cannot_be_used_are_named(
+    pipe: AudioLDM2Pipeline, name: str, change: Callable[[Any], Any], kind: type[Exception], message: str
+) -> None:
+    setattr(pipe, name, Returns(getattr(pipe, name), change))
+    with pytest.raises(kind, match=message):
+        sound(pipe)
