@@ -170,6 +170,7 @@ def test_the_random_checkpoint_is_audible_and_its_seed_decides(own_checkpoint: P
     assert (tmp_path / "0" / unet).read_bytes() == (own_checkpoint / unet).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_random_checkpoint_script_runs_from_a_checkout_and_is_honest(tmp_path: Path):
     done = run_python("-I", ROOT / "scripts" / "random_checkpoint.py", "made here", cwd=tmp_path)
     assert "random" in done.stdout

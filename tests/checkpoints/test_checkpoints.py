@@ -86,7 +86,7 @@ def test_shards_of_the_libraries_load_to_the_same_tensors(random_checkpoint, sta
         assert len([name for name in names if name.endswith(".safetensors")]) >= 2
         same_state(load(tmp_path, part, variant=variant), stages[part])
         if variant:
-            with pytest.raises(CheckpointError, match="has no weights"):
+            with pytest.raises(CheckpointError, match=r"has (no )?weights"):
                 load(tmp_path, part)
 
 
@@ -100,7 +100,7 @@ def test_shards_in_bin_of_diffusers_load_to_the_same_tensors(random_checkpoint, 
 @pytest.mark.parametrize("part", WEIGHT_NAMES)
 def test_the_variant_is_read_and_only_the_variant(checkpoint, part):
     safe, binary = WEIGHT_NAMES[part]
-    with pytest.raises(CheckpointError, match=r"has no weights of the variant 'fp16' \(looked for "):
+    with pytest.raises(CheckpointError, match=r"has no weights of the variant 'fp16'; leave out variant"):
         load(checkpoint, part, variant="fp16")
     state = load_file(checkpoint / part / safe)
     halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}

@@ -46,7 +46,7 @@ def test_a_stage_is_saved_as_the_reference_saves_it(loaded, base, tmp_path, part
     stage.save_pretrained(tmp_path, **options)
     same_state(type(stage).from_pretrained(tmp_path, variant=variant, use_safetensors=safe), stage)
     for wrong in ({"variant": "ema"}, {"variant": variant, "use_safetensors": not safe}):
-        with pytest.raises(ValueError, match="has no weights"):
+        with pytest.raises(ValueError, match=r"has (no )?weights"):
             type(stage).from_pretrained(tmp_path, **wrong)
 
     model = REFERENCES[part].from_pretrained(tmp_path, variant=variant, use_safetensors=safe)
@@ -171,19 +171,11 @@ def test_a_bin_holds_only_its_own_tensors(loaded, tmp_path):
 # --- parts that are not this package's, or in wrappers
 
 
-class Compiled(nn.Module):
-    """As torch.compile wraps a module."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self._orig_mod = module
-
-
 def test_stages_in_wrappers_are_saved_without_them(pipe, base, tmp_path):
     expected = dict(pipe.stages)
-    pipe.unet = Compiled(nn.DataParallel(pipe.unet))
-    pipe.vae = nn.DataParallel(Compiled(pipe.vae))
-    pipe.text_encoder_2 = Compiled(pipe.text_encoder_2)
+    pipe.unet = torch.compile(nn.DataParallel(pipe.unet))
+    pipe.vae = nn.DataParallel(torch.compile(pipe.vae))
+    pipe.text_encoder_2 = torch.compile(pipe.text_encoder_2)
     pipe.vocoder = nn.DataParallel(base.theirs.vocoder)
     pipe.save_pretrained(tmp_path)
     for name, stage in expected.items():

@@ -274,6 +274,7 @@ def test_150_s_with_4_candidates_fit_in_16_gib(
     assert peaks["unet"] > 1, "nothing was counted"
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_chunks_take_less_and_a_longer_sound_little_more(
     without_data: dict[str, Any], attention_in_place: None

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.scripts.helpers import run_script
 
 
+@pytest.mark.slow
 def test_it_measures_both_and_writes_figures_and_a_chart(tmp_path: Path):
     stages = ["--stage", "language_model", "--stage", "clip"]
     sizes = ["--model", "small", "--seconds", "0.64", "--steps", "2", "--repeat", "1"]

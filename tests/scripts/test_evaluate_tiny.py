@@ -103,6 +103,7 @@ def test_real_sounds_are_right():
 # --- generating
 
 
+@pytest.mark.slow
 def test_a_clip_depends_only_on_its_prompt_and_seed(pipe: AudioLDM2Pipeline):
     prompts = draw_prompts(1, 0, two=0)[:6]
     groups = [*equal_length_batches(pipe, prompts, 4)]
@@ -114,6 +115,7 @@ def test_a_clip_depends_only_on_its_prompt_and_seed(pipe: AudioLDM2Pipeline):
     np.testing.assert_allclose(together[2, 0], alone[0, 0], atol=2e-4)
 
 
+@pytest.mark.slow
 def test_the_parts_are_measured(pipe: AudioLDM2Pipeline):
     sounds = np.stack([prompt.real() for prompt in draw_prompts(1, 0, two=0)[:2]])
     out, errors = reconstruct(pipe, sounds, vae=True)
@@ -144,6 +146,7 @@ def test_samplers_and_precisions_are_compared(checkpoint: Path, tmp_path: Path):
     assert SETTINGS[0] == Setting("DDIM", 200)
 
 
+@pytest.mark.slow
 def test_the_picture_is_wide_and_its_file_small(tmp_path: Path):
     sounds = [prompt.real() for prompt in draw_prompts(1, 0, two=0)]
     draw_spectrograms([f"{sound.kind} {sound.trait}" for sound in ALL_SOUNDS], sounds, tmp_path / "kinds.png")

@@ -94,6 +94,7 @@ def test_a_stage_without_the_parts_it_needs_is_refused(parts: Path, tmp_path: Pa
     assert "run the stages tokenizers, clap, t5 first" in done.stderr
 
 
+@pytest.mark.slow
 def test_errors_while_training_are_reported_without_a_traceback(parts: Path, tmp_path: Path) -> None:
     (tmp_path / "broken" / "unet").mkdir(parents=True)
     small = ("--folder", tmp_path, "--parts", parts, "--sounds", "2", "--batch", "2", "--stages")

@@ -62,6 +62,7 @@ def test_a_level_is_that_of_all_bands_in_a_quarter_of_a_second() -> None:
     torch.testing.assert_close(segment_levels(mel), expected.view(1, 1, 3, 1), atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_decoder_learns_from_noisy_latents(
     parts: Path, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,6 +82,7 @@ def test_untrained_oscillators_are_silent_for_a_silent_mel(oscillators: HifiGan)
         assert oscillators(torch.full((1, 40, 64), -11.5)).abs().max() < 1e-3
 
 
+@pytest.mark.slow
 def test_most_real_sounds_pass_the_oscillators(oscillators: HifiGan):
     rng = np.random.default_rng(0)
     scenes = [Scene((Sound(kind, (*traits, "")[0]),)) for kind, traits in KINDS.items()]
