@@ -29,7 +29,7 @@ from scripts.tiny.evaluate.trade import SETTINGS, Setting, draw_trade, measure_t
 from tests.scripts.helpers import call_main, run_script
 
 # Some captions are longer than the 32 tokens that the random checkpoint reads.
-pytestmark = pytest.mark.filterwarnings("ignore:.*is longer than")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*is longer than")]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,6 @@ def test_real_sounds_are_right():
 # --- generating
 
 
-@pytest.mark.slow
 def test_a_clip_depends_only_on_its_prompt_and_seed(pipe: AudioLDM2Pipeline):
     prompts = draw_prompts(1, 0, two=0)[:6]
     groups = [*equal_length_batches(pipe, prompts, 4)]
@@ -115,7 +114,6 @@ def test_a_clip_depends_only_on_its_prompt_and_seed(pipe: AudioLDM2Pipeline):
     np.testing.assert_allclose(together[2, 0], alone[0, 0], atol=2e-4)
 
 
-@pytest.mark.slow
 def test_the_parts_are_measured(pipe: AudioLDM2Pipeline):
     sounds = np.stack([prompt.real() for prompt in draw_prompts(1, 0, two=0)[:2]])
     out, errors = reconstruct(pipe, sounds, vae=True)
@@ -130,7 +128,6 @@ def test_the_parts_are_measured(pipe: AudioLDM2Pipeline):
     assert 0 <= ranked["any"] <= ranked["possible"] <= 1
 
 
-@pytest.mark.slow
 def test_samplers_and_precisions_are_compared(checkpoint: Path, tmp_path: Path):
     prompts = draw_prompts(1, 0, two=0)[:2]
     settings = (Setting("DDIM", 3), Setting("DPM-Solver++", 3), Setting("DPM-Solver++", 3, "float64"))
@@ -146,7 +143,6 @@ def test_samplers_and_precisions_are_compared(checkpoint: Path, tmp_path: Path):
     assert SETTINGS[0] == Setting("DDIM", 200)
 
 
-@pytest.mark.slow
 def test_the_picture_is_wide_and_its_file_small(tmp_path: Path):
     sounds = [prompt.real() for prompt in draw_prompts(1, 0, two=0)]
     draw_spectrograms([f"{sound.kind} {sound.trait}" for sound in ALL_SOUNDS], sounds, tmp_path / "kinds.png")
@@ -163,7 +159,6 @@ def test_help_shows_examples():
     assert evaluate_command.EXAMPLES in done.stdout
 
 
-@pytest.mark.slow
 def test_the_command_updates_documents_and_writes_figures(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -35,6 +35,8 @@ from scripts.tiny.evaluate.criteria import (
 )
 from scripts.tiny.evaluate.measures import Measured, measure
 
+pytestmark = pytest.mark.slow  # long runs of scripts that are not in the wheel
+
 TIME = np.arange(CLIP_SAMPLES) / SAMPLING_RATE
 
 
@@ -142,7 +144,6 @@ def test_real_sounds_match_themselves_and_no_other():
     assert wrong <= 0.005 * trials * (len(ALL_SOUNDS) - 1)
 
 
-@pytest.mark.slow
 def test_degraded_sounds_match_themselves_and_no_other():
     right, wrong, trials = confusion(2, lambda sound, seed: degraded(rendered(sound, 200 + seed), seed))
     assert right >= 0.93 * trials

@@ -24,6 +24,8 @@ from scripts.tiny.loop import Run
 from scripts.tiny.sizes import TINY
 from scripts.tiny.stages import STAGES, clap, language, ranking, t5
 
+pytestmark = pytest.mark.slow  # long runs of scripts that are not in the wheel
+
 MODULES: dict[str, ModuleType] = {"clap": clap, "t5": t5, "language": language, "ranking": ranking}
 
 
@@ -55,9 +57,7 @@ def _kill(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name == "ranking" else ()) for name in MODULES]
-)
+@pytest.mark.parametrize("name", MODULES)
 def test_two_steps_move_all_weights_and_a_killed_run_resumes(
     name: str, library: Library, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,7 +90,6 @@ def test_two_steps_move_all_weights_and_a_killed_run_resumes(
     assert [name for (name, a), (_, b) in pairs if not torch.equal(a, b)] == []
 
 
-@pytest.mark.slow
 def test_ranking_leaves_the_text_tower_unchanged(library: Library, folder: Path) -> None:
     before = dict(_weights(folder, frozenset({"text_encoder"})))
     ranking.train_ranking(library, Run(folder, steps=2, batch=4))
@@ -98,7 +97,6 @@ def test_ranking_leaves_the_text_tower_unchanged(library: Library, folder: Path)
         assert torch.equal(before[name], after) == ("audio" not in name.lower()), name
 
 
-@pytest.mark.slow
 def test_a_killed_ranking_keeps_the_sounds_it_generated(
     library: Library, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,8 @@ from scripts.tiny.stages.latents import channel_weights, library_latents
 from scripts.tiny.stages.vae import AUDIBLE_LOG_MEL, INAUDIBLE_WEIGHT, standardize, train_vae
 from tests.scripts.helpers import all_moved, run_without
 
+pytestmark = pytest.mark.slow  # long runs of scripts that are not in the wheel
+
 
 def test_the_vae_learns_and_its_latents_have_variance_1(
     parts: Path, library: Library, tmp_path: Path
@@ -62,7 +64,6 @@ def test_a_level_is_that_of_all_bands_in_a_quarter_of_a_second() -> None:
     torch.testing.assert_close(segment_levels(mel), expected.view(1, 1, 3, 1), atol=1e-4, rtol=0)
 
 
-@pytest.mark.slow
 def test_the_decoder_learns_from_noisy_latents(
     parts: Path, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,8 @@ from scripts.tiny.stages import vocoder as vocoder_module
 from scripts.tiny.stages.oscillators import set_oscillator_weights
 from scripts.tiny.stages.vocoder import train_vocoder, waveform_loss
 
+pytestmark = pytest.mark.slow  # long runs of scripts that are not in the wheel
+
 
 @pytest.fixture(scope="module")
 def trained(library: Library, tmp_path_factory: pytest.TempPathFactory) -> Run:
@@ -82,7 +84,6 @@ def test_untrained_oscillators_are_silent_for_a_silent_mel(oscillators: HifiGan)
         assert oscillators(torch.full((1, 40, 64), -11.5)).abs().max() < 1e-3
 
 
-@pytest.mark.slow
 def test_most_real_sounds_pass_the_oscillators(oscillators: HifiGan):
     rng = np.random.default_rng(0)
     scenes = [Scene((Sound(kind, (*traits, "")[0]),)) for kind, traits in KINDS.items()]
@@ -100,7 +101,6 @@ def test_oscillators_refuse_other_sizes():
 # --- training
 
 
-@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_weights(
     library: Library, trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
