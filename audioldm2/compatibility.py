@@ -15,7 +15,6 @@ from audioldm2.arguments import as_texts, check_count
 from audioldm2.checkpoints.formats import pipeline_config
 from audioldm2.conditioning import Text, tokenize
 from audioldm2.noise import Generators
-from audioldm2.ranking import best_first, score
 from audioldm2.runtime.device import named_device
 from audioldm2.runtime.precision import check_dtype, stage_device, stage_dtype
 from audioldm2.runtime.stages import StageRunner
@@ -40,6 +39,12 @@ class DiffusersMethods(StageRunner, ABC):
     @abstractmethod
     def vocode(self, mel: Tensor) -> Tensor:
         """Turn log-mel spectrograms into waveforms."""
+
+    @abstractmethod
+    def rank(
+        self, audio: Tensor, text_embeddings: Tensor, generator: Generators = None
+    ) -> tuple[Tensor, Tensor]:
+        """Order the candidates of each prompt by CLAP's score, best first."""
 
     @property
     def components(self) -> dict[str, Any]:
@@ -135,11 +140,8 @@ class DiffusersMethods(StageRunner, ABC):
         check_tensor("inputs_embeds", inputs_embeds, "(B, N, C)")
         if max_new_tokens is not None:
             check_count("max_new_tokens", max_new_tokens)
-        if attention_mask is None:
-            attention_mask = torch.ones(
-                inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device
-            )
-        check_tensor("attention_mask", attention_mask, "(B, N)", floating=False)
+        if attention_mask is not None:
+            check_tensor("attention_mask", attention_mask, "(B, N)", floating=False)
         with self.generation(), self.running("language_model") as gpt2:
             inputs_embeds = inputs_embeds.to(stage_dtype(gpt2))
             vectors: Tensor = gpt2.generate(inputs_embeds, attention_mask, max_new_tokens)
@@ -231,12 +233,12 @@ class DiffusersMethods(StageRunner, ABC):
             )
         if dtype is not None and dtype != stage_dtype(self.text_encoder):
             raise ValueError(f"dtype = {dtype}, but CLAP is in {stage_dtype(self.text_encoder)}")
-        with self.generation(), self.running("text_encoder") as clap:
-            embeddings = clap.text_features(*tokenize(self, self.tokenizer, texts))
-            extractor = self.part("feature_extractor")
-            rate = self.part("vocoder").config.sampling_rate
-            scores = score(clap, extractor, embeddings, audio, rate)
-        return best_first(audio, scores)[0].to(audio.device if device is None else named_device(device))
+        with self.generation():
+            ids, mask = tokenize(self, self.tokenizer, texts)
+            with self.running("text_encoder") as clap:
+                embeddings = clap.text_features(input_ids=ids, attention_mask=mask)
+            ranked, _ = self.rank(audio, embeddings)
+        return ranked.to(audio.device if device is None else named_device(device))
 
     # --- switches
 

@@ -225,13 +225,8 @@ def callbacks(
                 raise ValueError(
                     f"callback_on_step_end returned {quoted(name)}; it may return {', '.join(values)}"
                 )
-            dimensions = ", ".join("...."[: values[name].dim()]) if values[name].dim() > 1 else "."
-            check_tensor(
-                f"{name} of callback_on_step_end",
-                tensor,
-                f"({dimensions})",
-                floating=name != "attention_mask",
-            )
+            shape = str(tuple(values[name].shape))
+            check_tensor(f"{name} of callback_on_step_end", tensor, shape, name != "attention_mask")
             if name != "latents":
                 tensor = tensor[-len(values[name]) :]
             if tensor.shape != values[name].shape:

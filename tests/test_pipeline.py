@@ -48,7 +48,7 @@ def test_dpm_solver_equals_diffusers(both: Both, name: str, options: dict) -> No
 
 
 def test_many_steps_equal_diffusers(base: Both) -> None:
-    base.check(prompt=HAMMER, num_inference_steps=25, audio_length_in_s=0.32)
+    base.check(prompt=HAMMER, num_inference_steps=50, audio_length_in_s=0.32)
 
 
 @pytest.mark.filterwarnings("ignore:.*cut off")

@@ -305,17 +305,27 @@ class ClapFeatureExtractor:
         from audioldm2.checkpoints.errors import CheckpointError
         from audioldm2.checkpoints.hub import Source, checkpoint_folder
         from audioldm2.checkpoints.tensors import read_json
-        from audioldm2.models.config import check_types
 
         source = Source(repo_or_folder, None, revision, cache_dir, token, local_files_only)
         name = "preprocessor_config.json"
         path = checkpoint_folder(source, [subfolder], first_file=name, weights=False) / subfolder / name
         content = read_json(path)
         try:
-            check_types(get_type_hints(ClapFeatureExtractorConfig), content)
-            return cls(ClapFeatureExtractorConfig.from_dict(content))
+            return cls.from_content(content)
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_content(cls, content: Mapping[str, Any]) -> ClapFeatureExtractor:
+        """The extractor of a preprocessor_config.json's content, whose types are checked.
+
+        Raises:
+            ValueError: a value is not supported.
+        """
+        from audioldm2.models.config import check_types
+
+        check_types(get_type_hints(ClapFeatureExtractorConfig), content)
+        return cls(ClapFeatureExtractorConfig.from_dict(content))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write preprocessor_config.json into a folder, which is created if it does not exist."""
@@ -505,6 +515,7 @@ class LogMel:
         """
         from audioldm2.checkpoints.errors import CheckpointError
         from audioldm2.checkpoints.hub import Source, checkpoint_folder
+        from audioldm2.checkpoints.recommended import read_settings
         from audioldm2.checkpoints.tensors import read_json
         from audioldm2.models.config import check_types
         from audioldm2.models.hifigan import HifiGanConfig
@@ -516,7 +527,7 @@ class LogMel:
         try:
             check_types(get_type_hints(HifiGanConfig), content)
             vocoder = HifiGanConfig.from_dict(content)
-            settings = log_mel_settings(folder)
+            settings = log_mel_settings(folder, read_settings(folder))
             return cls(LogMelConfig.for_vocoder(vocoder, **settings))
         except CheckpointError:
             raise
@@ -559,19 +570,22 @@ class LogMel:
         return rearrange(torch.log(magnitude.clamp(min=config.floor)), "b t m -> b 1 t m")
 
 
-def log_mel_settings(folder: Path) -> dict[str, Any]:
+def log_mel_settings(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint's audioldm2.json says about log-mel spectrograms.
 
+    Args:
+        folder: the checkpoint's, for error messages.
+        content: of the file, from `read_settings`.
+
     Raises:
-        CheckpointError: the file cannot be read, or has a setting that is unknown, of another type, or
-            decided by the vocoder.
+        CheckpointError: a setting is unknown, of another type, or decided by the vocoder.
     """
     from audioldm2.checkpoints.errors import CheckpointError
-    from audioldm2.checkpoints.recommended import SETTINGS_FILE, read_settings
+    from audioldm2.checkpoints.recommended import SETTINGS_FILE
     from audioldm2.models.config import check_types
 
     path = folder / SETTINGS_FILE
-    settings = read_settings(folder).get("log_mel", {})
+    settings = content.get("log_mel", {})
     # The others are the vocoder's.
     free = ("n_fft", "frequency_min", "frequency_max", "floor")
     hints = {name: hint for name, hint in get_type_hints(LogMelConfig).items() if name in free}

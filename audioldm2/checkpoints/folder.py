@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from audioldm2.arguments import check_count
-from audioldm2.audio.log_mel import ClapFeatureExtractor, ClapFeatureExtractorConfig, log_mel_settings
+from audioldm2.audio.log_mel import ClapFeatureExtractor, log_mel_settings
 from audioldm2.checkpoints.agreement import check_parts, check_scheduler, tokenizer_errors
 from audioldm2.checkpoints.errors import CheckpointError, MissingCheckpointError
 from audioldm2.checkpoints.fill import fill
@@ -311,7 +311,7 @@ def load_checkpoint(
     classes = read_index(folder, replaced=parts)
     check_folders(folder, needed)
     settings = read_settings(folder)
-    log_mel_settings(folder)  # an error in them is raised now, not when a sound is encoded
+    log_mel_settings(folder, settings)  # an error in them is raised now, not when a sound is encoded
     # Importing transformers takes a second, during which weights are read.
     with ThreadPoolExecutor(max_workers=1) as pool:
         tokenizers = {
@@ -340,7 +340,9 @@ def load_checkpoint(
         content = read_json(path)
         try:
             parts[name] = (
-                _load_scheduler(content, classes[name]) if name == "scheduler" else _load_extractor(content)
+                _load_scheduler(content, classes[name])
+                if name == "scheduler"
+                else ClapFeatureExtractor.from_content(content)
             )
         except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
             raise CheckpointError(f"{path}: {one_line(error)}") from error
@@ -485,11 +487,6 @@ def _check_tokenizer_files(folder: Path) -> None:
     named = content.get("tokenizer_class")
     if named is not None and not (isinstance(named, str) and named.isidentifier()):
         raise CheckpointError(f"{config}: tokenizer_class = {quoted(named)} is not the name of a class")
-
-
-def _load_extractor(content: Mapping[str, Any]) -> ClapFeatureExtractor:
-    check_types(get_type_hints(ClapFeatureExtractorConfig), content)
-    return ClapFeatureExtractor(ClapFeatureExtractorConfig.from_dict(content))
 
 
 def _load_scheduler(content: Mapping[str, Any], class_name: str) -> Any:
