@@ -21,7 +21,7 @@ _HOMES = {
     "AudioLDM2Pipeline": "audioldm2.pipeline",
     "AudioPipelineOutput": "audioldm2.output",
     "CheckpointError": "audioldm2.checkpoints.errors",
-    "ClapFeatureExtractor": "audioldm2.audio.log_mel",
+    "ClapFeatureExtractor": "audioldm2.audio.clap_features",
     "ClapModel": "audioldm2.models.clap",
     "DDIMScheduler": "audioldm2.schedulers",
     "DPMSolverMultistepScheduler": "audioldm2.schedulers",
@@ -44,11 +44,8 @@ _HOMES = {
 __all__ = [*_HOMES]
 
 if TYPE_CHECKING:  # `as` marks what is exported
-    from audioldm2.audio.log_mel import (
-        ClapFeatureExtractor as ClapFeatureExtractor,
-        LogMel as LogMel,
-        LogMelConfig as LogMelConfig,
-    )
+    from audioldm2.audio.clap_features import ClapFeatureExtractor as ClapFeatureExtractor
+    from audioldm2.audio.log_mel import LogMel as LogMel, LogMelConfig as LogMelConfig
     from audioldm2.audio.resample import resample as resample
     from audioldm2.audio.wav import read_wav as read_wav, write_wav as write_wav
     from audioldm2.checkpoints.errors import (

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from audioldm2.arguments import check_choice, check_count, check_number
-from audioldm2.audio.log_mel import ClapFeatureExtractor, LogMel, LogMelConfig
+from audioldm2.audio.clap_features import ClapFeatureExtractor
+from audioldm2.audio.log_mel import LogMel, LogMelConfig
 from audioldm2.checkpoints.folder import load_checkpoint, save_parts
 from audioldm2.checkpoints.formats import part_classes
 from audioldm2.checkpoints.options import (

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from audioldm2 import AudioLDM2Pipeline, ClapFeatureExtractor, DDIMScheduler
-from audioldm2.audio.log_mel import ClapFeatureExtractorConfig
+from audioldm2.audio.clap_features import ClapFeatureExtractorConfig
 from audioldm2.checkpoints.folder import load_tokenizer
 from audioldm2.checkpoints.formats import PARTS
 from scripts.random_tokenizers import write_roberta_tokenizer, write_t5_tokenizer

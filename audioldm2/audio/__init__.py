@@ -1,6 +1,8 @@
 """Audio input and output of the models.
 
-- `log_mel`: the mel filter bank and two front ends, CLAP's (in dB) and AudioLDM's (natural logarithm).
+- `mel`: the mel filter bank and mel spectrograms.
+- `clap_features`: CLAP's front end, in decibels.
+- `log_mel`: AudioLDM's front end, the natural logarithm.
 - `resample`: conversion between sampling rates.
 - `wav`: reading and writing WAV files.
 - `spectrogram_image`: spectrograms as PNG files.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from audioldm2.atomic import check_writable, replacing
 from audioldm2.audio.file_types import image_type
-from audioldm2.audio.log_mel import hertz_to_mel, mel_filter_bank, mel_spectrogram
+from audioldm2.audio.mel import hertz_to_mel, mel_filter_bank, mel_spectrogram
 from audioldm2.audio.wav import as_channels
 from audioldm2.extras import import_extra
 

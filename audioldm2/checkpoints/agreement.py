@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from audioldm2.arguments import MAX_LENGTH_IN_S
-from audioldm2.audio.log_mel import ClapFeatureExtractor
+from audioldm2.audio.clap_features import ClapFeatureExtractor
 from audioldm2.checkpoints.errors import CheckpointError
 from audioldm2.models.clap import ClapModel, max_text_tokens
 from audioldm2.models.gpt2 import GPT2

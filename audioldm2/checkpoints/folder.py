@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from audioldm2.arguments import check_count
-from audioldm2.audio.log_mel import ClapFeatureExtractor, log_mel_settings
+from audioldm2.audio.clap_features import ClapFeatureExtractor
+from audioldm2.audio.log_mel import log_mel_settings
 from audioldm2.checkpoints.agreement import check_parts, check_scheduler, tokenizer_errors
 from audioldm2.checkpoints.errors import CheckpointError, MissingCheckpointError
 from audioldm2.checkpoints.fill import fill

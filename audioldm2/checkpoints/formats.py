@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from audioldm2.atomic import replacing
-from audioldm2.audio.log_mel import ClapFeatureExtractor
+from audioldm2.audio.clap_features import ClapFeatureExtractor
 from audioldm2.checkpoints.errors import (
     ORIGINAL_SUFFIXES,
     CheckpointError,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from audioldm2 import AudioLDM2Pipeline, ClapFeatureExtractor, DDIMScheduler, DPMSolverMultistepScheduler
-from audioldm2.audio.log_mel import ClapFeatureExtractorConfig
+from audioldm2.audio.clap_features import ClapFeatureExtractorConfig
 from audioldm2.checkpoints.formats import PARTS, TOKENIZERS
 from audioldm2.frozen import FrozenMapping
 from scripts.tiny.data.tokenizers import read_tokenizers

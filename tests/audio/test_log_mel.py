@@ -13,15 +13,9 @@ import pytest
 import torch
 
 from audioldm2 import CheckpointError
-from audioldm2.audio.log_mel import (
-    ClapFeatureExtractor,
-    ClapFeatureExtractorConfig,
-    LogMel,
-    LogMelConfig,
-    hertz_to_mel,
-    mel_filter_bank,
-    mel_to_hertz,
-)
+from audioldm2.audio.clap_features import ClapFeatureExtractor, ClapFeatureExtractorConfig
+from audioldm2.audio.log_mel import LogMel, LogMelConfig
+from audioldm2.audio.mel import hertz_to_mel, mel_filter_bank, mel_to_hertz
 from audioldm2.checkpoints.hub import TINY_FOLDER as TINY
 from audioldm2.models.hifigan import HifiGanConfig
 from tests.reference import assert_close

@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from audioldm2.atomic import replacing
-from audioldm2.audio.log_mel import ClapFeatureExtractor, ClapFeatureExtractorConfig
+from audioldm2.audio.clap_features import ClapFeatureExtractor, ClapFeatureExtractorConfig
 from audioldm2.models import ClapModel
 from audioldm2.models.clap import ClapConfig
 from scripts.tiny.data.captions import caption

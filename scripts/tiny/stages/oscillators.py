@@ -35,7 +35,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from audioldm2.audio.log_mel import LogMelConfig, mel_filter_bank
+from audioldm2.audio.log_mel import LogMelConfig
+from audioldm2.audio.mel import mel_filter_bank
 from audioldm2.models.hifigan import HifiGan
 
 # Ramps (b, slope) whose sum is exp(x) within 4 dB for x = -5.2 ... 2.5, the range of sounds. Anything below
