@@ -40,6 +40,7 @@ class Stub:
 
     def __init__(self, **recommended: object):
         self.recommended = recommended
+        self.device = torch.device("cpu")
         self.scheduler = None
         self.vocoder = SimpleNamespace(config=SimpleNamespace(sampling_rate=16000))
         self.called: dict[str, object] = {}

@@ -1,7 +1,8 @@
-"""The command line: `audioldm2 "a hammer hits wood" -o hammer.wav`.
+"""The command line: `audioldm2 "a hammer hits wood" -o hammer.wav`, and the commands in `COMMANDS`.
 
-- `options`: the parser, its help and its messages.
-- `generate`: from the options to files.
+- `generate` and one module for each command: its parser and its run.
+- `options`: what their parsers share.
+- `loading`: from the options to a pipeline.
 - `messages`: errors and warnings as one line.
 - `process`: signals, and standard streams that are closed or full.
 
@@ -16,8 +17,13 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 
-from audioldm2.cli import generate, messages, options, process
+from audioldm2.cli import messages, process
+
+# The first argument selects a command, a module of this package with `parser`, `parse` and `run`. Anything
+# else is the prompt of the first one.
+COMMANDS = ("generate",)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,12 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         debug = False
         try:
             with process.stoppable():
-                parser = options.parser()
-                chosen = options.parse(parser, sys.argv[1:] if arguments is None else arguments)
+                words = list(sys.argv[1:] if arguments is None else arguments)
+                name = words.pop(0) if words and words[0] in COMMANDS else COMMANDS[0]
+                command = import_module(f"audioldm2.cli.{name}")
+                parser = command.parser()
+                chosen = command.parse(parser, words)
                 debug = chosen.debug
                 with warnings.catch_warnings():
                     warnings.showwarning = messages.Warnings()
-                    return generate.run(parser, chosen)
+                    code: int = command.run(parser, chosen)
+                    return code
         except KeyboardInterrupt:
             return _stopped(signal.SIGINT, debug)
         except process.Stopped as stop:

@@ -4,22 +4,119 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stdout
-from math import prod
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
+from audioldm2.arguments import as_texts
 from audioldm2.atomic import check_writable
-from audioldm2.audio.file_types import image_type, sound_type
-from audioldm2.cli.messages import clean, print_error, say, shorten
-from audioldm2.cli.options import GUIDANCE, STANDARD_OUTPUT, Parser
+from audioldm2.audio.file_types import SAMPLE_FORMATS, image_type, sound_type
+from audioldm2.cli.loading import arguments_of, load_pipeline
+from audioldm2.cli.messages import PROGRAM, clean, print_error, say, shorten
+from audioldm2.cli.options import (
+    STANDARD_OUTPUT,
+    Parser,
+    add_model_options,
+    add_quality_options,
+    add_sound_options,
+    parse_options,
+    suggestion,
+)
 from audioldm2.cli.process import give_up, print_line
-from audioldm2.schedulers import SAMPLERS
+from audioldm2.extras import install_hint
 
 MAX_TITLE = 100  # characters of the prompt that are drawn above a spectrogram
+DESCRIPTION = """\
+Generate sound from a text description with AudioLDM 2.
+
+Describe the sound in a sentence: what makes it, how, and where. For example:
+"A hammer hits a wooden surface", "Slow rain on a tin roof, distant thunder".
+
+The default model is downloaded from the Hugging Face Hub when it is first used
+(about 5 GB). "--model tiny" selects a small model that is included in this
+package. It knows only synthetic sounds: tones (low, middle, high), sweeps,
+scales and arpeggios (rising, falling), pulses, clicks and drums (slow, fast),
+sirens, bells, plucked and struck notes, noise, rain, wind, waves, engines and
+birds. They can be loud or soft, and two can be mixed: "A bell over rain".
+"""
+EXAMPLES = """\
+examples:
+  audioldm2 "A low steady tone" --model tiny
+  audioldm2 "A rising sweep" --model tiny -o sweep.wav --spectrogram sweep.png
+  audioldm2 "A hammer hits a wooden surface" -o hammer.wav
+  audioldm2 "Techno with a strong beat" -o techno.wav --duration 20 --seed 7 \\
+      --negative "Low quality"
+  audioldm2 "Birds in a forest" -o birds.wav --candidates 3
+  audioldm2 "Rain" -o rain.wav --model ./my-checkpoint --scheduler ddim
+
+exit codes:
+  0  success
+  1  an error occurred; no partial file is left behind. If a file was written
+     and only the message about it was not, standard error says so
+  2  an argument is invalid
+  129, 130, 143  stopped by SIGHUP, SIGINT (Ctrl-C) or SIGTERM
+"""
+
+
+def parser() -> Parser:
+    """The parser with all options and their help."""
+    p = Parser("", "[options] PROMPT", DESCRIPTION, EXAMPLES)
+    p.add_argument("prompt", nargs="?", metavar="PROMPT", help="description of the sound, in quotes")
+    p.add_argument(
+        "-o",
+        "--output",
+        default="audio.wav",
+        metavar="FILE",
+        help="file to write, WAV by default; .flac, .ogg, .mp3 and others need soundfile "
+        f"({install_hint('sound')}); - is standard output, as WAV (default: %(default)s)",
+    )
+    p.add_argument(
+        "--format",
+        choices=SAMPLE_FORMATS,
+        help="format of the samples, 16-bit integers or 32-bit floats, for types of files that have both "
+        "(default: pcm16)",
+    )
+    p.add_argument(
+        "--spectrogram",
+        metavar="FILE",
+        help="also save an image of the spectrogram, .png, .jpg, .svg or .pdf; needs matplotlib "
+        f"({install_hint('plot')})",
+    )
+    add_sound_options(p)
+    add_quality_options(p)
+    add_model_options(p)
+    return p
+
+
+def parse(p: Parser, arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse and check the arguments.
+
+    Args:
+        p: from `parser`.
+        arguments: without the program's name.
+
+    Raises:
+        SystemExit: with code 2 if one is invalid, and with code 0 for --help and --version.
+    """
+    options, rest = parse_options(p, arguments)
+    if rest:
+        words = " ".join(rest)
+        p.error(f'unrecognized arguments: {words}; put the prompt in quotes: "{options.prompt} {words}"')
+    if re.match(r"--[\w-]+=", options.prompt or ""):  # to argparse, what has a space is not an option
+        p.error(f"unrecognized argument: {options.prompt}{suggestion(options.prompt, p.names)}")
+    if options.prompt is None:
+        p.error(f'the prompt is missing; describe the sound: {PROGRAM} "Slow rain on a tin roof"')
+    try:
+        as_texts("the prompt", options.prompt)
+        if options.transcription is not None:
+            as_texts("--transcription", options.transcription)
+        if options.negative is not None:
+            as_texts("--negative", options.negative, empty=True)
+    except ValueError as error:
+        p.error(str(error))
+    return options
 
 
 def run(parser: Parser, options: argparse.Namespace) -> int:
@@ -44,48 +141,28 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
     from audioldm2.audio.sound_file import check_can_write, write_sound
     from audioldm2.audio.spectrogram_image import check_can_draw, save_spectrogram
     from audioldm2.audio.wav import write_wav
-    from audioldm2.runtime.device import available_device
 
     to_stdout = options.output in STANDARD_OUTPUT
     if not to_stdout:
         check_can_write(options.output, 16000, options.format)
     if options.spectrogram is not None:
         check_can_draw(options.spectrogram)
-    try:
-        device = available_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except ValueError as error:
-        parser.error(f"argument --device: {error}")
-    dtype = getattr(torch, options.dtype or ("float16" if device.type == "cuda" else "float32"))
     seed = options.seed if options.seed is not None else int.from_bytes(os.urandom(4), "little")
 
-    # transformers' advice is for users of its models. Errors of its tokenizers are raised all the same.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from audioldm2 import schedulers
-    from audioldm2.pipeline import AudioLDM2Pipeline
-
-    _, class_name = SAMPLERS[options.scheduler]
-    sampler = schedulers.SCHEDULERS[class_name]
     with ExitStack() as stack:
         stdout = sys.stdout
         if to_stdout:  # whatever a library prints must not get into the sound
             stack.enter_context(redirect_stdout(sys.stderr))
-        say(f"loading {options.model}", options.quiet)
-        _check_with_checkpoint(options, sampler)
-        pipe = AudioLDM2Pipeline.from_pretrained(options.model, torch_dtype=dtype, device=device)
+        pipe = load_pipeline(parser, options)
         rate = pipe.vocoder.config.sampling_rate
         if not to_stdout:
             check_can_write(options.output, rate, options.format)
-        pipe.set_progress_bar_config(disable=options.quiet, file=sys.stderr)
-        if not isinstance(pipe.scheduler, sampler):
-            pipe.scheduler = sampler.from_config(pipe.scheduler.config)
-        if options.compile:
-            pipe.compile()
         result = pipe(
             options.prompt,
             transcription=options.transcription,
             num_waveforms_per_prompt=options.candidates,
-            generator=torch.Generator(device).manual_seed(seed),
-            **_recommended(options, pipe.recommended),
+            generator=torch.Generator(pipe.device).manual_seed(seed),
+            **arguments_of(options, pipe.recommended),
         )
     best = result[0][0]  # (samples,), the best candidate
 
@@ -153,55 +230,3 @@ def _same_file(a: str, b: str) -> bool:
     if Path(a).resolve() == Path(b).resolve():
         return True
     return os.path.isfile(a) and os.path.isfile(b) and os.path.samefile(a, b)  # hard links, or upper case
-
-
-def _check_with_checkpoint(options: argparse.Namespace, sampler: Any) -> None:
-    """Check the arguments whose limits depend on the checkpoint. This reads its configs, not its weights.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be found, or is not one of this pipeline.
-        ValueError: an argument is out of range, or a transcription is missing or not possible; the message
-            names the argument as the pipeline does.
-    """
-    from audioldm2.checkpoints.formats import INDEX, read_index
-    from audioldm2.checkpoints.hub import Source, checkpoint_folder
-    from audioldm2.checkpoints.tensors import read_json
-    from audioldm2.conditioning import check_transcription
-    from audioldm2.decoding import frames_and_samples
-
-    names = ("scheduler", "unet", "vae", "vocoder")
-    source = Source(options.model)
-    folder = checkpoint_folder(source, ["", *names], first_file=INDEX, check=read_index, weights=False)
-    speaks = read_index(folder)["text_encoder_2"] == "VitsModel"
-    check_transcription(options.transcription, speaks)
-    try:
-        scheduler = sampler.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
-        unet, vae, vocoder = (read_json(folder / name / "config.json") for name in names[1:])
-        stand_ins = (
-            SimpleNamespace(config=SimpleNamespace(sample_size=unet.get("sample_size"))),
-            SimpleNamespace(downsampling=2 ** (len(vae["block_out_channels"]) - 1)),
-            SimpleNamespace(
-                hop_length=prod(vocoder["upsample_rates"]),
-                config=SimpleNamespace(sampling_rate=vocoder["sampling_rate"]),
-            ),
-        )
-    except Exception:
-        return  # loading names the file and what is wrong with it
-    if options.steps is not None:
-        scheduler.set_timesteps(options.steps)
-    if options.duration is not None:
-        frames_and_samples(*stand_ins, options.duration)
-
-
-def _recommended(options: argparse.Namespace, recommended: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments for which a checkpoint may recommend values, unless the options say otherwise."""
-    given = {
-        "audio_length_in_s": options.duration,
-        "guidance_scale": options.guidance,
-        "negative_prompt": options.negative,
-        "num_inference_steps": options.steps,
-    }
-    if options.scheduler != "dpmsolver++":  # the number of steps is meant for this sampler
-        recommended = {name: value for name, value in recommended.items() if name != "num_inference_steps"}
-    defaults = {"guidance_scale": GUIDANCE, **recommended}
-    return {name: defaults.get(name) if value is None else value for name, value in given.items()}
