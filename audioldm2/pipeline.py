@@ -52,6 +52,7 @@ from audioldm2.output import AudioPipelineOutput
 from audioldm2.quoting import quoted
 from audioldm2.ranking import best_first, score
 from audioldm2.runtime.device import named_device
+from audioldm2.runtime.profiling import recorded
 from audioldm2.sampling import (
     Callback,
     StepCallback,
@@ -435,7 +436,12 @@ class AudioLDM2Pipeline(DiffusersMethods):
             audio: the same in the new order.
             scores: their cosine similarities to the prompts, (prompts * n,).
         """
-        with self.generation(), self.progress("Ranking", 1) as bar, self.running("text_encoder") as clap:
+        with (
+            self.generation(),
+            recorded("ranking"),
+            self.progress("Ranking", 1) as bar,
+            self.running("text_encoder") as clap,
+        ):
             first = generator[0] if isinstance(generator, Sequence) else generator
             rate = self.part("vocoder").config.sampling_rate
             scores = score(clap, self.part("feature_extractor"), text_embeddings, audio, rate, first)

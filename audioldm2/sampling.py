@@ -27,6 +27,7 @@ from audioldm2.noise import Generators, check_generators, randn
 from audioldm2.quoting import quoted
 from audioldm2.runtime.foreign import outputs
 from audioldm2.runtime.precision import stage_dtype
+from audioldm2.runtime.profiling import recorded
 from audioldm2.tensors import check_tensor
 
 Callback = Callable[[int, Tensor, Tensor], None]
@@ -136,7 +137,8 @@ def denoise(
         if conditioning.guided:
             uncond, cond = noise.chunk(2)
             noise = uncond + guidance_scale * (cond - uncond)
-        latents = scheduler.step(noise, t, latents, **options).prev_sample
+        with recorded("scheduler"):
+            latents = scheduler.step(noise, t, latents, **options).prev_sample
         if i + 1 < len(timesteps) and (i < starting or (i + 1) % order):
             continue
         if after_step is not None:

@@ -7,7 +7,8 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack, nullcontext, redirect_stdout
+from itertools import combinations
 from pathlib import Path
 
 from audioldm2.arguments import as_texts
@@ -25,6 +26,7 @@ from audioldm2.cli.options import (
     suggestion,
 )
 from audioldm2.cli.process import give_up, print_line
+from audioldm2.cli.profiling import Profile, check_trace_name
 from audioldm2.extras import install_hint
 
 MAX_TITLE = 100  # characters of the prompt that are drawn above a spectrogram
@@ -50,6 +52,7 @@ examples:
       --negative "Low quality"
   audioldm2 "Birds in a forest" -o birds.wav --candidates 3
   audioldm2 "Rain" -o rain.wav --model ./my-checkpoint --scheduler ddim
+  audioldm2 "Rain" --model tiny --steps 5 --profile trace.json.gz
 
 exit codes:
   0  success
@@ -83,6 +86,13 @@ def parser() -> Parser:
         metavar="FILE",
         help="also save an image of the spectrogram, .png, .jpg, .svg or .pdf; needs matplotlib "
         f"({install_hint('plot')})",
+    )
+    p.add_argument(
+        "--profile",
+        metavar="FILE",
+        help="also record where the generation's time goes: a trace, .json or .json.gz, for "
+        "https://ui.perfetto.dev, and a table by stage on standard error. Recording makes a run slower, and "
+        "its trace large: use few --steps",
     )
     add_sound_options(p)
     add_quality_options(p)
@@ -135,6 +145,7 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
     """
     # These checks come before PyTorch, which takes seconds to import.
     _check_files(parser, options)
+    profile = Profile()
 
     import torch
 
@@ -157,13 +168,14 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
         rate = pipe.vocoder.config.sampling_rate
         if not to_stdout:
             check_can_write(options.output, rate, options.format)
-        result = pipe(
-            options.prompt,
-            transcription=options.transcription,
-            num_waveforms_per_prompt=options.candidates,
-            generator=torch.Generator(pipe.device).manual_seed(seed),
-            **arguments_of(options, pipe.recommended),
-        )
+        with profile.recording() if options.profile is not None else nullcontext():
+            result = pipe(
+                options.prompt,
+                transcription=options.transcription,
+                num_waveforms_per_prompt=options.candidates,
+                generator=torch.Generator(pipe.device).manual_seed(seed),
+                **arguments_of(options, pipe.recommended),
+            )
     best = result[0][0]  # (samples,), the best candidate
 
     if to_stdout:
@@ -180,6 +192,12 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
     if options.spectrogram is not None:
         save_spectrogram(options.spectrogram, best, rate, title=clean(shorten(options.prompt, MAX_TITLE)))
         failure = _report(f"{options.spectrogram}: spectrogram of {name}", to_stdout) or failure
+    if options.profile is not None:
+        times = profile.save(options.profile)
+        if not options.quiet:
+            print(*times, sep="\n", file=sys.stderr)
+        line = f"{options.profile}: trace of the generation, {profile.seconds:.2f} s"
+        failure = _report(line, to_stdout) or failure
     if failure:
         print_error(f"{name} was written, but a message to standard output was not: {failure}")
     return 1 if failure else 0
@@ -200,30 +218,42 @@ def _check_files(parser: Parser, options: argparse.Namespace) -> None:
         SystemExit: with code 2 for names that cannot be used.
         OSError: a file cannot be written.
     """
-    output, spectrogram = options.output, options.spectrogram
-    for name, path in (("-o/--output", output), ("--spectrogram", spectrogram)):
-        if path is not None and not path.strip():
+    files = {
+        "-o/--output": options.output,
+        "--spectrogram": options.spectrogram,
+        "--profile": options.profile,
+    }
+    named = {name: path for name, path in files.items() if path is not None}
+    for name, path in named.items():
+        if not path.strip():
             parser.error(f"argument {name}: the name of the file is empty")
-    if spectrogram in STANDARD_OUTPUT:
-        parser.error("argument --spectrogram: an image cannot be written to standard output")
-    if spectrogram is not None and _same_file(output, spectrogram):
-        parser.error("--output and --spectrogram are the same file")
-    try:
-        sound_type("" if output in STANDARD_OUTPUT else output, options.format)
-    except ValueError as error:
-        parser.error(f"argument -o/--output: {error}")
-    try:
-        image_type(spectrogram or "")
-    except ValueError as error:
-        parser.error(f"argument --spectrogram: {error}")
+    for name in ("--spectrogram", "--profile"):
+        if files[name] in STANDARD_OUTPUT:
+            what = "an image" if name == "--spectrogram" else "a trace"
+            parser.error(f"argument {name}: {what} cannot be written to standard output")
+    for (name, path), (other, other_path) in combinations(named.items(), 2):
+        if _same_file(path, other_path):
+            parser.error(f"{name} and {other} are the same file")
+    output = options.output
+    for name, check in (
+        ("-o/--output", lambda path: sound_type("" if path in STANDARD_OUTPUT else path, options.format)),
+        ("--spectrogram", image_type),
+        ("--profile", check_trace_name),
+    ):
+        try:
+            if name in named:
+                check(named[name])
+        except ValueError as error:
+            parser.error(f"argument {name}: {error}")
     if output not in STANDARD_OUTPUT:
         check_writable(output)
     elif sys.stdout is None or not hasattr(sys.stdout, "buffer"):
         raise OSError("standard output is closed; name a file with -o")
     elif sys.stdout.isatty():
         parser.error("argument -o/--output: standard output is a terminal; redirect it, or name a file")
-    if spectrogram is not None:
-        check_writable(spectrogram)
+    for name in ("--spectrogram", "--profile"):
+        if name in named:
+            check_writable(named[name])
 
 
 def _same_file(a: str, b: str) -> bool:

@@ -26,6 +26,7 @@ from audioldm2.runtime.device import available_device
 from audioldm2.runtime.foreign import adapted
 from audioldm2.runtime.offload import Offload
 from audioldm2.runtime.precision import cast, check_dtype, stage_device, stage_dtype
+from audioldm2.runtime.profiling import recorded
 
 RunnerT = TypeVar("RunnerT", bound="StageRunner")
 P = ParamSpec("P")
@@ -242,18 +243,22 @@ class StageRunner:
 
     @contextmanager
     def running(self, name: str) -> Iterator[Any]:
-        """The stage `name`, ready to be called: on its device, and as fast as this machine allows."""
+        """The stage `name`, ready to be called: on its device, and as fast as this machine allows.
+
+        In a trace of torch.profiler, the block is the range "audioldm2.<name>".
+        """
         stage: Any = getattr(self, name)
         outer = self._working, self._fast
         self._working = (name, stage)
         try:
-            self._place(name, stage)
-            if stage in self._compiled:
-                self._fast = None
-                yield adapted(name, compiled(name, stage))
-            else:
-                with fast_convolutions(stage) as self._fast:
-                    yield adapted(name, stage)
+            with recorded(name):
+                self._place(name, stage)
+                if stage in self._compiled:
+                    self._fast = None
+                    yield adapted(name, compiled(name, stage))
+                else:
+                    with fast_convolutions(stage) as self._fast:
+                        yield adapted(name, stage)
         finally:
             self._working, self._fast = outer
 
