@@ -14,8 +14,9 @@ from pathlib import Path
 from audioldm2.arguments import as_texts
 from audioldm2.atomic import check_writable
 from audioldm2.audio.file_types import SAMPLE_FORMATS, image_type, sound_type
+from audioldm2.cli.commands import PROGRAM, hint, overview
 from audioldm2.cli.loading import arguments_of, load_pipeline
-from audioldm2.cli.messages import PROGRAM, clean, print_error, say, shorten
+from audioldm2.cli.messages import clean, print_error, say, shorten
 from audioldm2.cli.options import (
     STANDARD_OUTPUT,
     Parser,
@@ -27,6 +28,7 @@ from audioldm2.cli.options import (
 )
 from audioldm2.cli.process import give_up, print_line
 from audioldm2.cli.profiling import Profile, check_trace_name
+from audioldm2.cli.prompts import STANDARD_INPUT, read_prompt
 from audioldm2.extras import install_hint
 
 MAX_TITLE = 100  # characters of the prompt that are drawn above a spectrogram
@@ -52,6 +54,7 @@ examples:
       --negative "Low quality"
   audioldm2 "Birds in a forest" -o birds.wav --candidates 3
   audioldm2 "Rain" -o rain.wav --model ./my-checkpoint --scheduler ddim
+  echo "A slow scale" | audioldm2 - --model tiny -o - | aplay
   audioldm2 "Rain" --model tiny --steps 5 --profile trace.json.gz
 
 exit codes:
@@ -65,8 +68,18 @@ exit codes:
 
 def parser() -> Parser:
     """The parser with all options and their help."""
-    p = Parser("", "[options] PROMPT", DESCRIPTION, EXAMPLES)
-    p.add_argument("prompt", nargs="?", metavar="PROMPT", help="description of the sound, in quotes")
+    p = Parser("", "[options] PROMPT", f"{DESCRIPTION}\n{overview()}", EXAMPLES)
+    p.add_argument(
+        "prompt",
+        nargs="?",
+        metavar="PROMPT",
+        help="description of the sound, in quotes; - reads it from standard input",
+    )
+    p.add_argument(
+        "--from-file",
+        metavar="FILE",
+        help="read the prompt from a text file of one line, in UTF-8; - is standard input",
+    )
     p.add_argument(
         "-o",
         "--output",
@@ -112,10 +125,21 @@ def parse(p: Parser, arguments: Sequence[str]) -> argparse.Namespace:
     """
     options, rest = parse_options(p, arguments)
     if rest:
+        if text := hint([options.prompt, *rest]):
+            p.error(text)
         words = " ".join(rest)
         p.error(f'unrecognized arguments: {words}; put the prompt in quotes: "{options.prompt} {words}"')
     if re.match(r"--[\w-]+=", options.prompt or ""):  # to argparse, what has a space is not an option
         p.error(f"unrecognized argument: {options.prompt}{suggestion(options.prompt, p.names)}")
+    if options.prompt is not None and options.from_file is not None:
+        p.error("give the prompt or --from-file, not both")
+    if options.prompt in STANDARD_INPUT:
+        options.from_file = options.prompt
+    try:
+        if options.from_file is not None:
+            options.prompt = read_prompt(options.from_file)
+    except ValueError as error:
+        p.error(str(error))
     if options.prompt is None:
         p.error(f'the prompt is missing; describe the sound: {PROGRAM} "Slow rain on a tin roof"')
     try:

@@ -9,9 +9,9 @@ import traceback
 from typing import Any
 
 from audioldm2.checkpoints.errors import CheckpointError
+from audioldm2.cli.commands import PROGRAM as PROGRAM
 from audioldm2.quoting import printable
 
-PROGRAM = "audioldm2"
 MAX_LENGTH = 600  # of an error, in characters
 MAX_QUOTATION = 80  # in a warning
 # The pipeline's arguments, by which its errors name them, and the options that set them.

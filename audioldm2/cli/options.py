@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from audioldm2 import __version__
 from audioldm2.arguments import MAX_LENGTH_IN_S, check_length
-from audioldm2.cli.messages import OPTIONS, PROGRAM, summary
+from audioldm2.cli.commands import PROGRAM
+from audioldm2.cli.messages import OPTIONS, summary
 from audioldm2.schedulers import SAMPLERS
 
 GUIDANCE = 3.5  # where the checkpoint recommends nothing
 STANDARD_OUTPUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 MAX_SEED = 2**63 - 1
+MAX_COLUMNS = 80
 DTYPES = ("float32", "float16", "bfloat16")
 Number = TypeVar("Number", int, float)
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help of at most 80 columns, also where the terminal is wider."""
+
+    def __init__(self, prog: str, **options: Any):
+        options.setdefault("width", min(MAX_COLUMNS, shutil.get_terminal_size().columns) - 2)
+        super().__init__(prog, **options)
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,7 +49,7 @@ class Parser(argparse.ArgumentParser):
             usage=f"{program} {usage}",
             description=description,
             epilog=examples,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
 
@@ -190,6 +201,12 @@ def parse_options(p: Parser, arguments: Sequence[str]) -> tuple[argparse.Namespa
         if f"-{argument.partition('=')[0]}" in p.names:
             p.error(f"unrecognized argument: {argument}; did you mean -{argument}?")
     options, rest = p.parse_known_args(arguments)
+    if "--" in arguments:
+        end = list(arguments).index("--")
+        after = arguments[end + 1 :]
+        late = next((word for word in after[1:] if word in rest and word.partition("=")[0] in p.names), None)
+        if late is not None:
+            p.error(f'after "--" all words are text; write {late} and what belongs to it before the "--"')
     unknown = next((word for word in rest if word.startswith("-") and len(word) > 1), None)
     if unknown is not None:
         p.error(f"unrecognized argument: {unknown}{suggestion(unknown, p.names)}")

@@ -27,30 +27,40 @@ class Stopped(BaseException):
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
+def stoppable(received: list[signal.Signals]) -> Iterator[None]:
     """SIGTERM and SIGHUP raise `Stopped` in the block, so that temporary files are removed.
 
     A signal that is ignored (SIGHUP under nohup) stays ignored. Only the main thread can receive signals; in
     others, this does nothing.
+
+    Args:
+        received: the signals that arrive are appended, also SIGINT, which raises KeyboardInterrupt as usual.
     """
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     replaced = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
 
     def stop(number: int, frame: FrameType | None) -> None:
+        received.append(signal.Signals(number))
         for each in replaced:  # another signal must not interrupt the cleanup
             signal.signal(each, signal.SIG_IGN)
         raise Stopped(number)
 
-    installed = []
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        received.append(signal.Signals(number))
+        raise KeyboardInterrupt
+
+    handlers: dict[int, Any] = dict.fromkeys(replaced, stop)
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        handlers[signal.SIGINT] = interrupt
+    installed: dict[int, Any] = {}
     try:
         with suppress(ValueError):  # not the main thread
-            for number in replaced:
-                signal.signal(number, stop)
-                installed.append(number)
+            for number, handler in handlers.items():
+                installed[number] = signal.signal(number, handler)
         yield
     finally:
-        for number in installed:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in installed.items():
+            signal.signal(number, handler)
 
 
 def fill_descriptors() -> None:

@@ -1,0 +1,54 @@
+"""A prompt from a text file or from standard input."""
+
+from __future__ import annotations
+
+import sys
+
+from audioldm2.cli.commands import PROGRAM
+from audioldm2.cli.messages import say
+
+STANDARD_INPUT = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
+MAX_BYTES = 100_000  # no prompt is as long
+
+
+def read_prompt(name: str) -> str:
+    """Read the only line of a file.
+
+    Args:
+        name: of a text file in UTF-8; - is standard input. From a terminal, one line is read.
+
+    Returns:
+        The line, without the white space around it.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not a text of one line.
+    """
+    if name not in STANDARD_INPUT:
+        with open(name, "rb") as file:
+            return _one_line(file.read(MAX_BYTES + 1), name)
+    if sys.stdin is None:
+        raise OSError("standard input is closed; write the prompt, or name a file with --from-file")
+    if sys.stdin.isatty():
+        say("describe the sound in one line, then press Enter")
+        return _one_line(sys.stdin.buffer.readline(MAX_BYTES + 1), "standard input")
+    return _one_line(sys.stdin.buffer.read(MAX_BYTES + 1), "standard input")
+
+
+def _one_line(data: bytes, name: str) -> str:
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        text = data[: error.start].decode("utf-8-sig") if error.start >= MAX_BYTES - 3 else "\0"
+    if "\0" in text:
+        raise ValueError(f"{name} is not a text file in UTF-8")
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{name} is empty; it must have a description of the sound")
+    if len(lines) > 1:
+        raise ValueError(
+            f"{name} has several lines; a prompt is one line. {PROGRAM} batch makes a sound for each line"
+        )
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"{name} is larger than {MAX_BYTES:,} bytes; a prompt has a sentence or two")
+    return lines[0].strip()
