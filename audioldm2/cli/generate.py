@@ -75,6 +75,12 @@ def parser() -> Parser:
         metavar="PROMPT",
         help="description of the sound, in quotes; - reads it from standard input",
     )
+    add_options(p)
+    return p
+
+
+def add_options(p: argparse.ArgumentParser) -> None:
+    """Add all options, but not the prompt."""
     p.add_argument(
         "--from-file",
         metavar="FILE",
@@ -110,7 +116,6 @@ def parser() -> Parser:
     add_sound_options(p)
     add_quality_options(p)
     add_model_options(p)
-    return p
 
 
 def parse(p: Parser, arguments: Sequence[str]) -> argparse.Namespace:

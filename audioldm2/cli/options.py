@@ -63,7 +63,7 @@ class Parser(argparse.ArgumentParser):
         return [name for action in self._actions for name in action.option_strings]
 
 
-def add_sound_options(p: Parser) -> None:
+def add_sound_options(p: argparse.ArgumentParser) -> None:
     """Add the options that say what to generate."""
     sound = p.add_argument_group("sound")
     sound.add_argument(
@@ -94,7 +94,7 @@ def add_sound_options(p: Parser) -> None:
     )
 
 
-def add_quality_options(p: Parser) -> None:
+def add_quality_options(p: argparse.ArgumentParser) -> None:
     """Add the options that trade quality for speed."""
     quality = p.add_argument_group("quality and speed")
     quality.add_argument(
@@ -120,7 +120,7 @@ def add_quality_options(p: Parser) -> None:
     )
 
 
-def add_model_options(p: Parser) -> None:
+def add_model_options(p: argparse.ArgumentParser) -> None:
     """Add the options that say which checkpoint runs where, and what is printed."""
     machine = p.add_argument_group("model and device")
     machine.add_argument(
@@ -144,8 +144,13 @@ def add_model_options(p: Parser) -> None:
         help="compile the model with torch.compile: minutes in the first run, then faster; best on a GPU",
     )
     machine.add_argument("--quiet", action="store_true", help="print only the result, warnings and errors")
-    machine.add_argument("--debug", action="store_true", help="print the full traceback of an error")
-    machine.add_argument(
+    add_common_options(machine)
+
+
+def add_common_options(p: argparse._ActionsContainer) -> None:
+    """Add the options of every command: --debug and --version."""
+    p.add_argument("--debug", action="store_true", help="print the full traceback of an error")
+    p.add_argument(
         "--version", action="version", version=f"{PROGRAM} {__version__}", help="print the version and exit"
     )
 
