@@ -553,7 +553,7 @@ def test_ctrl_c_while_drawing_keeps_the_sound(
     def stopped(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("audioldm2.audio.spectrogram_image.save_spectrogram", stopped)
+    monkeypatch.setattr("audioldm2.plots.save_spectrogram", stopped)
     assert cli.main([HAMMER, "--spectrogram", "a.png", "--quiet", *fast]) == 130
     out, err = capsys.readouterr()
     assert out.startswith("audio.wav: ")

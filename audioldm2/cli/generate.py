@@ -179,8 +179,8 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
     import torch
 
     from audioldm2.audio.sound_file import check_can_write, write_sound
-    from audioldm2.audio.spectrogram_image import check_can_draw, save_spectrogram
     from audioldm2.audio.wav import write_wav
+    from audioldm2.plots import check_can_draw, save_spectrogram
 
     to_stdout = options.output in STANDARD_OUTPUT
     if not to_stdout:

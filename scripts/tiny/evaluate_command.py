@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from audioldm2 import AudioLDM2Pipeline, CheckpointError, DPMSolverMultistepScheduler
-from audioldm2.audio.spectrogram_image import check_can_draw
+from audioldm2.plots import check_can_draw
 from scripts.tiny.data.captions import describe
 from scripts.tiny.data.sounds import ALL_SOUNDS, Scene
 from scripts.tiny.evaluate.evaluation import (

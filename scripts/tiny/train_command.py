@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 
 from audioldm2 import CheckpointError
-from audioldm2.audio.spectrogram_image import check_can_draw
 from audioldm2.checkpoints.formats import PARTS
+from audioldm2.plots import check_can_draw
 from audioldm2.runtime.device import available_device
 from scripts.tiny.assemble import assemble, parts_in, take_parts
 from scripts.tiny.data.library import LIBRARY_SIZE, load_library

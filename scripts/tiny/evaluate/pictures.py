@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from audioldm2.atomic import replacing
-from audioldm2.audio.spectrogram_image import decibels, show
+from audioldm2.audio.decibels import decibels
+from audioldm2.plots import draw_spectrogram
 from scripts.tiny.data.sounds import SAMPLING_RATE
 
 GRID_COLUMNS = 5
@@ -37,7 +38,9 @@ def draw_spectrograms(titles: Sequence[str], waveforms: Sequence[np.ndarray], pa
         axes.set_axis_off()
     for axes, title, waveform in zip(grid.flat, titles, waveforms, strict=False):
         spectrogram = decibels(torch.from_numpy(waveform[None]).float(), SAMPLING_RATE)
-        image = show(axes, spectrogram, len(waveform), SAMPLING_RATE, FREQUENCY_TICKS)
+        image = draw_spectrogram(
+            axes, spectrogram, len(waveform) / SAMPLING_RATE, SAMPLING_RATE / 2, FREQUENCY_TICKS
+        )
         axes.set_title(title, fontsize=7, parse_math=False)
         axes.tick_params(labelsize=7)
     figure.supxlabel("time (s)", fontsize=9)

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from audioldm2 import DISTRIBUTION
+from audioldm2.audio.decibels import decibels
 from audioldm2.audio.mel import hertz_to_mel, mel_to_hertz
-from audioldm2.audio.spectrogram_image import check_can_draw, decibels, save_spectrogram
+from audioldm2.plots import check_can_draw, save_spectrogram
 from tests.reference import assert_close
 
 
