@@ -27,6 +27,7 @@ _HOMES = {
     "DPMSolverMultistepScheduler": "audioldm2.schedulers",
     "GPT2": "audioldm2.models.gpt2",
     "HifiGan": "audioldm2.models.hifigan",
+    "LatentRecorder": "audioldm2.sampling",
     "LogMel": "audioldm2.audio.log_mel",
     "LogMelConfig": "audioldm2.audio.log_mel",
     "MissingCheckpointError": "audioldm2.checkpoints.errors",
@@ -37,6 +38,7 @@ _HOMES = {
     "VAE": "audioldm2.models.vae",
     "VitsTextEncoder": "audioldm2.models.vits",
     "read_wav": "audioldm2.audio.wav",
+    "record_attention": "audioldm2.attention",
     "resample": "audioldm2.audio.resample",
     "write_wav": "audioldm2.audio.wav",
 }
@@ -44,6 +46,7 @@ _HOMES = {
 __all__ = [*_HOMES]
 
 if TYPE_CHECKING:  # `as` marks what is exported
+    from audioldm2.attention import record_attention as record_attention
     from audioldm2.audio.clap_features import ClapFeatureExtractor as ClapFeatureExtractor
     from audioldm2.audio.log_mel import LogMel as LogMel, LogMelConfig as LogMelConfig
     from audioldm2.audio.resample import resample as resample
@@ -62,6 +65,7 @@ if TYPE_CHECKING:  # `as` marks what is exported
     from audioldm2.models.vits import VitsTextEncoder as VitsTextEncoder
     from audioldm2.output import AudioPipelineOutput as AudioPipelineOutput
     from audioldm2.pipeline import AudioLDM2Pipeline as AudioLDM2Pipeline
+    from audioldm2.sampling import LatentRecorder as LatentRecorder
     from audioldm2.schedulers import (
         DDIMScheduler as DDIMScheduler,
         DPMSolverMultistepScheduler as DPMSolverMultistepScheduler,

@@ -245,6 +245,41 @@ def callbacks(
     return after_step
 
 
+class LatentRecorder:
+    """Records the latents after each step, as a callback of the pipeline.
+
+    It is used as `callback`, or its method `on_step_end` as `callback_on_step_end`.
+
+    Attributes:
+        steps: the steps that were recorded, from 0.
+        timesteps: their timesteps.
+        latents: their latents, (B, channels, T/4, F/4) each, copied to the CPU.
+
+    Example:
+        >>> recorder = LatentRecorder()
+        >>> output = pipe("A bell over rain", callback=recorder, callback_steps=5, num_inference_steps=20)
+        >>> recorder.steps
+        [0, 5, 10, 15]
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.timesteps: list[float] = []
+        self.latents: list[Tensor] = []
+
+    def __call__(self, step: int, timestep: Tensor | float, latents: Tensor) -> None:
+        """Record the latents of a step."""
+        self.steps.append(step)
+        self.timesteps.append(float(timestep))
+        self.latents.append(latents.detach().to("cpu", copy=True))
+
+    def on_step_end(
+        self, pipe: Any, step: int, timestep: Tensor | float, tensors: Mapping[str, Tensor]
+    ) -> None:
+        """The same for `callback_on_step_end`; nothing is changed."""
+        self(step, timestep, tensors["latents"])
+
+
 def _predictor(unet: nn.Module, conditioning: Conditioning) -> Callable[[Tensor, Tensor], Tensor]:
     """The UNet as a function of latents (B, ...) and timestep alone; the result has the conditioning's rows.
 

@@ -203,9 +203,13 @@ class Level(nn.Module):
     def contexts(self, gpt2: Condition, t5: Condition) -> LevelContexts:
         """What each transformer attends to: the first two of a layer to GPT-2's vectors, the others to T5."""
         return [
-            transformer.contexts(gpt2 if index % self.transformers_per_layer <= 1 else t5)
+            transformer.contexts(gpt2 if self.attends_to_gpt2(index) else t5)
             for index, transformer in enumerate(self.transformers)
         ]
+
+    def attends_to_gpt2(self, index: int) -> bool:
+        """Whether a transformer that attends to a condition attends to GPT-2's vectors, and not to T5's."""
+        return index % self.transformers_per_layer <= 1
 
     def layer(self, index: int, x: Tensor, time: Tensor, contexts: LevelContexts) -> Tensor:
         """Run one layer, a ResNet block and its transformers: (B, C_in, H, W) -> (B, C, H, W)."""
