@@ -73,7 +73,7 @@ class AttentionRecord:
         self.seconds = 0.0
         self._pipe = pipe
         self._weights: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
-        self._words: Tensor | None = None  # (B,), the number of T5's tokens without padding
+        self._tokens: Tensor | None = None  # (B,), how many of T5's are not padding
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -84,7 +84,7 @@ class AttentionRecord:
     def clear(self) -> None:
         """Forget what was recorded, for example between two generations in one `with` block."""
         self.timesteps.clear()
-        self.seconds, self._words = 0.0, None
+        self.seconds, self._tokens = 0.0, None
         for weights in self._weights.values():
             weights.clear()
 
@@ -141,6 +141,20 @@ class AttentionRecord:
         finest = max(weights.shape[1] for weights in found)
         return torch.stack([_with_length(weights, finest) for weights in found]).mean(0)
 
+    def tokens(self, sound: int = 0) -> int:
+        """The number of T5's tokens, without padding, that a sound was generated from.
+
+        Args:
+            sound: which of the B sounds, from 0.
+
+        Raises:
+            ValueError: nothing was recorded, or there is no such sound.
+        """
+        if self._tokens is None:
+            raise ValueError("no attention to words was recorded")
+        check_count("sound", sound, lowest=0, highest=len(self._tokens) - 1)
+        return int(self._tokens[sound])
+
     def words(self, prompt: str, sound: int = 0) -> list[Word]:
         """The words of a prompt, and which of T5's tokens each of them is made of.
 
@@ -157,16 +171,14 @@ class AttentionRecord:
                 tokenizer does not mark where words begin.
         """
         (text,) = as_texts("prompt", [prompt], empty=True)
-        if self._words is None:
-            raise ValueError("no attention to words was recorded")
-        check_count("sound", sound, lowest=0, highest=len(self._words) - 1)
+        count = self.tokens(sound)
         tokenizer = self._pipe.tokenizer_2
         ids, _ = tokenize(self._pipe, tokenizer, [text])
         pieces: list[str] = tokenizer.convert_ids_to_tokens(ids[0].tolist())
-        if len(pieces) != int(self._words[sound]):
+        if len(pieces) != count:
             raise ValueError(
-                f"prompt has {len(pieces)} tokens, but sound {sound} was generated from a text of "
-                f"{int(self._words[sound])}; pass its own prompt"
+                f"prompt has {len(pieces)} tokens, but sound {sound} was generated from a text of {count}; "
+                "pass its own prompt"
             )
         specials = set(tokenizer.all_special_tokens) - {tokenizer.unk_token}
         words: list[tuple[str, list[int]]] = []
@@ -286,7 +298,7 @@ class _Recorder:
         # Of the current call of the UNet:
         self.sounds = 0  # how many of the rows to keep, the last ones; 0 outside of a call
         self.timestep = self.seconds = 0.0
-        self.words: Tensor | None = None
+        self.tokens: Tensor | None = None
         self.weights: dict[str, Tensor] = {}
 
     def attach(self, hooks: ExitStack) -> None:
@@ -315,7 +327,7 @@ class _Recorder:
         vae, vocoder = self.pipe.part("vae"), self.pipe.part("vocoder")
         frames = sample.shape[2] * vae.downsampling
         self.seconds = frames * vocoder.hop_length / vocoder.config.sampling_rate
-        self.words, self.weights = None, {}
+        self.tokens, self.weights = None, {}
 
     def _before_transformer(self, state: dict[str, Any], _: nn.Module, args: tuple[Any, ...]) -> None:
         state["height"] = args[0].shape[2]
@@ -340,7 +352,7 @@ class _Recorder:
         if layer.condition == "t5":
             count = k.shape[1]
             kept = torch.full((len(k),), count) if bias is None else (bias[:, 0, 0] == 0).sum(-1)
-            self.words = kept.cpu()
+            self.tokens = kept.cpu()
 
     def _end(self, unet: nn.Module, args: Any, output: Any) -> None:
         complete = self.sounds and len(self.weights) == len(self.places)
@@ -348,7 +360,7 @@ class _Recorder:
         if complete:
             record = self.record
             record.timesteps.append(self.timestep)
-            record.seconds, record._words = self.seconds, self.words
+            record.seconds, record._tokens = self.seconds, self.tokens
             for name, weights in self.weights.items():
                 record._weights[name].append(weights)
 
