@@ -12,7 +12,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +20,9 @@ from typing import BinaryIO
 # Links to what a process has open, such as standard output.
 _OPEN_FILE = re.compile(r"/dev/(stdin|stdout|stderr)|/dev/fd/(\d+)|/proc/self/fd/(\d+)|/proc/\d+/fd/\d+")
 _STREAMS = {"stdin": 0, "stdout": 1, "stderr": 2}
+
+
+_TEMPORARY = re.compile(r"\..{0,32}-[0-9a-f]{16}(\..{0,15})?", re.DOTALL)
 
 
 class _DryRun(Exception):
@@ -76,6 +79,18 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise
 
 
+def remove_abandoned(folder: Path, suffixes: Collection[str]) -> None:
+    """Remove the temporary files that processes left which were killed while they wrote.
+
+    Args:
+        folder: it must be certain that no process is writing into it.
+        suffixes: of the files that are written there; others are left alone.
+    """
+    for path in folder.iterdir():
+        if path.suffix in suffixes and _TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink()
+
+
 def check_writable(path: str | Path) -> None:
     """Check that a file can be written, before the long computation of its content.
 
@@ -113,6 +128,20 @@ def check_writable(path: str | Path) -> None:
             raise _DryRun
     except OSError as error:
         raise _unwritable(error, text) from error
+
+
+def check_folder_writable(path: str | Path) -> None:
+    """Check that files can be written into a folder, which may have to be created, before a long computation.
+
+    Raises:
+        OSError: they cannot. The message says why.
+    """
+    path = Path(path)
+    existing = next(each for each in (path, *path.absolute().parents) if each.exists() or each.is_symlink())
+    if not existing.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "the output path is not a folder", str(existing))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "the folder of the output path is not writable", str(existing))
 
 
 def _unwritable(error: OSError, path: str) -> OSError:

@@ -35,6 +35,7 @@ class DiffusersMethods(StageRunner, ABC):
     scheduler: Any
     other_parts: ClassVar[tuple[str, ...]]  # besides the stages: tokenizers, feature extractor and scheduler
     _name_or_path: str
+    _revision: str | None
 
     @abstractmethod
     def vocode(self, mel: Tensor) -> Tensor:
@@ -60,6 +61,15 @@ class DiffusersMethods(StageRunner, ABC):
     def name_or_path(self) -> str:
         """What the pipeline was loaded from; "" if it was made from parts."""
         return self._name_or_path
+
+    @property
+    def revision(self) -> str | None:
+        """Which version of `name_or_path` was loaded: a commit on the Hub, this package's version for "tiny",
+
+        or a digest of the names, sizes and times of a folder's files. None if the pipeline was made from
+        parts.
+        """
+        return self._revision
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} on {self.device}, {str(self.dtype).removeprefix('torch.')}"]

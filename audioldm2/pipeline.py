@@ -132,6 +132,7 @@ class AudioLDM2Pipeline(DiffusersMethods):
         self.vocoder = vocoder
         self.recommended: Mapping[str, Any] = FrozenMapping({})
         self._name_or_path = ""
+        self._revision: str | None = None
         self._settings: dict[str, Any] = {}  # all of the checkpoint's audioldm2.json
 
     @classmethod
@@ -216,13 +217,14 @@ class AudioLDM2Pipeline(DiffusersMethods):
             others=parts,
             part_names=part_classes().keys(),
         )
-        loaded, settings = load_checkpoint(options.source, options.dtype, options.device, options.parts)
-        pipe = cls(**loaded)
+        found = load_checkpoint(options.source, options.dtype, options.device, options.parts)
+        pipe = cls(**found.parts)
         if options.parts:
             pipe.check_parts()
         pipe._name_or_path = options.source.name
-        pipe._settings = settings
-        pipe.recommended = FrozenMapping(settings.get(RECOMMENDED, {}))
+        pipe._revision = found.revision
+        pipe._settings = found.settings
+        pipe.recommended = FrozenMapping(found.settings.get(RECOMMENDED, {}))
         return pipe
 
     def save_pretrained(
@@ -430,7 +432,8 @@ class AudioLDM2Pipeline(DiffusersMethods):
         Args:
             audio: n candidates per prompt, those of one prompt together, (prompts * n, samples).
             text_embeddings: CLAP's embeddings of the prompts, (prompts, 512), of unit length.
-            generator: draws the excerpt of sounds longer than CLAP's window; of a list, the first is used.
+            generator: draws the excerpt of sounds longer than CLAP's window; of a list with one for each
+                sound, that of a prompt's first one draws for all of the prompt's.
 
         Returns:
             audio: the same in the new order.
@@ -442,9 +445,8 @@ class AudioLDM2Pipeline(DiffusersMethods):
             self.progress("Ranking", 1) as bar,
             self.running("text_encoder") as clap,
         ):
-            first = generator[0] if isinstance(generator, Sequence) else generator
             rate = self.part("vocoder").config.sampling_rate
-            scores = score(clap, self.part("feature_extractor"), text_embeddings, audio, rate, first)
+            scores = score(clap, self.part("feature_extractor"), text_embeddings, audio, rate, generator)
             bar.update()
         return best_first(audio, scores)
 

@@ -7,6 +7,7 @@ prompt's sound; here candidates stay with their prompt.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from audioldm2.audio.resample import resample
+from audioldm2.noise import Generators
 from audioldm2.runtime.foreign import setting
 from audioldm2.runtime.precision import stage_device, stage_dtype
 from audioldm2.tensors import check_finite
@@ -25,7 +27,7 @@ def score(
     text_embeddings: Tensor,
     audio: Tensor,
     sampling_rate: int,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
 ) -> Tensor:
     """Score how well sounds match their prompts.
 
@@ -35,14 +37,21 @@ def score(
         text_embeddings: CLAP's embeddings of the prompts, (prompts, P), of unit length.
         audio: n candidates per prompt, those of one prompt together, (prompts * n, samples).
         sampling_rate: of `audio`, in Hz.
-        generator: draws the excerpt of sounds longer than CLAP's window.
+        generator: draws the excerpt of sounds longer than CLAP's window; of a list with one for each sound,
+            that of a prompt's first one draws for all of the prompt's.
 
     Returns:
         Cosine similarities, (prompts, n).
     """
     rate = setting(feature_extractor, "sampling_rate") or feature_extractor.sampling_rate
     resampled = resample(audio.to(stage_device(text_encoder)), sampling_rate, rate)
-    features = feature_extractor(resampled, rate, generator)
+    if isinstance(generator, Sequence) and len(generator) > 1:
+        count = len(audio) // len(text_embeddings)
+        of_prompts = zip(resampled.split(count), generator[::count], strict=True)
+        features = torch.cat([feature_extractor(sounds, rate, one) for sounds, one in of_prompts])
+    else:
+        one = generator[0] if isinstance(generator, Sequence) else generator
+        features = feature_extractor(resampled, rate, one)
     sound_embeddings = text_encoder.audio_features(input_features=features.to(stage_dtype(text_encoder)))
     check_finite("text_encoder", sound_embeddings)
     sound_embeddings = rearrange(sound_embeddings, "(b n) p -> b n p", b=len(text_embeddings))

@@ -47,7 +47,7 @@ from audioldm2.checkpoints.formats import (
     write_index,
     write_json,
 )
-from audioldm2.checkpoints.hub import Source, checkpoint_folder
+from audioldm2.checkpoints.hub import Source, checkpoint_folder, revision_of
 from audioldm2.checkpoints.options import Dtypes, SaveOptions, part_dtype
 from audioldm2.checkpoints.recommended import RECOMMENDED, SETTINGS_FILE, check_recommended, read_settings
 from audioldm2.checkpoints.tensors import WeightFiles, check_file, read_json
@@ -279,10 +279,12 @@ class Checkpoint(NamedTuple):
     Attributes:
         parts: the stages, tokenizers, feature extractor and scheduler, by their names in model_index.json.
         settings: the content of audioldm2.json; see `recommended`.
+        revision: see `hub.revision_of`.
     """
 
     parts: dict[str, Any]
     settings: dict[str, Any]
+    revision: str
 
 
 def load_checkpoint(
@@ -348,7 +350,7 @@ def load_checkpoint(
         except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
             raise CheckpointError(f"{path}: {one_line(error)}") from error
     check_parts(folder, parts)
-    return Checkpoint(parts, settings)
+    return Checkpoint(parts, settings, revision_of(folder, part_classes()))
 
 
 def save_parts(

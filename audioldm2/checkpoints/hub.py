@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import errno
 import glob
+import hashlib
 import os
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import torch
 
-from audioldm2 import DISTRIBUTION
+from audioldm2 import DISTRIBUTION, __version__
 from audioldm2.checkpoints.errors import (
     ORIGINAL_SUFFIXES,
     CheckpointError,
@@ -311,6 +312,30 @@ def default_dtype(folder: Path) -> torch.dtype | None:
         stored in float16 only to make the package smaller.
     """
     return torch.float32 if folder.resolve() == TINY_FOLDER else None
+
+
+def revision_of(folder: Path, subfolders: Iterable[str]) -> str:
+    """Which version of a checkpoint a folder holds.
+
+    Args:
+        folder: the checkpoint's.
+        subfolders: of its parts.
+
+    Returns:
+        The commit of a download from the Hub; this package and its version for the tiny checkpoint; for
+        another folder, a digest of its files' names, sizes and times, which changes when it is written anew.
+    """
+    if folder.resolve() == TINY_FOLDER:
+        return f"{DISTRIBUTION} {__version__}"
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        return folder.name
+    digest = hashlib.sha256()
+    for subfolder in ("", *sorted(subfolders)):
+        for path in sorted((folder / subfolder).glob("*")):
+            if path.is_file():
+                status = path.stat()
+                digest.update(f"{subfolder}/{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return f"files {digest.hexdigest()[:16]}"
 
 
 def _downloaded(source: Source, first: PurePosixPath) -> Path | None:

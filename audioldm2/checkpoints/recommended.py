@@ -100,3 +100,15 @@ def check_recommended(settings: Any) -> dict[str, Any]:
         _CHECKS[name](value)
     # NumPy's numbers as Python's.
     return {name: value.item() if hasattr(value, "item") else value for name, value in settings.items()}
+
+
+def recommended_for(settings: Mapping[str, Any], sampler: str | None) -> dict[str, Any]:
+    """The recommended settings that are meant for a sampler.
+
+    Args:
+        settings: the checkpoint's.
+        sampler: a name in `audioldm2.schedulers.SAMPLERS`; None for the checkpoint's own. The number of steps
+            is meant for DPM-Solver++.
+    """
+    fits = sampler in (None, "dpmsolver++")
+    return {name: value for name, value in settings.items() if fits or name != "num_inference_steps"}

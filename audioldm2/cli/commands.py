@@ -13,6 +13,7 @@ DEFAULT = "generate"
 # In the order of the help. The lines fit 80 columns.
 COMMANDS = {
     "generate": "one sound from its description; the default",
+    "batch": "a sound for each prompt of a table, into a folder",
     "completion": "Tab completion for bash, zsh and fish",
 }
 

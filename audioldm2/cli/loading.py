@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -18,44 +19,98 @@ if TYPE_CHECKING:
     from audioldm2.pipeline import AudioLDM2Pipeline
 
 
-def load_pipeline(parser: Parser, options: argparse.Namespace) -> AudioLDM2Pipeline:
-    """Load the checkpoint that the options name, with their sampler.
+@dataclass(frozen=True)
+class Loader:
+    """Loads a pipeline, in this process or in another one.
+
+    Args:
+        model: the checkpoint.
+        dtype: the name of a dtype.
+        device: of the stages.
+        scheduler: the name of a sampler in `SAMPLERS`.
+        compile: whether to compile the stages.
+    """
+
+    model: str
+    dtype: str
+    device: str
+    scheduler: str
+    compile: bool = False
+
+    def __call__(self) -> AudioLDM2Pipeline:
+        """Load the checkpoint.
+
+        Raises:
+            CheckpointError: it cannot be found or read.
+        """
+        # transformers' advice is for users of its models. Errors of its tokenizers are raised all the same.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        from audioldm2.pipeline import AudioLDM2Pipeline
+
+        sampler = _sampler(self.scheduler)
+        pipe = AudioLDM2Pipeline.from_pretrained(self.model, torch_dtype=self.dtype, device=self.device)
+        if not isinstance(pipe.scheduler, sampler):
+            pipe.scheduler = sampler.from_config(pipe.scheduler.config)
+        if self.compile:
+            pipe.compile()
+        return pipe
+
+
+def loader(parser: Parser, options: argparse.Namespace, has_gpu: bool | None = None) -> Loader:
+    """What the options say about loading.
 
     Args:
         parser: for errors of arguments that are found here.
         options: of `add_model_options` and `add_quality_options`.
+        has_gpu: whether there is a CUDA device where the pipeline will run; by default, on this machine.
+
+    Raises:
+        SystemExit: with code 2 for a device that is not available.
+    """
+    import torch
+
+    from audioldm2.runtime.device import available_device
+
+    default = "cuda" if (torch.cuda.is_available() if has_gpu is None else has_gpu) else "cpu"
+    device = options.device or default
+    if has_gpu is None:
+        try:
+            available_device(device)
+        except ValueError as error:
+            parser.error(f"argument --device: {error}")
+    dtype = options.dtype or ("float16" if device.startswith("cuda") else "float32")
+    return Loader(options.model, dtype, device, options.scheduler, options.compile)
+
+
+def load_pipeline(
+    parser: Parser, options: argparse.Namespace, load: Loader | None = None, of_rows: bool = False
+) -> AudioLDM2Pipeline:
+    """Load the checkpoint that the options name, with their sampler.
+
+    Args:
+        parser: for errors of arguments that are found here.
+        options: of `add_sound_options`, `add_model_options` and `add_quality_options`.
+        load: how; what the options say by default.
+        of_rows: whether the options are defaults of the rows of a table, which may say what the words are.
 
     Raises:
         SystemExit: with code 2 for a device that is not available.
         CheckpointError: the checkpoint cannot be found or read.
         ValueError: an argument is out of range for this checkpoint.
     """
-    import torch
-
-    from audioldm2.runtime.device import available_device
-
-    try:
-        device = available_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except ValueError as error:
-        parser.error(f"argument --device: {error}")
-    dtype = getattr(torch, options.dtype or ("float16" if device.type == "cuda" else "float32"))
-
-    # transformers' advice is for users of its models. Errors of its tokenizers are raised all the same.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from audioldm2 import schedulers
-    from audioldm2.pipeline import AudioLDM2Pipeline
-
-    _, class_name = SAMPLERS[options.scheduler]
-    sampler = schedulers.SCHEDULERS[class_name]
+    load = load or loader(parser, options)
     say(f"loading {options.model}", options.quiet)
-    _check_with_checkpoint(options, sampler)
-    pipe = AudioLDM2Pipeline.from_pretrained(options.model, torch_dtype=dtype, device=device)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    _check_with_checkpoint(options, _sampler(options.scheduler), of_rows)
+    pipe = load()
     pipe.set_progress_bar_config(disable=options.quiet, file=sys.stderr)
-    if not isinstance(pipe.scheduler, sampler):
-        pipe.scheduler = sampler.from_config(pipe.scheduler.config)
-    if options.compile:
-        pipe.compile()
     return pipe
+
+
+def _sampler(name: str) -> Any:
+    from audioldm2 import schedulers
+
+    return schedulers.SCHEDULERS[SAMPLERS[name][1]]
 
 
 def arguments_of(options: argparse.Namespace, recommended: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,13 +121,13 @@ def arguments_of(options: argparse.Namespace, recommended: Mapping[str, Any]) ->
         "negative_prompt": options.negative,
         "num_inference_steps": options.steps,
     }
-    if options.scheduler != "dpmsolver++":  # the number of steps is meant for this sampler
-        recommended = {name: value for name, value in recommended.items() if name != "num_inference_steps"}
-    defaults = {"guidance_scale": GUIDANCE, **recommended}
+    from audioldm2.checkpoints.recommended import recommended_for
+
+    defaults = {"guidance_scale": GUIDANCE, **recommended_for(recommended, options.scheduler)}
     return {name: defaults.get(name) if value is None else value for name, value in given.items()}
 
 
-def _check_with_checkpoint(options: argparse.Namespace, sampler: Any) -> None:
+def _check_with_checkpoint(options: argparse.Namespace, sampler: Any, of_rows: bool) -> None:
     """Check the arguments whose limits depend on the checkpoint. This reads its configs, not its weights.
 
     Raises:
@@ -90,7 +145,8 @@ def _check_with_checkpoint(options: argparse.Namespace, sampler: Any) -> None:
     source = Source(options.model)
     folder = checkpoint_folder(source, ["", *names], first_file=INDEX, check=read_index, weights=False)
     speaks = read_index(folder)["text_encoder_2"] == "VitsModel"
-    check_transcription(options.transcription, speaks)
+    if options.transcription is not None or not of_rows:
+        check_transcription(options.transcription, speaks)
     try:
         scheduler = sampler.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
         unet, vae, vocoder = (read_json(folder / name / "config.json") for name in names[1:])

@@ -77,6 +77,11 @@ def with_option_names(error: Exception) -> str | None:
     return summary(_ARGUMENT.sub(lambda match: OPTIONS[match[1]], str(error)))
 
 
+def with_column_names(text: str) -> str:
+    """A message about a row of a table, with the columns' names instead of the pipeline's arguments'."""
+    return _ARGUMENT.sub(lambda match: OPTIONS[match[1]].removeprefix("--"), text)
+
+
 def say(text: str, quiet: bool = False) -> None:
     """Print a message, unless `quiet`."""
     if not quiet:
@@ -95,6 +100,13 @@ def print_error(text: str, debug: bool = False) -> None:
     print(f"{PROGRAM}: error: {clean(text)}", file=sys.stderr)
 
 
+def say_beside_bars(text: str) -> None:
+    """Print a message without breaking the progress bars."""
+    from tqdm import tqdm
+
+    tqdm.write(f"{PROGRAM}: {clean(text)}", file=sys.stderr)
+
+
 class Warnings:
     """Prints warnings as one line each; takes the place of `warnings.showwarning`.
 
@@ -106,13 +118,10 @@ class Warnings:
         self.seen: set[str] = set()
 
     def __call__(self, message: Warning | str, *where: Any, **more: Any) -> None:
-        from tqdm import tqdm
-
         text = _ARGUMENT.sub(lambda match: OPTIONS[match[1]], " ".join(str(message).split()))
         text = shorten_quotations(text)
         text = clean(shorten(text, MAX_LENGTH))
         beginning = text[: MAX_QUOTATION // 2]
         if beginning not in self.seen:
             self.seen.add(beginning)
-            # tqdm's own way of printing does not break the progress bars.
-            tqdm.write(f"{PROGRAM}: warning: {text}", file=sys.stderr)
+            say_beside_bars(f"warning: {text}")

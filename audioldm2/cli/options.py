@@ -63,8 +63,8 @@ class Parser(argparse.ArgumentParser):
         return [name for action in self._actions for name in action.option_strings]
 
 
-def add_sound_options(p: argparse.ArgumentParser) -> None:
-    """Add the options that say what to generate."""
+def add_sound_options(p: argparse.ArgumentParser, seed: str = "a new seed, which is printed") -> None:
+    """Add the options that say what to generate; `seed` is what its help says about the default."""
     sound = p.add_argument_group("sound")
     sound.add_argument(
         "--negative", metavar="TEXT", help='description of what to avoid, such as "Low quality"'
@@ -89,8 +89,7 @@ def add_sound_options(p: argparse.ArgumentParser) -> None:
         "--seed",
         type=number(int, 0, MAX_SEED),
         metavar="N",
-        help="random seed; the same seed and options give the same sound (default: a new seed, which is "
-        "printed)",
+        help=f"random seed; the same seed and options give the same sound (default: {seed})",
     )
 
 

@@ -184,9 +184,14 @@ class StageRunner:
         """
         self._progress = options
 
-    def progress(self, description: str, total: int) -> tqdm[Any]:
-        """A progress bar with the options of `set_progress_bar_config`."""
-        return tqdm(**{"desc": description, "total": total, **self._progress})
+    @property
+    def progress_bar_config(self) -> dict[str, Any]:
+        """The options of `set_progress_bar_config`."""
+        return dict(self._progress)
+
+    def progress(self, description: str, total: int, **options: Any) -> tqdm[Any]:
+        """A progress bar with the options of `set_progress_bar_config`, before which `options` go."""
+        return tqdm(**{"desc": description, "total": total, **self._progress, **options})
 
     def part(self, name: str) -> Any:
         """The part `name` with the interface of this package's, whatever is in its place.

@@ -1,0 +1,48 @@
+"""Many sounds from a list of prompts, in a folder that a later run can go on with.
+
+    from audioldm2 import AudioLDM2Pipeline, batch
+
+    pipe = AudioLDM2Pipeline.from_pretrained("tiny")
+    report = batch.run(["A rising sweep", {"prompt": "Rain", "seed": 7}], pipe, "sounds")
+
+- `jobs`: what to generate, and the tables it is read from.
+- `names`: a file name for any prompt.
+- `planning`: jobs with all their settings, in groups that are generated together.
+- `generating`: a group of jobs to sounds.
+- `manifest`: what is finished, in manifest.jsonl.
+- `running`: the run, and how long one would take.
+
+Where a group is generated is up to an engine (`audioldm2.engines`); by default it is the pipeline itself.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_HOMES = {
+    "Failure": "audioldm2.batch.jobs",
+    "Job": "audioldm2.batch.jobs",
+    "read_jobs": "audioldm2.batch.jobs",
+    "Estimate": "audioldm2.batch.running",
+    "Report": "audioldm2.batch.running",
+    "estimate": "audioldm2.batch.running",
+    "run": "audioldm2.batch.running",
+}
+
+__all__ = [*_HOMES]
+
+if TYPE_CHECKING:
+    from audioldm2.batch.jobs import Failure as Failure, Job as Job, read_jobs as read_jobs
+    from audioldm2.batch.running import (
+        Estimate as Estimate,
+        Report as Report,
+        estimate as estimate,
+        run as run,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

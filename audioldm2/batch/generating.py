@@ -1,0 +1,134 @@
+"""A group of requests to sounds. An engine calls this where the group is generated."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from audioldm2.audio.resample import resample
+from audioldm2.batch.jobs import Failure
+from audioldm2.batch.planning import SHARED, Group, Request, scheduler_of
+from audioldm2.pipeline import AudioLDM2Pipeline
+from audioldm2.quoting import one_line
+
+
+@dataclass(frozen=True)
+class Sound:
+    """The sounds of a request.
+
+    Attributes:
+        index: of the request, in its plan.
+        waveforms: the candidates that are kept, the best one first, (candidates, samples).
+        scores: CLAP's scores of them; None if there was only one candidate.
+        seconds: the request's share of the time that its group took.
+    """
+
+    index: int
+    waveforms: np.ndarray
+    scores: list[float] | None
+    seconds: float
+
+
+class Result(NamedTuple):
+    """What became of a group.
+
+    Attributes:
+        sounds: those that were generated.
+        failures: the jobs whose generation failed.
+    """
+
+    sounds: list[Sound]
+    failures: list[Failure]
+
+
+# Generates groups, in any order.
+Engine = Callable[[Sequence[Group]], Iterator[Result]]
+
+
+def local_engine(pipe: AudioLDM2Pipeline) -> Engine:
+    """The engine that generates one group after another with a pipeline of this process."""
+    return lambda groups: (generate(pipe, group) for group in groups)
+
+
+def generate(pipe: AudioLDM2Pipeline, group: Group) -> Result:
+    """Generate the sounds of a group.
+
+    If that fails, each request is generated alone, so that one cannot spoil the others.
+
+    Args:
+        pipe: the pipeline; its sampler is replaced for the duration of the call if the requests name another.
+        group: what to generate.
+
+    Returns:
+        The sounds, and the failures.
+    """
+    try:
+        return Result(_sounds(pipe, group, group.requests), [])
+    except Exception as error:
+        if len(group.requests) == 1:
+            return Result([], [_failure(group.requests[0], error)])
+    sounds, failures = [], []
+    for request in group.requests:
+        try:
+            sounds += _sounds(pipe, group, [request])
+        except Exception as error:
+            failures.append(_failure(request, error))
+    return Result(sounds, failures)
+
+
+def _failure(request: Request, error: Exception) -> Failure:
+    details = "".join(traceback.format_exception(error))
+    return Failure(request.job.where, one_line(error), details)
+
+
+def _sounds(pipe: AudioLDM2Pipeline, group: Group, requests: Sequence[Request]) -> list[Sound]:
+    start = time.perf_counter()
+    jobs = [request.job for request in requests]
+    first = jobs[0]
+    count = first.num_waveforms_per_prompt or 1
+    generators = [torch.Generator(pipe.device).manual_seed(job.seed or 0) for job in jobs]
+    negatives = [job.negative_prompt or "" for job in jobs]
+    transcriptions = [job.transcription for job in jobs if job.transcription is not None]
+    with _using(pipe, scheduler_of(first, pipe)):
+        output = pipe(
+            [job.prompt for job in jobs],
+            transcription=transcriptions or None,
+            negative_prompt=negatives if any(negatives) else None,
+            # The candidates of a job draw from one generator, as they do when it is generated alone.
+            generator=[generator for generator in generators for _ in range(count)],
+            output_type="pt",
+            **{name: getattr(first, name) for name in SHARED},
+        )
+    audio: Tensor = output.audios
+    rate = pipe.vocoder.config.sampling_rate
+    sounds = []
+    for i, request in enumerate(requests):
+        rows = slice(i * count, i * count + len(request.files))
+        waveforms = audio[rows]
+        if group.sampling_rate != rate:
+            waveforms = resample(waveforms, rate, group.sampling_rate)
+        scores = None if output.scores is None else [round(float(score), 6) for score in output.scores[rows]]
+        sounds.append(Sound(request.index, waveforms.numpy(), scores, 0.0))
+    seconds = (time.perf_counter() - start) / len(requests)
+    return [dataclasses.replace(sound, seconds=seconds) for sound in sounds]
+
+
+@contextmanager
+def _using(pipe: AudioLDM2Pipeline, scheduler: object) -> Iterator[None]:
+    """Replace the pipeline's sampler, and hold its lock."""
+    with pipe.generation():
+        own = pipe.scheduler
+        pipe.scheduler = scheduler
+        try:
+            yield
+        finally:
+            pipe.scheduler = own

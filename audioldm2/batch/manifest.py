@@ -1,0 +1,224 @@
+"""manifest.jsonl: one line for each finished sound of a folder.
+
+    {"file": "rain.wav", "prompt": "Rain", "seed": 7, ..., "score": null, "seconds": 5.12, "sha256": "...",
+     "key": "..."}
+
+A sound is finished when its file is complete and its line is written, in this order. A process that is killed
+in between leaves a file without a line, or half a line; the next run makes these sounds again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from audioldm2.atomic import remove_abandoned, replacing
+from audioldm2.audio.file_types import SOUND_TYPES
+from audioldm2.audio.sound_file import write_sound
+from audioldm2.batch.generating import Sound
+from audioldm2.batch.planning import FileOptions, Request
+
+MANIFEST = "manifest.jsonl"
+Record = dict[str, Any]
+
+
+class Manifest:
+    """The finished sounds of a folder, which one process at a time can add to.
+
+    Args:
+        folder: created if it does not exist.
+
+    Raises:
+        OSError: the folder cannot be written, or another process is writing into it.
+        ValueError: the folder has a manifest.jsonl of another kind.
+
+    Example:
+        >>> with Manifest("sounds") as manifest:
+        ...     finished = manifest.finished(request)
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.path = self.folder / MANIFEST
+        self._records: dict[str, Record] = {}
+        self._superseded = False
+        self._lock: int | None = None
+
+    def __enter__(self) -> Manifest:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(self.folder)
+        try:
+            remove_abandoned(self.folder, [*SOUND_TYPES, self.path.suffix])
+            self.read()
+            self._rewrite()
+            self._file = open(self.path, "ab", buffering=0)
+        except BaseException:
+            self._unlock()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._file.close()
+            self._rewrite()
+        finally:
+            self._unlock()
+
+    def read(self) -> Manifest:
+        """Read the file, if it exists, without changing anything. Returns the manifest itself.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: it is not a manifest.
+        """
+        self._records, self._superseded = read_manifest(self.path)
+        return self
+
+    def finished(self, request: Request) -> list[Record] | None:
+        """The lines of a request's sounds; None unless all files are there, unchanged."""
+        records = [self._records.get(file) for file in request.files]
+        for record in records:
+            if record is None or record["key"] != request.key or not self._is_whole(record):
+                return None
+        return [record for record in records if record is not None]
+
+    def add(
+        self, sounds: Iterable[tuple[Request, Sound]], files: FileOptions
+    ) -> list[tuple[Request, list[Record]]]:
+        """Write the files of sounds, then their lines.
+
+        Args:
+            sounds: each with its request.
+            files: how they are stored.
+
+        Returns:
+            The requests, and the lines of each as mappings.
+
+        Raises:
+            OSError: a file cannot be written. Files of `sounds` may be there without a line.
+        """
+        added = [(request, self._written(request, sound, files)) for request, sound in sounds]
+        records = [record for _, each in added for record in each]
+        # One write, so that a process that is killed leaves all lines or none.
+        self._file.write("".join(map(_line, records)).encode())
+        for record in records:
+            self._superseded |= record["file"] in self._records
+            self._records[record["file"]] = record
+        return added
+
+    def _written(self, request: Request, sound: Sound, files: FileOptions) -> list[Record]:
+        records = []
+        rate = request.stored["sampling_rate"]
+        for candidate, (file, waveform) in enumerate(zip(request.files, sound.waveforms, strict=True)):
+            path = self.folder / file
+            write_sound(path, waveform, rate, sample_format=files.sample_format)
+            records.append(
+                {
+                    "file": file,
+                    **request.stored,
+                    "candidate": candidate,
+                    "score": None if sound.scores is None else sound.scores[candidate],
+                    "seconds": len(waveform) / rate,
+                    "generated_in_s": round(sound.seconds, 3),
+                    "sha256": _sha256(path),
+                    "key": request.key,
+                }
+            )
+        return records
+
+    def _is_whole(self, record: Record) -> bool:
+        path = self.folder / record["file"]
+        return path.is_file() and _sha256(path) == str(record["sha256"])
+
+    def _rewrite(self) -> None:
+        """Write the manifest anew if it has lines that do not count any more."""
+        if self._superseded:
+            with replacing(self.path) as temporary:
+                temporary.write_bytes("".join(map(_line, self._records.values())).encode())
+            self._superseded = False
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def read_manifest(path: str | Path) -> tuple[dict[str, Record], bool]:
+    """Read a manifest.
+
+    Args:
+        path: the file; it need not exist.
+
+    Returns:
+        The last line of each file, by file, and whether there are others, such as half a line at the end.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not a manifest.
+    """
+    records: dict[str, Record] = {}
+    if not Path(path).exists():
+        return records, False
+    *lines, rest = Path(path).read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        record = _record(line)
+        if record is None:
+            raise ValueError(f"{path}:{number} is not a line of a batch's manifest; choose another folder")
+        records.pop(record["file"], None)
+        records[record["file"]] = record
+    return records, bool(rest) or len(records) < len(lines)
+
+
+def _line(record: Record) -> str:
+    return f"{json.dumps(record, ensure_ascii=False)}\n"
+
+
+def _record(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    needed = ("file", "key", "sha256")
+    if not isinstance(record, Mapping) or not all(isinstance(record.get(name), str) for name in needed):
+        return None
+    is_name = Path(record["file"]).name == record["file"]
+    return dict(record) if is_name else None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _locked(folder: Path) -> int | None:
+    """Lock a folder until the descriptor is closed, or the process ends.
+
+    Returns:
+        The descriptor; None on systems without such locks.
+
+    Raises:
+        OSError: another process has the lock.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise OSError(
+            error.errno, "another process is writing sounds into this folder", str(folder)
+        ) from error
+    return descriptor

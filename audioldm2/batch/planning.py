@@ -1,0 +1,254 @@
+"""From jobs to requests, which leave nothing open, and to groups that are generated together.
+
+A group has one length of sound, one sampler and one number of tokens. Its prompts need no padding, so a sound
+does not depend on the others of its group, up to rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from audioldm2 import __version__
+from audioldm2.arguments import check_count
+from audioldm2.audio.file_types import SOUND_TYPES, sound_type
+from audioldm2.audio.sound_file import check_can_write
+from audioldm2.batch.jobs import Failure, Job
+from audioldm2.batch.names import distinct, file_name, split_name
+from audioldm2.checkpoints.recommended import recommended_for
+from audioldm2.conditioning import check_transcription, speaks, token_limit
+from audioldm2.decoding import frames_and_samples
+from audioldm2.pipeline import AudioLDM2Pipeline
+from audioldm2.quoting import one_line
+from audioldm2.schedulers import SAMPLERS, SCHEDULERS
+
+# Arguments of a generation that all sounds of a group share.
+SHARED = (
+    "audio_length_in_s",
+    "num_inference_steps",
+    "guidance_scale",
+    "num_waveforms_per_prompt",
+    "eta",
+    "max_new_tokens",
+)
+SETTINGS = ("prompt", "negative_prompt", "transcription", *SHARED, "seed")  # what the manifest says of a job
+DEFAULTS = {"guidance_scale": 3.5, "num_waveforms_per_prompt": 1, "eta": 0.0}
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """How sounds are stored.
+
+    Args:
+        file_format: the type of the files, "wav", "flac", "ogg", "mp3" and others; a job's name with the
+            suffix of another type takes precedence.
+        sampling_rate: in Hz; sounds are resampled to it. The checkpoint's by default.
+        sample_format: "pcm16" or "float32", for types that have both.
+        keep_all: keep all candidates, not only the best.
+
+    Raises:
+        ImportError: the type needs soundfile, which cannot be imported.
+        ValueError: an unknown type, or one that does not have the sample format or the sampling rate.
+    """
+
+    file_format: str = "wav"
+    sampling_rate: int | None = None
+    sample_format: str | None = None
+    keep_all: bool = False
+
+    def __post_init__(self) -> None:
+        if f".{self.file_format}" not in SOUND_TYPES:
+            types = ", ".join(suffix[1:] for suffix in SOUND_TYPES if suffix)
+            raise ValueError(f"file_format must be one of {types}; got {self.file_format!r}")
+        if self.sampling_rate is not None:
+            check_count("sampling_rate", self.sampling_rate)
+        sound_type(f"a.{self.file_format}", self.sample_format)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A job with every setting, and the files of its sounds.
+
+    Attributes:
+        index: of the request, in its plan.
+        job: the job, without open settings.
+        files: the names of its files, of the best candidate first.
+        key: identifies all that the sounds depend on; another key is another sound.
+        tokens: of the prompt.
+        stored: what the manifest says about each of its sounds.
+    """
+
+    index: int
+    job: Job
+    files: tuple[str, ...]
+    key: str
+    tokens: int
+    stored: Mapping[str, Any]
+
+
+class Group(NamedTuple):
+    """Requests that are generated together.
+
+    Attributes:
+        requests: with equal settings.
+        sampling_rate: of the stored sounds, in Hz.
+    """
+
+    requests: tuple[Request, ...]
+    sampling_rate: int
+
+
+class Plan(NamedTuple):
+    """What a batch generates.
+
+    Attributes:
+        requests: of the valid jobs, in their order.
+        failures: the jobs that are not valid for this checkpoint.
+        sampling_rate: of the stored sounds, in Hz.
+    """
+
+    requests: list[Request]
+    failures: list[Failure]
+    sampling_rate: int
+
+
+def plan(jobs: Sequence[Job], pipe: AudioLDM2Pipeline, files: FileOptions) -> Plan:
+    """Complete jobs with the pipeline's defaults, and check them.
+
+    Args:
+        jobs: what to generate.
+        pipe: the checkpoint's recommended settings, sampler, tokenizers and limits are used, not its weights.
+        files: how sounds are stored.
+
+    Raises:
+        ImportError: a type of file needs soundfile, which cannot be imported.
+        ValueError: the type of file does not have the sampling rate or the sample format.
+    """
+    rate = files.sampling_rate or pipe.vocoder.config.sampling_rate
+    check_can_write(f"a.{files.file_format}", rate, files.sample_format)
+    completed: list[tuple[Job, str, int]] = []
+    failures = []
+    for job in jobs:
+        try:
+            suffix = split_name(job.name or "")[1] or f".{files.file_format}"
+            check_can_write(f"a{suffix}", rate, files.sample_format)
+            completed.append((_completed(job, pipe), suffix, _tokens(job, pipe)))
+        except (ValueError, TypeError) as error:
+            failures.append(Failure(job.where, one_line(error)))
+    seeded = _with_seeds([job for job, _, _ in completed])
+    stems = [_stems(job, files.keep_all) for job in seeded]
+    names = iter(distinct(name for each in stems for name in each))
+    requests: list[Request] = []
+    for job, each, (_, suffix, tokens) in zip(seeded, stems, completed, strict=True):
+        sampler = scheduler_of(job, pipe)
+        stored = {
+            **{name: getattr(job, name) for name in SETTINGS},
+            "scheduler": type(sampler).__name__,
+            "sampling_rate": rate,
+            "checkpoint": pipe.name_or_path,
+            "revision": pipe.revision,
+            "dtype": str(pipe.dtype).removeprefix("torch."),
+        }
+        key = _digest({**stored, "sampler": dict(sampler.config), "files": dataclasses.asdict(files)})
+        requests.append(
+            Request(
+                len(requests),
+                job,
+                tuple(f"{next(names)}{suffix}" for _ in each),
+                key,
+                tokens,
+                {**stored, "version": __version__},
+            )
+        )
+    return Plan(requests, failures, rate)
+
+
+def scheduler_of(job: Job, pipe: AudioLDM2Pipeline) -> Any:
+    """The sampler of a job: the pipeline's, unless the job names one of another class."""
+    if job.scheduler is None:
+        return pipe.scheduler
+    sampler = SCHEDULERS[SAMPLERS[job.scheduler][1]]
+    return (
+        pipe.scheduler if isinstance(pipe.scheduler, sampler) else sampler.from_config(pipe.scheduler.config)
+    )
+
+
+def _completed(job: Job, pipe: AudioLDM2Pipeline) -> Job:
+    """A job with the default of every setting but the seed.
+
+    Raises:
+        ValueError: a setting is out of range for this checkpoint.
+    """
+    sampler = scheduler_of(job, pipe)
+    job = job.with_defaults(
+        {
+            **DEFAULTS,
+            "num_inference_steps": getattr(sampler, "default_num_inference_steps", 200),
+            **recommended_for(pipe.recommended, job.scheduler),
+        }
+    )
+    check_transcription(job.transcription, speaks(pipe))
+    copy.deepcopy(sampler).set_timesteps(job.num_inference_steps)
+    frames, _ = frames_and_samples(pipe.unet, pipe.part("vae"), pipe.part("vocoder"), job.audio_length_in_s)
+    vocoder = pipe.part("vocoder")
+    length = frames * vocoder.hop_length / vocoder.config.sampling_rate
+    return job.with_defaults({"audio_length_in_s": length})
+
+
+def _tokens(job: Job, pipe: AudioLDM2Pipeline) -> int:
+    """The number of tokens to which the second encoder's states are padded."""
+    if speaks(pipe):
+        return token_limit(pipe, pipe.tokenizer_2)
+    tokens = len(pipe.tokenizer_2(job.prompt, verbose=False).input_ids)
+    return min(tokens, token_limit(pipe, pipe.tokenizer_2))
+
+
+def _with_seeds(jobs: Sequence[Job]) -> list[Job]:
+    """Jobs with a seed each. Equal jobs without one get different seeds."""
+    counts: Counter[str] = Counter()
+    result = []
+    for job in jobs:
+        if job.seed is None:
+            content = _digest({**dataclasses.asdict(job), "name": None, "where": None})
+            counts[content] += 1
+            seed = int(_digest({"job": content, "number": counts[content]})[:8], 16)
+            job = dataclasses.replace(job, seed=seed)
+        result.append(job)
+    return result
+
+
+def _stems(job: Job, keep_all: bool) -> list[str]:
+    """The names of a job's files, without suffixes, before they are made different from others'."""
+    stem = file_name(split_name(job.name)[0]) if job.name else file_name(job.prompt, spaces="-")
+    count = job.num_waveforms_per_prompt or 1
+    return [f"{stem}-candidate-{i}" for i in range(1, count + 1)] if keep_all and count > 1 else [stem]
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def in_groups(plan: Plan, batch_size: int) -> list[Group]:
+    """The requests of a plan in groups, in the order of each group's first request.
+
+    Args:
+        plan: of all jobs, also of those whose sounds are finished: the groups must not depend on these.
+        batch_size: the most sounds, counting candidates, that are generated together; a group has at least
+            one request.
+    """
+    alike: dict[tuple[Any, ...], list[Request]] = {}
+    for request in plan.requests:
+        shared = tuple(getattr(request.job, name) for name in (*SHARED, "scheduler"))
+        alike.setdefault((*shared, request.tokens), []).append(request)
+    groups = []
+    for requests in alike.values():
+        size = max(1, batch_size // (requests[0].job.num_waveforms_per_prompt or 1))
+        groups += [tuple(requests[start : start + size]) for start in range(0, len(requests), size)]
+    groups.sort(key=lambda group: group[0].index)
+    return [Group(requests, plan.sampling_rate) for requests in groups]

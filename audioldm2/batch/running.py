@@ -1,0 +1,246 @@
+"""Running a batch: what is left to do, engine, files, progress; and how long it would take."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from audioldm2.arguments import check_count
+from audioldm2.batch.generating import Engine, generate, local_engine
+from audioldm2.batch.jobs import Failure, Job
+from audioldm2.batch.manifest import Manifest, Record
+from audioldm2.batch.planning import FileOptions, Group, Plan, Request, in_groups, plan
+from audioldm2.pipeline import AudioLDM2Pipeline
+from audioldm2.quoting import one_line
+
+BATCH_SIZE = 8
+JobLike = Job | Mapping[str, Any] | str
+
+
+class Report(NamedTuple):
+    """What became of a batch.
+
+    Attributes:
+        sounds: the manifest's line of each sound, in the order of the jobs.
+        failures: the jobs without a sound.
+        generated: the number of sounds that this run made; the others were there.
+    """
+
+    sounds: list[Record]
+    failures: list[Failure]
+    generated: int
+
+
+class Estimate(NamedTuple):
+    """What a batch would make.
+
+    Attributes:
+        requests: those that are not finished.
+        finished: the number of jobs that are.
+        failures: the jobs that are not valid.
+        sound_seconds: the total length of the sounds.
+        seconds: about how long it will take with the local engine.
+    """
+
+    requests: list[Request]
+    finished: int
+    failures: list[Failure]
+    sound_seconds: float
+    seconds: float
+
+
+def run(
+    jobs: Iterable[JobLike],
+    pipe: AudioLDM2Pipeline,
+    folder: str | Path,
+    *,
+    file_format: str = "wav",
+    sampling_rate: int | None = None,
+    sample_format: str | None = None,
+    keep_all: bool = False,
+    batch_size: int = BATCH_SIZE,
+    engine: Engine | None = None,
+    on_failure: Callable[[Failure], object] = lambda failure: None,
+) -> Report:
+    """Generate the sounds of jobs into a folder, or those that are missing there.
+
+    A run that was stopped at any moment goes on when it is started again. A sound is made anew if any of its
+    settings has changed, or its file. Files of jobs that are no longer in the list stay.
+
+    Args:
+        jobs: prompts, mappings of `Job`'s fields, or jobs.
+        pipe: the pipeline. Its recommended settings are the defaults. Changed weights are not noticed: use
+            another folder.
+        folder: where the sounds and manifest.jsonl go; created if it does not exist.
+        file_format: "wav", "flac", "ogg", "mp3" or another type; all but WAV need soundfile.
+        sampling_rate: in Hz; sounds are resampled to it. The checkpoint's by default.
+        sample_format: "pcm16" or "float32", for types that have both.
+        keep_all: keep all candidates of a job, not only the best.
+        batch_size: the most sounds, counting candidates, that are generated at once.
+        engine: where groups are generated, such as `audioldm2.engines.ray.RayEngine`; here by default.
+        on_failure: called with each job that has no sound, when that is known.
+
+    Returns:
+        The manifest's lines, and the jobs that failed. They do not stop the others.
+
+    Raises:
+        ImportError: the type of file needs soundfile, which cannot be imported.
+        OSError: a file cannot be written, or another process is writing into the folder.
+        TypeError, ValueError: an argument that cannot be used.
+
+    Example:
+        >>> pipe = AudioLDM2Pipeline.from_pretrained("tiny")
+        >>> report = run([{"prompt": "Rain", "seed": 7}], pipe, "sounds")
+        >>> report.sounds[0]["file"]
+        'Rain.wav'
+    """
+    files = FileOptions(file_format, sampling_rate, sample_format, keep_all)
+    check_count("batch_size", batch_size)
+    failures: list[Failure] = []
+
+    def failed(failure: Failure) -> None:
+        failures.append(failure)
+        on_failure(failure)
+
+    planned = _planned(jobs, pipe, files, failed)
+    generated = 0
+    with Manifest(folder) as manifest:
+        records = _finished(planned, manifest)
+        groups = _unfinished(in_groups(planned, batch_size), records)
+        total = sum(len(request.files) for request in planned.requests)
+        there = sum(map(len, records.values()))
+        with pipe.progress("Sounds", total, initial=there, unit=" sound") as bar, _inner_bars(pipe):
+            for result in (engine or local_engine(pipe))(groups) if groups else ():
+                for failure in result.failures:
+                    failed(failure)
+                requests = [planned.requests[sound.index] for sound in result.sounds]
+                for request, lines in manifest.add(zip(requests, result.sounds, strict=True), files):
+                    records[request.index] = lines
+                    generated += len(lines)
+                    bar.update(len(lines))
+    lines = [line for index in sorted(records) for line in records[index]]
+    return Report(lines, failures, generated)
+
+
+def estimate(
+    jobs: Iterable[JobLike],
+    pipe: AudioLDM2Pipeline,
+    folder: str | Path,
+    *,
+    file_format: str = "wav",
+    sampling_rate: int | None = None,
+    sample_format: str | None = None,
+    keep_all: bool = False,
+) -> Estimate:
+    """What `run` would make, and about how long it would take with the local engine.
+
+    Nothing is written. The first sound that is missing is generated with two numbers of steps to measure this
+    machine; the time of the others follows from their length and their steps.
+
+    Args:
+        jobs: as in `run`.
+        pipe: as in `run`.
+        folder: as in `run`; it need not exist.
+        file_format: as in `run`.
+        sampling_rate: as in `run`.
+        sample_format: as in `run`.
+        keep_all: as in `run`.
+
+    Raises:
+        ImportError, OSError, TypeError, ValueError: as in `run`.
+    """
+    files = FileOptions(file_format, sampling_rate, sample_format, keep_all)
+    failures: list[Failure] = []
+    planned = _planned(jobs, pipe, files, failures.append)
+    records = _finished(planned, Manifest(folder).read())
+    missing = [request for request in planned.requests if request.index not in records]
+    seconds = sum(_length(request) for request in missing)
+    time_needed = 0.0
+    if missing:
+        fixed, per_step = _measured(pipe, missing[0], planned.sampling_rate)
+        time_needed = sum(
+            _length(request) * (fixed + per_step * (request.job.num_inference_steps or 0))
+            for request in missing
+        )
+    return Estimate(missing, len(records), failures, seconds, time_needed)
+
+
+def _planned(
+    jobs: Iterable[JobLike],
+    pipe: AudioLDM2Pipeline,
+    files: FileOptions,
+    failed: Callable[[Failure], object],
+) -> Plan:
+    valid = []
+    for number, job in enumerate(jobs, 1):
+        where = f"job {number}"
+        try:
+            valid.append(Job.of(job, where))
+        except (TypeError, ValueError) as error:
+            failed(Failure(where, one_line(error)))
+    planned = plan(valid, pipe, files)
+    for failure in planned.failures:
+        failed(failure)
+    return planned
+
+
+def _finished(planned: Plan, manifest: Manifest) -> dict[int, list[Record]]:
+    """The lines of the requests that are finished, by the index of the request."""
+    found = {request.index: manifest.finished(request) for request in planned.requests}
+    return {index: records for index, records in found.items() if records is not None}
+
+
+def _unfinished(groups: Sequence[Group], records: Mapping[int, Any]) -> list[Group]:
+    """Groups without the requests that are finished."""
+    left = []
+    for group in groups:
+        requests = tuple(request for request in group.requests if request.index not in records)
+        if requests:
+            left.append(group._replace(requests=requests))
+    return left
+
+
+@contextmanager
+def _inner_bars(pipe: AudioLDM2Pipeline) -> Iterator[None]:
+    """Show the bars of a generation only while it runs, and on a terminal."""
+    options = pipe.progress_bar_config
+    hidden = {} if getattr(options.get("file", sys.stderr), "isatty", lambda: False)() else {"disable": True}
+    pipe.set_progress_bar_config(**{**options, "leave": False, **hidden})
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**options)
+
+
+# --- how long it takes
+
+
+def _length(request: Request) -> float:
+    """Seconds of sound that are generated for a request."""
+    return (request.job.audio_length_in_s or 0) * (request.job.num_waveforms_per_prompt or 1)
+
+
+def _measured(pipe: AudioLDM2Pipeline, request: Request, sampling_rate: int) -> tuple[float, float]:
+    """The time for a second of a request's sound without steps, and for each step.
+
+    Raises:
+        RuntimeError: the sound cannot be generated.
+    """
+    times = []
+    few, more = 1, 3
+    for steps in (few, few, more):  # the first call is slower than others
+        job = dataclasses.replace(request.job, num_inference_steps=steps)
+        group = Group((dataclasses.replace(request, job=job),), sampling_rate)
+        start = time.perf_counter()
+        result = generate(pipe, group)
+        if result.failures:
+            raise RuntimeError(f"the time cannot be measured: {result.failures[0]}")
+        times.append(time.perf_counter() - start)
+    per_step = max(0.0, (times[2] - times[1]) / (more - few))
+    fixed = max(0.0, times[1] - few * per_step)
+    return fixed / _length(request), per_step / _length(request)

@@ -1,0 +1,306 @@
+"""`audioldm2 batch`: from a table of prompts to a folder of sounds."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from audioldm2.arguments import as_texts
+from audioldm2.atomic import check_folder_writable
+from audioldm2.audio.file_types import SAMPLE_FORMATS, SOUND_TYPES, sound_type
+from audioldm2.batch.jobs import TABLES, Failure, Job, parse_jobs, read_jobs
+from audioldm2.cli.loading import load_pipeline, loader
+from audioldm2.cli.messages import clean, print_error, say, say_beside_bars, shorten, with_column_names
+from audioldm2.cli.options import (
+    Parser,
+    add_model_options,
+    add_quality_options,
+    add_sound_options,
+    number,
+    parse_options,
+)
+from audioldm2.cli.process import print_line
+from audioldm2.cli.prompts import STANDARD_INPUT
+from audioldm2.extras import install_hint
+
+ENGINES = ("local", "ray")
+MAX_LISTED = 20  # failures at the end
+TYPES = tuple(suffix[1:] for suffix in SOUND_TYPES if suffix)
+DESCRIPTION = """\
+Generate a sound for each prompt of a table, into a folder.
+
+The table is a .csv or .tsv file whose first line names the columns, a .jsonl
+file with an object on each line, or a .txt file with a prompt on each line, or
+"prompt|file name". - reads it from standard input. The columns are
+
+  prompt, name (of the file), negative, transcription, duration, seed,
+  steps, guidance, candidates, scheduler, eta and max_new_tokens
+
+Only prompt is needed. The options below are the defaults of rows that do not
+say otherwise.
+
+A batch that was stopped, at any moment, goes on when the same command is given
+again. A sound is made anew if its row or an option has changed. The folder's
+manifest.jsonl has a line for each finished sound: its settings, seed, scores
+and checksum. A row that is not valid is reported and does not stop the others.
+"""
+EXAMPLES = """\
+examples:
+  audioldm2 batch prompts.csv -o sounds --model tiny
+  audioldm2 batch prompts.csv -o sounds --dry-run
+  audioldm2 batch prompts.jsonl -o sounds --format flac --rate 48000
+  audioldm2 batch prompts.txt -o sounds --candidates 4 --keep-all
+  printf 'Rain\\nA bell\\n' | audioldm2 batch - -o sounds --model tiny
+
+exit codes:
+  0  every row has its sound
+  1  some rows have none; they are listed at the end
+  2  an argument is invalid
+  129, 130, 143  stopped by SIGHUP, SIGINT (Ctrl-C) or SIGTERM
+"""
+
+
+def parser() -> Parser:
+    """The parser with all options and their help."""
+    p = Parser("batch", "[options] TABLE -o FOLDER", DESCRIPTION, EXAMPLES)
+    p.add_argument("table", nargs="?", metavar="TABLE", help="the table of prompts; - is standard input")
+    p.add_argument("-o", "--output", metavar="FOLDER", help="folder of the sounds, created if it is missing")
+    p.add_argument(
+        "--table-format",
+        choices=TABLES,
+        help="the table's format (default: by its suffix; for standard input, txt)",
+    )
+    p.add_argument(
+        "--format",
+        choices=TYPES,
+        default="wav",
+        metavar="TYPE",
+        help=f"type of the sound files: {', '.join(TYPES)}; all but wav need soundfile "
+        f"({install_hint('sound')}); the suffix of a row's name takes precedence (default: %(default)s)",
+    )
+    p.add_argument(
+        "--sample-format",
+        choices=SAMPLE_FORMATS,
+        help="16-bit integers or 32-bit floats, for types that have both (default: pcm16)",
+    )
+    p.add_argument(
+        "--rate",
+        type=number(int, 1),
+        metavar="HZ",
+        help="sampling rate to resample the sounds to (default: the checkpoint's, 16000)",
+    )
+    p.add_argument(
+        "--keep-all", action="store_true", help="keep all candidates, not only the best one of each row"
+    )
+    p.add_argument(
+        "--batch-size",
+        type=number(int, 1),
+        default=8,
+        metavar="N",
+        help="the most sounds that are generated at once; more are faster on a GPU and need more memory "
+        "(default: %(default)s)",
+    )
+    p.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="write nothing; print what would be made, and how long it would take on this machine",
+    )
+    add_engine_options(p)
+    add_sound_options(p, seed="one for each row, made from what the row says")
+    add_quality_options(p)
+    add_model_options(p)
+    return p
+
+
+def add_engine_options(p: Parser) -> None:
+    """Add the options that say where the batch runs."""
+    engine = p.add_argument_group("many machines")
+    engine.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="local",
+        help="local is this process; ray is a Ray cluster, each of whose workers has a copy of the model "
+        f"({install_hint('ray')}) (default: %(default)s)",
+    )
+    engine.add_argument(
+        "--address", metavar="ADDRESS", help="of the Ray cluster (default: start one on this machine)"
+    )
+    engine.add_argument(
+        "--workers",
+        type=number(int, 1),
+        metavar="N",
+        help="copies of the model (default: one for each GPU of the cluster, or one if there are none)",
+    )
+
+
+def parse(p: Parser, arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse and check the arguments.
+
+    Args:
+        p: from `parser`.
+        arguments: without the names of the program and the command.
+
+    Raises:
+        SystemExit: with code 2 if one is invalid, and with code 0 for --help and --version.
+    """
+    options, rest = parse_options(p, arguments)
+    if rest:
+        p.error(f"unrecognized arguments: {' '.join(rest)}; there is one table")
+    if options.table is None:
+        p.error(f"the table is missing: {p.prog} prompts.csv -o sounds")
+    if not options.output:
+        p.error(f"the folder is missing: {p.prog} {options.table} -o sounds")
+    if options.engine == "local":
+        for name in ("address", "workers"):
+            if getattr(options, name) is not None:
+                p.error(f"argument --{name}: is for --engine ray")
+    elif options.dry_run:
+        p.error("argument --dry-run: measures this machine; leave out --engine")
+    try:
+        sound_type(f"a.{options.format}", options.sample_format)
+        for name in ("negative", "transcription"):
+            if getattr(options, name) is not None:
+                as_texts(f"--{name}", getattr(options, name), empty=name == "negative")
+    except ValueError as error:
+        p.error(str(error))
+    return options
+
+
+def run(parser: Parser, options: argparse.Namespace) -> int:
+    """Generate the sounds of a table.
+
+    Args:
+        parser: for errors of arguments that are found here.
+        options: as `parse` returns them.
+
+    Returns:
+        The exit code: 0, or 1 if a row has no sound.
+
+    Raises:
+        SystemExit: with code 2 for invalid arguments.
+        Exception: the run failed; what was finished stays.
+    """
+    # These checks come before PyTorch, which takes seconds to import.
+    jobs, invalid = _read_table(parser, options)
+    check_folder_writable(options.output)
+
+    from audioldm2 import batch
+
+    failures: list[Failure] = []
+
+    def failed(failure: Failure) -> None:
+        failure = failure._replace(reason=with_column_names(failure.reason))
+        failures.append(failure)
+        for line in failure.details.splitlines() if options.debug else []:
+            say_beside_bars(line)
+        say_beside_bars(f"error: {failure}")
+
+    for failure in invalid:
+        failed(failure)
+    how: dict[str, Any] = {
+        "file_format": options.format,
+        "sampling_rate": options.rate,
+        "sample_format": options.sample_format,
+        "keep_all": options.keep_all,
+    }
+    pipe, engine = _pipeline_and_engine(parser, options)
+    if options.dry_run:
+        found = batch.estimate(jobs, pipe, options.output, **how)
+        for failure in found.failures:
+            failed(failure)
+        return _print_estimate(found, options, failures)
+    report = batch.run(
+        jobs,
+        pipe,
+        options.output,
+        **how,
+        batch_size=options.batch_size,
+        engine=engine,
+        on_failure=failed,
+    )
+    there = len(report.sounds) - report.generated
+    kept = f", {there} were there" if there else ""
+    line = f"{options.output}: {len(report.sounds)} sounds, {report.generated} new{kept}"
+    unprinted = print_line(clean(line))
+    if unprinted:
+        print_error(f"the sounds were written, but a message to standard output was not: {unprinted}")
+    _print_failures(failures)
+    return 1 if failures or unprinted else 0
+
+
+def _read_table(parser: Parser, options: argparse.Namespace) -> tuple[list[Job], list[Failure]]:
+    """The jobs of the table, with the options as their defaults, and the rows that are not valid."""
+    try:
+        if options.table in STANDARD_INPUT:
+            if sys.stdin is None:
+                raise ValueError("standard input is closed; name a table")
+            if sys.stdin.isatty():
+                parser.error("argument TABLE: standard input is a terminal; redirect a table into it")
+            text = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig", newline="")
+            jobs, failures = parse_jobs(text, options.table_format or "txt", "standard input")
+        else:
+            jobs, failures = read_jobs(options.table, options.table_format)
+    except ValueError as error:
+        parser.error(f"argument TABLE: {error}")
+    defaults = {
+        "negative_prompt": options.negative,
+        "transcription": options.transcription,
+        "audio_length_in_s": options.duration,
+        "num_inference_steps": options.steps,
+        "guidance_scale": options.guidance,
+        "num_waveforms_per_prompt": options.candidates,
+        "scheduler": options.scheduler,
+        "seed": options.seed,
+    }
+    return [job.with_defaults(defaults) for job in jobs], failures
+
+
+def _pipeline_and_engine(parser: Parser, options: argparse.Namespace) -> tuple[Any, Any]:
+    """The pipeline, and the engine; None for the local one."""
+    if options.engine == "local":
+        return load_pipeline(parser, options, of_rows=True), None
+    from audioldm2.engines.ray import RayEngine, has_gpus
+
+    load = loader(parser, options, has_gpu=has_gpus(options.address))
+    # Here the pipeline only plans, so it must not take a GPU's memory.
+    pipe = load_pipeline(
+        parser, options, dataclasses.replace(load, device="cpu", compile=False), of_rows=True
+    )
+    return pipe, RayEngine(load, workers=options.workers)
+
+
+def _print_estimate(found: Any, options: argparse.Namespace, failures: Sequence[Failure]) -> int:
+    for request in found.requests[:MAX_LISTED]:
+        print_line(clean(f"{', '.join(request.files)}: {shorten(request.job.prompt, 100)}"))
+    if len(found.requests) > MAX_LISTED:
+        print_line(f"... and {len(found.requests) - MAX_LISTED} more")
+    print_line(
+        f"{len(found.requests)} rows to generate, {found.sound_seconds:.0f} s of sound, about "
+        f"{duration(found.seconds)} with {options.model} on this machine; {found.finished} rows are finished"
+    )
+    _print_failures(failures)
+    return 1 if failures else 0
+
+
+def _print_failures(failures: Sequence[Failure]) -> None:
+    """List the rows without a sound, if there are any."""
+    if failures:
+        say(f"{len(failures)} rows have no sound:")
+        in_order = sorted(failures, key=lambda failure: int(failure.where.rpartition(":")[2]))
+        for failure in in_order[:MAX_LISTED]:
+            say(f"  {failure}")
+        if len(failures) > MAX_LISTED:
+            say(f"  ... and {len(failures) - MAX_LISTED} more")
+
+
+def duration(seconds: float) -> str:
+    """A time for a reader: "50 s", "3 min" or "2 h 5 min"."""
+    minutes = round(seconds / 60)
+    if seconds < 120:
+        return f"{math.ceil(seconds)} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
