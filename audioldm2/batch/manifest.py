@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -46,7 +46,7 @@ class Manifest:
         self.folder = Path(folder)
         self.path = self.folder / MANIFEST
         self._records: dict[str, Record] = {}
-        self._superseded = False
+        self._outdated = False
         self._lock: int | None = None
 
     def __enter__(self) -> Manifest:
@@ -78,7 +78,7 @@ class Manifest:
             OSError: it cannot be read.
             ValueError: it is not a manifest.
         """
-        self._records, self._superseded = read_manifest(self.path)
+        self._records, self._outdated = read_manifest(self.path)
         return self
 
     def finished(self, request: Request) -> list[Record] | None:
@@ -109,9 +109,16 @@ class Manifest:
         # One write, so that a process that is killed leaves all lines or none.
         self._file.write("".join(map(_line, records)).encode())
         for record in records:
-            self._superseded |= record["file"] in self._records
+            self._outdated |= self._records.pop(record["file"], None) is not None
             self._records[record["file"]] = record
         return added
+
+    def arrange(self, files: Sequence[str]) -> None:
+        """Put the lines of some files first, in their order. The file is rewritten when it is closed."""
+        order = {file: i for i, file in enumerate(files)}
+        arranged = sorted(self._records, key=lambda file: order.get(file, len(order)))
+        self._outdated |= arranged != [*self._records]
+        self._records = {file: self._records[file] for file in arranged}
 
     def _written(self, request: Request, sound: Sound, files: FileOptions) -> list[Record]:
         records = []
@@ -139,10 +146,10 @@ class Manifest:
 
     def _rewrite(self) -> None:
         """Write the manifest anew if it has lines that do not count any more."""
-        if self._superseded:
+        if self._outdated:
             with replacing(self.path) as temporary:
                 temporary.write_bytes("".join(map(_line, self._records.values())).encode())
-            self._superseded = False
+            self._outdated = False
 
     def _unlock(self) -> None:
         if self._lock is not None:

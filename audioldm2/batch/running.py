@@ -123,7 +123,8 @@ def run(
                     records[request.index] = lines
                     generated += len(lines)
                     bar.update(len(lines))
-    lines = [line for index in sorted(records) for line in records[index]]
+        lines = [line for index in sorted(records) for line in records[index]]
+        manifest.arrange([line["file"] for line in lines])
     return Report(lines, failures, generated)
 
 

@@ -1,0 +1,104 @@
+"""Jobs and the tables that they are read from."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from audioldm2.batch import Job, read_jobs
+from audioldm2.batch.jobs import parse_jobs
+
+
+def parsed(text: str, kind: str) -> tuple[list[Job], list[str]]:
+    jobs, failures = parse_jobs(io.StringIO(text, newline=""), kind, "table")
+    return jobs, [str(failure) for failure in failures]
+
+
+def test_a_csv_file_has_the_columns_of_options_and_of_arguments(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.csv"
+    path.write_text(
+        "\ufeffprompt,negative,duration,seed,name,num_inference_steps,guidance,candidates,scheduler\r\n"
+        'Rain,"low, quality",2.5,7,rain.flac,10,2,3,ddim\r\n'
+        "A bell,,,,,,,,\r\n",
+        encoding="utf-8",
+    )
+    jobs, failures = read_jobs(path)
+    assert failures == []
+    assert jobs == [
+        Job("Rain", "rain.flac", "low, quality", None, 2.5, 10, 2.0, 3, scheduler="ddim", seed=7),
+        Job("A bell"),
+    ]
+    assert [job.where for job in jobs] == [f"{path}:2", f"{path}:3"]
+
+
+def test_the_other_formats() -> None:
+    assert parsed("prompt\tseed\nRain, heavy\t3\n", "tsv") == ([Job("Rain, heavy", seed=3)], [])
+    lines = '{"prompt": "Rain", "duration": 1, "seed": null}\n\n"A bell"\n'
+    assert parsed(lines, "jsonl") == ([Job("Rain", audio_length_in_s=1.0), Job("A bell")], [])
+    lines = "Rain\n\n  A bell | ding.wav \r\nWind|\n"
+    jobs, failures = parsed(lines, "txt")
+    assert jobs == [Job("Rain"), Job("A bell", "ding.wav")]
+    assert failures == ["table:4: name is empty; describe the sound"]
+
+
+def test_bad_rows_are_reported_by_their_first_line_and_stop_no_other() -> None:
+    jobs, failures = parsed(
+        'prompt,duration,steps,seed\n"two\nlines",1,2,0\nRain,long,,\nRain,0,,\nRain,,2.5,\nRain,,,-1\n'
+        "Rain,1\n,1,,\nA bell,,,\n",
+        "csv",
+    )
+    assert [job.prompt for job in jobs] == ["two\nlines", "A bell"]
+    assert failures == [
+        "table:4: duration must be a number, got 'long'",
+        "table:5: duration must be from 0 to 3600 seconds, got 0.0",
+        "table:6: steps must be an integer, got '2.5'",
+        "table:7: seed must be an integer from 0 to 9223372036854775807, got -1",
+        "table:8: the row has 2 cells, and the header 4",
+        "table:9: the prompt is missing",
+    ]
+    jobs, failures = parsed('{"prompt": "Rain", "sed": 1}\n{"prompt": 3}\n[1]\n{"prompt"\n"Rain"\n', "jsonl")
+    assert jobs == [Job("Rain")]
+    assert failures[0] == "table:1: unknown column 'sed'; did you mean seed?"
+    assert failures[1] == "table:2: prompt must be text, got 3"
+    assert failures[2] == "table:3: each line is a JSON object or a string, got [1]"
+    assert failures[3].startswith("table:4: not JSON: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "reason"),
+    [
+        (b"text\nRain\n", "csv", "one of them prompt"),
+        (b"prompt,sed\nRain,1\n", "csv", "unknown column 'sed'; did you mean seed?"),
+        (b"prompt,steps,num_inference_steps\nRain,1,2\n", "csv", "two columns of the same setting"),
+        (b'prompt\n"Rain\n', "csv", "unexpected end of data"),
+        (b"\n\n", "txt", "has no prompts"),
+        (b"prompt\n\xff\xfe\n", "csv", "is not UTF-8 text"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_named(tmp_path: Path, content: bytes, kind: str, reason: str) -> None:
+    path = tmp_path / "prompts"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=reason) as caught:
+        read_jobs(path, kind)
+    assert str(path) in str(caught.value)
+    with pytest.raises(ValueError, match=r"unknown type of table; use \.csv"):
+        read_jobs(path)
+
+
+def test_jobs_are_checked_and_hold_pythons_numbers() -> None:
+    job = Job.of({"prompt": "Rain", "steps": np.int64(3), "guidance": np.float32(2)})
+    assert (type(job.num_inference_steps), type(job.guidance_scale)) == (int, float)
+    for value, reason in [
+        ({"prompt": "Rain", "candidates": 0}, "candidates must be an integer of at least 1, got 0"),
+        ({"prompt": "Rain", "guidance_scale": float("nan")}, "guidance_scale must be a finite number"),
+        ({"prompt": "Rain", "scheduler": "euler"}, "scheduler must be one of ddim, dpmsolver"),
+        ({"prompt": "Rain", "name": "x" * 1001}, "name has 1001 characters; at most 1000"),
+        ({"prompt": "Rain", "steps": 1, "num_inference_steps": 2}, "two names of the same setting"),
+        ({"seed": 1}, "the prompt is missing"),
+        (3, "a job is a prompt, a mapping or a Job, got 3"),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=reason):
+            Job.of(value)
