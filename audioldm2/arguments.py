@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from audioldm2.quoting import quoted
 
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 MAX_LENGTH_IN_S = 3600.0  # a larger value is probably a number of samples or milliseconds
 
 
@@ -105,3 +109,49 @@ def check_choice(name: str, value: Any, choices: Sequence[object]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if not any(isinstance(value, type(choice)) and value == choice for choice in choices):
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {quoted(value)}")
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """A flag as bool, False for None; NumPy's are flags, too.
+
+    Raises:
+        TypeError: `value` is not a flag.
+    """
+    if not isinstance(value, bool | None) and type(value).__name__ not in ("bool", "bool_"):
+        raise TypeError(f"{name} must be True or False, got {quoted(value)}")
+    return bool(value)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown name: the nearest known one, or "" if none is near.
+
+    Example:
+        >>> did_you_mean("promt", ["prompt", "latents"])
+        '; did you mean prompt?'
+    """
+    nearest = next(iter(get_close_matches(name, list(known), n=1)), None)
+    return f"; did you mean {nearest}?" if nearest else ""
+
+
+def naming_unknown(name: str, instead: Mapping[str, str]) -> Callable[[FunctionT], FunctionT]:
+    """Decorator: the error of an unknown keyword argument says which known one is meant.
+
+    Args:
+        name: what is called, in the error.
+        instead: what to write in place of an argument that other libraries have.
+    """
+
+    def decorate(function: FunctionT) -> FunctionT:
+        known = inspect.signature(function).parameters
+
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            unknown = next((one for one in kwargs if one not in known), None)
+            if unknown is not None:
+                hint = f"; write {instead[unknown]}" if unknown in instead else did_you_mean(unknown, known)
+                raise TypeError(f"{name} has no argument {quoted(unknown)}{hint}")
+            return function(*args, **kwargs)
+
+        return cast(FunctionT, checked)
+
+    return decorate

@@ -36,6 +36,7 @@ class DiffusersMethods(StageRunner, ABC):
     other_parts: ClassVar[tuple[str, ...]]  # besides the stages: tokenizers, feature extractor and scheduler
     _name_or_path: str
     _revision: str | None
+    _variant: str | None
 
     @abstractmethod
     def vocode(self, mel: Tensor) -> Tensor:
@@ -70,6 +71,11 @@ class DiffusersMethods(StageRunner, ABC):
         parts.
         """
         return self._revision
+
+    @property
+    def variant(self) -> str | None:
+        """The variant of the weights that was loaded, such as "fp16"; None for the main one."""
+        return self._variant
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} on {self.device}, {str(self.dtype).removeprefix('torch.')}"]

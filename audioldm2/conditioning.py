@@ -206,11 +206,12 @@ def condition(
     prompts: list[str] = []
     negatives: list[str] = []
     tokens_2: list[_SecondTokens] = []
+    warned: set[str] = set()  # texts that both tokenizers cut get one warning
     if cond_encoded is None:
         if cond.text is None:
             raise ValueError("pass prompt, or prompt_embeds and generated_prompt_embeds")
         prompts = as_texts(cond.name, cond.text, empty=True)
-        tokens_2 = [_tokenize_second(pipe, prompts, transcription)]
+        tokens_2 = [_tokenize_second(pipe, prompts, transcription, warned)]
     elif transcription is not None:
         check_transcription(transcription, speaks(pipe))
         raise ValueError("transcription goes with prompt; prompt_embeds already contain the words")
@@ -225,11 +226,11 @@ def condition(
     if guided and uncond_encoded is None:
         rows, length = (tokens_2[0] if cond_encoded is None else cond_encoded).mask.shape
         negatives = as_negatives(uncond.text, rows)
-        tokens_2 = [_tokenize_negatives(pipe, negatives, length), *tokens_2]
+        tokens_2 = [_tokenize_negatives(pipe, negatives, length, warned), *tokens_2]
 
     clap = None
     if tokens_2:
-        encoded, clap = _encode(pipe, negatives + prompts, tokens_2, max_new_tokens)
+        encoded, clap = _encode(pipe, negatives + prompts, tokens_2, max_new_tokens, warned)
         if negatives:
             uncond_encoded = Encoded(*(x[: len(negatives)] for x in encoded))
         if prompts:
@@ -250,11 +251,15 @@ def condition(
 
 
 def _encode(
-    pipe: Encoders, texts: list[str], tokens_2: Sequence[_SecondTokens], max_new_tokens: int | None
+    pipe: Encoders,
+    texts: list[str],
+    tokens_2: Sequence[_SecondTokens],
+    max_new_tokens: int | None,
+    warned: set[str],
 ) -> tuple[Encoded, Tensor]:
     """Both encoders, the projection and GPT-2; also returns CLAP's embeddings, (B, 512)."""
     with pipe.progress("Encoding text", 4) as bar:
-        ids, mask = tokenize(pipe, pipe.tokenizer, texts)
+        ids, mask = tokenize(pipe, pipe.tokenizer, texts, warned=warned)
         with pipe.running("text_encoder") as text_encoder:
             clap = text_encoder.text_features(input_ids=ids, attention_mask=mask)  # (B, 512)
         check_finite("text_encoder", clap)
@@ -326,29 +331,36 @@ def check_transcription(transcription: Text | None, is_speech: bool) -> None:
         raise ValueError("this checkpoint speaks: pass transcription, the words to say")
 
 
-def _tokenize_second(pipe: Encoders, prompts: list[str], transcription: Text | None) -> _SecondTokens:
+def _tokenize_second(
+    pipe: Encoders, prompts: list[str], transcription: Text | None, warned: set[str]
+) -> _SecondTokens:
     check_transcription(transcription, speaks(pipe))
     if transcription is None:
-        return _SecondTokens(*tokenize(pipe, pipe.tokenizer_2, prompts))
+        return _SecondTokens(*tokenize(pipe, pipe.tokenizer_2, prompts, warned=warned))
     texts = as_texts("transcription", transcription)
     if len(texts) != len(prompts):
         raise ValueError(f"{len(texts)} transcriptions for {len(prompts)} prompts; give one per prompt")
-    ids, mask = tokenize(pipe, pipe.tokenizer_2, texts, pad_to_limit=True)
+    ids, mask = tokenize(pipe, pipe.tokenizer_2, texts, pad_to_limit=True, warned=warned)
     # VITS's end token takes the place of each row's first padding, which is 0.
     padding = ids == 0
     first = padding & (padding.cumsum(dim=1) == 1)
     return _SecondTokens(ids.masked_fill(first, VITS_END_TOKEN), mask.masked_fill(first, 1))
 
 
-def _tokenize_negatives(pipe: Encoders, negatives: list[str], length: int) -> _SecondTokens:
+def _tokenize_negatives(pipe: Encoders, negatives: list[str], length: int, warned: set[str]) -> _SecondTokens:
     if not speaks(pipe):
-        return _SecondTokens(*tokenize(pipe, pipe.tokenizer_2, negatives, length))
+        return _SecondTokens(*tokenize(pipe, pipe.tokenizer_2, negatives, length, warned=warned))
     shape = (len(negatives), pipe.tokenizer_2.model_max_length)
     return _SecondTokens(None, torch.zeros(shape, dtype=torch.long, device=pipe.device))
 
 
 def tokenize(
-    pipe: Encoders, tokenizer: Any, texts: list[str], length: int | None = None, pad_to_limit: bool = False
+    pipe: Encoders,
+    tokenizer: Any,
+    texts: list[str],
+    length: int | None = None,
+    pad_to_limit: bool = False,
+    warned: set[str] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Tokenize texts, with a warning for each that is cut off.
 
@@ -359,14 +371,17 @@ def tokenize(
         length: pad and cut to this number of tokens; by default, pad to the longest text and cut to the
             limit.
         pad_to_limit: pad to the limit instead.
+        warned: texts that need no other warning; those that are cut off are added.
 
     Returns:
         Token ids and mask, both (B, N); the mask is 1 for tokens and 0 for padding.
     """
     limit = length or token_limit(pipe, tokenizer)
+    warned = set() if warned is None else warned
     for text in texts:
         ids = tokenizer(text, verbose=False).input_ids
-        if len(ids) > limit:
+        if len(ids) > limit and text not in warned:
+            warned.add(text)
             kept = tokenizer(text, max_length=limit, truncation=True).input_ids
             # The end token, if there is one, is kept, so the removed tokens are before it.
             start = next((i for i, (a, b) in enumerate(zip(ids, kept, strict=False)) if a != b), limit)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from audioldm2.arguments import check_choice, check_count, check_number
+from audioldm2.arguments import check_choice, check_count, check_flag, check_number, naming_unknown
 from audioldm2.audio.clap_features import ClapFeatureExtractor
 from audioldm2.audio.log_mel import LogMel, LogMelConfig
 from audioldm2.checkpoints.folder import load_checkpoint, save_parts
@@ -133,6 +133,7 @@ class AudioLDM2Pipeline(DiffusersMethods):
         self.recommended: Mapping[str, Any] = FrozenMapping({})
         self._name_or_path = ""
         self._revision: str | None = None
+        self._variant: str | None = None
         self._settings: dict[str, Any] = {}  # all of the checkpoint's audioldm2.json
 
     @classmethod
@@ -223,6 +224,7 @@ class AudioLDM2Pipeline(DiffusersMethods):
             pipe.check_parts()
         pipe._name_or_path = options.source.name
         pipe._revision = found.revision
+        pipe._variant = variant
         pipe._settings = found.settings
         pipe.recommended = FrozenMapping(found.settings.get(RECOMMENDED, {}))
         return pipe
@@ -321,6 +323,7 @@ class AudioLDM2Pipeline(DiffusersMethods):
             ValueError, TypeError: a prompt or an embedding that cannot be used; the message names it.
         """
         check_count("num_waveforms_per_prompt", num_waveforms_per_prompt)
+        guided = check_flag("do_classifier_free_guidance", do_classifier_free_guidance)
         if max_new_tokens is not None:
             check_count("max_new_tokens", max_new_tokens)
         device = self.device if device is None else named_device(device)
@@ -335,7 +338,7 @@ class AudioLDM2Pipeline(DiffusersMethods):
                     negative_generated_prompt_embeds,
                     negative_attention_mask,
                 ),
-                bool(do_classifier_free_guidance),
+                guided,
                 transcription,
                 max_new_tokens,
                 int(num_waveforms_per_prompt),
@@ -450,6 +453,7 @@ class AudioLDM2Pipeline(DiffusersMethods):
             bar.update()
         return best_first(audio, scores)
 
+    @naming_unknown("the pipeline", {"seed": "generator=torch.Generator().manual_seed(3)"})
     @torch.no_grad()
     def __call__(
         self,

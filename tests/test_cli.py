@@ -211,6 +211,10 @@ BAD_ARGUMENTS = {
     ),
     "too short": ([HAMMER, "--model", "tiny", "--duration", "0.01"], "--duration must be from 0.128 to 3600"),
     "no speech": ([HAMMER, "--model", "tiny", "--transcription", "hi"], "--transcription is for the speech"),
+    "revision of a folder": (
+        [HAMMER, "--model", "tiny", "--revision", "main"],
+        "--revision: tiny is not a repository",
+    ),
     "control characters": ([HAMMER, "--scheduler", "\x1b[31mred\n"], r"\x1b[31mred"),
     "same files": ([HAMMER, "-o", "a.png", "--spectrogram", "./a.png"], "are the same file"),
 }
@@ -238,6 +242,7 @@ def test_other_errors_exit_with_1(fast: list[str], capsys: pytest.CaptureFixture
         "neither a local folder": ["--model", "./nothing"],
         "is a file": ["--model", "file"],
         "model_index.json is missing": ["--model", "folder"],
+        "fp8": ["--variant", "fp8"],
         "the folder of the output path does not exist": ["-o", "nowhere/a.wav"],
         "is a folder": ["-o", "folder"],
         "folder/: the output path is a folder": ["-o", "folder/"],
@@ -349,7 +354,7 @@ def test_errors_use_the_options_names_and_print_no_secrets(
         (RuntimeError("b'Bearer secret-of-mine\\n' is illegal"), 1, r"b'Bearer ***\n' is illegal"),
         (RuntimeError("Bearer abcdef, hf_abcdefgh123"), 1, "Bearer *** ***"),
         (RuntimeError("\x1b]0;title\x07 \u202e \udcff"), 1, r"\x1b]0;title\x07 \u202e \udcff"),
-        (RuntimeError("a" * 300_000 + "z" * 300_000), 1, f"{'a' * 330} ... {'z' * 330}"),
+        (RuntimeError("a" * 300_000 + "z" * 300_000), 1, f"{'a' * 328}...{'z' * 328}"),
         (OSError(28, "No space left on device"), 1, "No space left on device"),
         (RuntimeError(), 1, "RuntimeError"),
     ]:

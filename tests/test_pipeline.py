@@ -293,6 +293,12 @@ BAD = {
         ValueError,
         "do not go with",
     ),
+    "typo": ({"promt": HAMMER}, TypeError, "the pipeline has no argument 'promt'; did you mean prompt"),
+    "seed": (
+        {"prompt": HAMMER, "seed": 3},
+        TypeError,
+        r"no argument 'seed'; write generator=torch.Generator\(\).manual_seed",
+    ),
     "more vectors than positions": ({"prompt": HAMMER, "max_new_tokens": 500}, ValueError, "n_positions"),
 }
 
@@ -304,6 +310,12 @@ def test_bad_arguments_are_refused_in_one_line(
     with pytest.raises(kind, match=message) as caught:
         base.ours(**arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_guidance_of_encode_prompt_is_a_flag(base: Both) -> None:
+    with pytest.raises(TypeError, match="do_classifier_free_guidance must be True or False, got 'x'"):
+        base.ours.encode_prompt("", do_classifier_free_guidance="x")
+    assert len(base.ours.encode_prompt("", do_classifier_free_guidance=np.bool_(False))[0]) == 1
 
 
 def test_a_transcription_is_needed_for_each_prompt_of_a_speech_checkpoint(speech: Both) -> None:

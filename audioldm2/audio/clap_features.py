@@ -173,11 +173,11 @@ class ClapFeatureExtractor:
             CheckpointError: the checkpoint cannot be found or read, or a setting is not supported.
         """
         from audioldm2.checkpoints.errors import CheckpointError
-        from audioldm2.checkpoints.hub import Source, checkpoint_folder
+        from audioldm2.checkpoints.hub import Source, check_subfolder, checkpoint_folder
         from audioldm2.checkpoints.tensors import read_json
 
         source = Source(repo_or_folder, None, revision, cache_dir, token, local_files_only)
-        name = "preprocessor_config.json"
+        name, subfolder = "preprocessor_config.json", check_subfolder(subfolder)
         path = checkpoint_folder(source, [subfolder], first_file=name, weights=False) / subfolder / name
         content = read_json(path)
         try:

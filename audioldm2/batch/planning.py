@@ -153,6 +153,7 @@ def plan(jobs: Sequence[Job], pipe: AudioLDM2Pipeline, files: FileOptions) -> Pl
             "sampling_rate": rate,
             "checkpoint": pipe.name_or_path,
             "revision": pipe.revision,
+            "variant": pipe.variant,
             "dtype": str(pipe.dtype).removeprefix("torch."),
         }
         key = _digest({**stored, "sampler": dict(sampler.config), "files": dataclasses.asdict(files)})

@@ -47,7 +47,7 @@ from audioldm2.checkpoints.formats import (
     write_index,
     write_json,
 )
-from audioldm2.checkpoints.hub import Source, checkpoint_folder, revision_of
+from audioldm2.checkpoints.hub import Source, check_subfolder, checkpoint_folder, revision_of
 from audioldm2.checkpoints.options import Dtypes, SaveOptions, part_dtype
 from audioldm2.checkpoints.recommended import RECOMMENDED, SETTINGS_FILE, check_recommended, read_settings
 from audioldm2.checkpoints.tensors import WeightFiles, check_file, read_json
@@ -79,13 +79,14 @@ MAX_TOKENIZER_BYTES = 10 * 2**20  # of a file; the largest one of a real checkpo
 def load_pretrained_stage(
     stage_class: type[StageT],
     source: Source,
-    subfolder: str = "",
+    subfolder: str | None = "",
     dtype: Dtypes = None,
     device: torch.device | str = "cpu",
 ) -> StageT:
     """Find a checkpoint, download it if necessary, and load a stage; see `Stage.from_pretrained`."""
     # A subclass is loaded from the checkpoints of the stage that it extends.
     form = dataclasses.replace(format_of(stage_class), stage=stage_class)
+    subfolder = check_subfolder(subfolder)
     folder = checkpoint_folder(source, [subfolder])
     return load_stage(
         folder / subfolder, form, part_dtype(dtype, folder), device, source.variant, source.use_safetensors

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 
@@ -121,6 +122,21 @@ def needed_files(
         if file is not None:
             needed.append(inside[file])
     return sorted(needed)
+
+
+def check_subfolder(subfolder: Any) -> str:
+    """A part's folder in a checkpoint as text, "" for None.
+
+    Raises:
+        TypeError: it is not text or a path.
+        ValueError: it leaves the checkpoint.
+    """
+    if not isinstance(subfolder, str | os.PathLike | None):
+        raise TypeError(f'subfolder must be text, such as "unet", got {quoted(subfolder)}')
+    text = os.fspath(subfolder or "")
+    if os.path.isabs(text) or ".." in re.split(r"[/\\]", text) or "\0" in text:
+        raise ValueError(f"subfolder must be a folder in the checkpoint, got {quoted(text)}")
+    return text
 
 
 def checkpoint_folder(

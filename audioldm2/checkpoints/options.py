@@ -12,12 +12,12 @@ import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 
+from audioldm2.arguments import check_flag, did_you_mean
 from audioldm2.checkpoints.hub import Source, default_dtype
 from audioldm2.quoting import quoted
 from audioldm2.runtime.device import available_device, default_accelerator
@@ -32,7 +32,8 @@ MAX_SHARD_SIZE = "10GB"
 
 _DTYPE_NAMES: dict[str, torch.dtype] = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 _DTYPE_NAMES |= {"float": torch.float32, "half": torch.float16, "double": torch.float64}
-_VARIANT = re.compile(r"\w[\w.-]*", re.ASCII)
+MAX_VARIANT = 100  # characters; file systems allow 255 in the names of the weight files
+_VARIANT = re.compile(rf"\w[\w.-]{{0,{MAX_VARIANT - 1}}}", re.ASCII)
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", re.IGNORECASE)
 _NO_ONNX = "this package runs PyTorch only"
 _NO_SPLITTING = "load on one device, and call pipe.enable_model_cpu_offload() if memory is short"
@@ -129,10 +130,10 @@ def load_options(
             "checkpoint's"
         )
     _refuse(others, "from_pretrained", load_options, part_names, _LOADING_INSTEAD)
-    _check_flag("low_cpu_mem_usage", low_cpu_mem_usage)
-    _check_flag("use_safetensors", use_safetensors)
-    offline = _check_flag("local_files_only", local_files_only)
-    again = _check_flag("force_download", force_download)
+    check_flag("low_cpu_mem_usage", low_cpu_mem_usage)
+    check_flag("use_safetensors", use_safetensors)
+    offline = check_flag("local_files_only", local_files_only)
+    again = check_flag("force_download", force_download)
     if offline and again:
         raise ValueError("local_files_only and force_download contradict each other; pass one of them")
     if not isinstance(token, str | bool | None):
@@ -296,7 +297,7 @@ def save_options(
     given = [x for x in (folder, save_directory) if x is not None]
     if len(given) != 1 or not isinstance(given[0], str | os.PathLike) or not os.fspath(given[0]):
         raise TypeError(f"save_pretrained() needs one folder, got {', '.join(map(quoted, given)) or 'none'}")
-    if not _check_flag("is_main_process", is_main_process):
+    if not check_flag("is_main_process", is_main_process):
         raise ValueError(
             "is_main_process=False is not supported: call save_pretrained in the main process only"
         )
@@ -308,7 +309,7 @@ def save_options(
         raise ValueError(
             f"save_pretrained() cannot find the folder {quoted(str(given[0]))}: {error}"
         ) from error
-    safe = True if safe_serialization is None else _check_flag("safe_serialization", safe_serialization)
+    safe = True if safe_serialization is None else check_flag("safe_serialization", safe_serialization)
     return path, SaveOptions(safe, _checked_variant(variant), _bytes(max_shard_size))
 
 
@@ -337,14 +338,11 @@ def _checked_variant(variant: Any) -> str | None:
     if variant is None or variant == "":
         return None
     if not isinstance(variant, str) or not _VARIANT.fullmatch(variant):
-        raise ValueError(f'variant must be a part of file names, such as "fp16", got {quoted(variant)}')
+        raise ValueError(
+            f'variant must be a part of file names, such as "fp16", of at most {MAX_VARIANT} characters, got '
+            f"{quoted(variant)}"
+        )
     return variant
-
-
-def _check_flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool | None):
-        raise TypeError(f"{name} must be True or False, got {quoted(value)}")
-    return bool(value)
 
 
 def _refuse(
@@ -369,6 +367,5 @@ def _refuse(
                 raise ValueError(f"{function}({name}=...) is not supported: {instead[name]}")
             continue
         known = [*inspect.signature(options).parameters, *part_names]
-        nearest = get_close_matches(name, [one for one in known if one not in ("others", "part_names")], 1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        hint = did_you_mean(name, [one for one in known if one not in ("others", "part_names")])
         raise TypeError(f"{function}() has no argument {quoted(name)}{hint}")

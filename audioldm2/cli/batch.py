@@ -15,7 +15,7 @@ from audioldm2.atomic import check_folder_writable
 from audioldm2.audio.file_types import SAMPLE_FORMATS, SOUND_TYPES, sound_type
 from audioldm2.batch.jobs import TABLES, Failure, Job, parse_jobs, read_jobs
 from audioldm2.cli.loading import load_pipeline, loader
-from audioldm2.cli.messages import clean, print_error, say, say_beside_bars, shorten, with_column_names
+from audioldm2.cli.messages import clean, print_error, say, say_beside_bars, with_column_names
 from audioldm2.cli.options import (
     Parser,
     add_model_options,
@@ -27,6 +27,7 @@ from audioldm2.cli.options import (
 from audioldm2.cli.process import print_line
 from audioldm2.cli.prompts import STANDARD_INPUT
 from audioldm2.extras import install_hint
+from audioldm2.quoting import shortened
 
 ENGINES = ("local", "ray")
 MAX_LISTED = 20  # failures at the end
@@ -276,7 +277,7 @@ def _pipeline_and_engine(parser: Parser, options: argparse.Namespace) -> tuple[A
 
 def _print_estimate(found: Any, options: argparse.Namespace, failures: Sequence[Failure]) -> int:
     for request in found.requests[:MAX_LISTED]:
-        print_line(clean(f"{', '.join(request.files)}: {shorten(request.job.prompt, 100)}"))
+        print_line(clean(f"{', '.join(request.files)}: {shortened(request.job.prompt, 100)}"))
     if len(found.requests) > MAX_LISTED:
         print_line(f"... and {len(found.requests) - MAX_LISTED} more")
     print_line(

@@ -16,7 +16,7 @@ from audioldm2.atomic import check_writable
 from audioldm2.audio.file_types import SAMPLE_FORMATS, image_type, sound_type
 from audioldm2.cli.commands import PROGRAM, hint, overview
 from audioldm2.cli.loading import arguments_of, load_pipeline
-from audioldm2.cli.messages import clean, print_error, say, shorten
+from audioldm2.cli.messages import clean, print_error, say
 from audioldm2.cli.options import (
     STANDARD_OUTPUT,
     Parser,
@@ -30,6 +30,7 @@ from audioldm2.cli.process import give_up, print_line
 from audioldm2.cli.profiling import Profile, check_trace_name
 from audioldm2.cli.prompts import STANDARD_INPUT, read_prompt
 from audioldm2.extras import install_hint
+from audioldm2.quoting import shortened
 
 MAX_TITLE = 100  # characters of the prompt that are drawn above a spectrogram
 DESCRIPTION = """\
@@ -219,7 +220,7 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
     name = "standard output" if to_stdout else options.output
     failure = _report(f"{name}: {len(best) / rate:.2f} s at {rate} Hz, seed {seed}", to_stdout)
     if options.spectrogram is not None:
-        save_spectrogram(options.spectrogram, best, rate, title=clean(shorten(options.prompt, MAX_TITLE)))
+        save_spectrogram(options.spectrogram, best, rate, title=clean(shortened(options.prompt, MAX_TITLE)))
         failure = _report(f"{options.spectrogram}: spectrogram of {name}", to_stdout) or failure
     if options.profile is not None:
         times = profile.save(options.profile)

@@ -29,6 +29,8 @@ class Loader:
         device: of the stages.
         scheduler: the name of a sampler in `SAMPLERS`.
         compile: whether to compile the stages.
+        variant: weights of a variant, such as "fp16".
+        revision: branch, tag or commit on the Hub.
     """
 
     model: str
@@ -36,6 +38,8 @@ class Loader:
     device: str
     scheduler: str
     compile: bool = False
+    variant: str | None = None
+    revision: str | None = None
 
     def __call__(self) -> AudioLDM2Pipeline:
         """Load the checkpoint.
@@ -48,7 +52,13 @@ class Loader:
         from audioldm2.pipeline import AudioLDM2Pipeline
 
         sampler = _sampler(self.scheduler)
-        pipe = AudioLDM2Pipeline.from_pretrained(self.model, torch_dtype=self.dtype, device=self.device)
+        pipe = AudioLDM2Pipeline.from_pretrained(
+            self.model,
+            torch_dtype=self.dtype,
+            device=self.device,
+            variant=self.variant,
+            revision=self.revision,
+        )
         if not isinstance(pipe.scheduler, sampler):
             pipe.scheduler = sampler.from_config(pipe.scheduler.config)
         if self.compile:
@@ -79,7 +89,15 @@ def loader(parser: Parser, options: argparse.Namespace, has_gpu: bool | None = N
         except ValueError as error:
             parser.error(f"argument --device: {error}")
     dtype = options.dtype or ("float16" if device.startswith("cuda") else "float32")
-    return Loader(options.model, dtype, device, options.scheduler, options.compile)
+    return Loader(
+        options.model,
+        dtype,
+        device,
+        options.scheduler,
+        options.compile,
+        options.variant,
+        options.revision,
+    )
 
 
 def load_pipeline(
@@ -99,8 +117,12 @@ def load_pipeline(
         ValueError: an argument is out of range for this checkpoint.
     """
     load = load or loader(parser, options)
-    say(f"loading {options.model}", options.quiet)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from audioldm2.checkpoints.hub import TINY
+
+    say(f"loading {options.model}", options.quiet)
+    if options.revision is not None and (options.model == TINY or os.path.isdir(options.model)):
+        parser.error(f"argument --revision: {options.model} is not a repository on the Hub; leave it out")
     _check_with_checkpoint(options, _sampler(options.scheduler), of_rows)
     pipe = load()
     pipe.set_progress_bar_config(disable=options.quiet, file=sys.stderr)
@@ -142,7 +164,7 @@ def _check_with_checkpoint(options: argparse.Namespace, sampler: Any, of_rows: b
     from audioldm2.decoding import frames_and_samples
 
     names = ("scheduler", "unet", "vae", "vocoder")
-    source = Source(options.model)
+    source = Source(options.model, options.variant, options.revision)
     folder = checkpoint_folder(source, ["", *names], first_file=INDEX, check=read_index, weights=False)
     speaks = read_index(folder)["text_encoder_2"] == "VitsModel"
     if options.transcription is not None or not of_rows:

@@ -10,7 +10,7 @@ from typing import Any
 
 from audioldm2.checkpoints.errors import CheckpointError
 from audioldm2.cli.commands import PROGRAM as PROGRAM
-from audioldm2.quoting import printable
+from audioldm2.quoting import printable, shortened
 
 MAX_LENGTH = 600  # of an error, in characters
 MAX_QUOTATION = 80  # in a warning
@@ -39,15 +39,9 @@ def clean(text: str) -> str:
     return printable(_TOKEN.sub("***", text), limit=None)
 
 
-def shorten(text: str, length: int) -> str:
-    """A text of at most about `length` characters: its beginning and its end."""
-    half = length // 2
-    return text if len(text) <= length else f"{text[:half]} ... {text[-half:]}"
-
-
 def shorten_quotations(text: str) -> str:
     """A text with the middle of long quotations left out, such as that of a prompt."""
-    return _QUOTATION.sub(lambda match: match[1] + shorten(match[2], MAX_QUOTATION) + match[1], text)
+    return _QUOTATION.sub(lambda match: match[1] + shortened(match[2], MAX_QUOTATION) + match[1], text)
 
 
 def summary(text: str) -> str:
@@ -55,8 +49,8 @@ def summary(text: str) -> str:
     lines = [line.strip() for line in text.strip().splitlines()]
     start = " ".join(lines[:2])
     if len(lines) > 2:
-        start = f"{shorten(start, MAX_LENGTH)} (and {len(lines) - 2} more lines; --debug prints them)"
-    return clean(shorten(start, MAX_LENGTH + 60))
+        start = f"{shortened(start, MAX_LENGTH)} (and {len(lines) - 2} more lines; --debug prints them)"
+    return clean(shortened(start, MAX_LENGTH + 60))
 
 
 def reason(error: Exception) -> str:
@@ -110,8 +104,7 @@ def say_beside_bars(text: str) -> None:
 class Warnings:
     """Prints warnings as one line each; takes the place of `warnings.showwarning`.
 
-    A warning that begins like an earlier one is not printed: both encoders warn about a long prompt, for
-    example.
+    A warning that begins like an earlier one is not printed, such as that of a prompt that is used again.
     """
 
     def __init__(self) -> None:
@@ -120,7 +113,7 @@ class Warnings:
     def __call__(self, message: Warning | str, *where: Any, **more: Any) -> None:
         text = _ARGUMENT.sub(lambda match: OPTIONS[match[1]], " ".join(str(message).split()))
         text = shorten_quotations(text)
-        text = clean(shorten(text, MAX_LENGTH))
+        text = clean(shortened(text, MAX_LENGTH))
         beginning = text[: MAX_QUOTATION // 2]
         if beginning not in self.seen:
             self.seen.add(beginning)

@@ -7,11 +7,10 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from difflib import get_close_matches
 from typing import Any, NoReturn, TypeVar
 
 from audioldm2 import __version__
-from audioldm2.arguments import MAX_LENGTH_IN_S, check_length
+from audioldm2.arguments import MAX_LENGTH_IN_S, check_length, did_you_mean
 from audioldm2.cli.commands import PROGRAM
 from audioldm2.cli.messages import OPTIONS, summary
 from audioldm2.schedulers import SAMPLERS
@@ -130,6 +129,12 @@ def add_model_options(p: argparse.ArgumentParser) -> None:
         "path of a folder, or tiny (default: %(default)s)",
     )
     machine.add_argument(
+        "--variant", metavar="NAME", help='weights of a variant of the checkpoint, such as "fp16"'
+    )
+    machine.add_argument(
+        "--revision", metavar="NAME", help="branch, tag or commit of a repository on the Hub (default: main)"
+    )
+    machine.add_argument(
         "--device", type=_device, help="cpu, cuda, cuda:1, mps or xpu (default: cuda if available, or cpu)"
     )
     machine.add_argument(
@@ -222,6 +227,5 @@ def suggestion(unknown: str, names: Sequence[str]) -> str:
     name = unknown.partition("=")[0]
     if name in ("--prompt", "--text", "-p"):
         return f'; the prompt needs no option: {PROGRAM} "Slow rain on a tin roof"'
-    nearest = OPTIONS.get(name.lstrip("-").replace("-", "_"))
-    nearest = nearest or next(iter(get_close_matches(name, names, n=1)), None)
-    return f"; did you mean {nearest}?" if nearest else ""
+    renamed = OPTIONS.get(name.lstrip("-").replace("-", "_"))
+    return f"; did you mean {renamed}?" if renamed else did_you_mean(name, names)

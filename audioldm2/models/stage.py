@@ -136,7 +136,7 @@ class Stage(nn.Module, Generic[ConfigT]):
             low_cpu_mem_usage=low_cpu_mem_usage,
             others=others,
         )
-        return load_pretrained_stage(cls, options.source, subfolder or "", options.dtype, options.device)
+        return load_pretrained_stage(cls, options.source, subfolder, options.dtype, options.device)
 
     def save_pretrained(
         self,

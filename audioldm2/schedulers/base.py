@@ -243,7 +243,10 @@ class Scheduler(Configurable, ABC):
         """
         try:
             listed = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)
-            values = [int(value) if value == int(value) else None for value in listed]
+            values = [
+                int(value) if value == int(value) and not isinstance(value, bool) else None
+                for value in listed
+            ]
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"timesteps must be a list of integers, got {quoted(timesteps)}") from error
         steps = [value for value in values if value is not None]

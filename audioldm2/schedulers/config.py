@@ -341,7 +341,7 @@ class Configurable:
         **overrides: Any,
     ) -> tuple[dict[str, Any], Path, dict[str, Any]]:
         """The content of a checkpoint's config file, its path, and the arguments that are settings."""
-        from audioldm2.checkpoints.hub import Source, checkpoint_folder
+        from audioldm2.checkpoints.hub import Source, check_subfolder, checkpoint_folder
         from audioldm2.checkpoints.tensors import read_json
 
         source = Source(
@@ -353,7 +353,7 @@ class Configurable:
             local_files_only,
             force_download=force_download,
         )
-        inside = ("", "scheduler") if subfolder is None else (subfolder,)
+        inside = ("", "scheduler") if subfolder is None else (check_subfolder(subfolder),)
         folder = checkpoint_folder(source, [inside[-1]], first_file=cls.config_name)
         paths = [folder / name / cls.config_name for name in inside]
         path = next((path for path in paths if path.is_file()), paths[-1])

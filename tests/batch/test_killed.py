@@ -1,4 +1,4 @@
-"""The command `audioldm2 batch`, killed at random moments and started again: nothing lost, twice or broken."""
+"""The command `audioldm2 batch`, killed at random moments and started again."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from audioldm2 import AudioLDM2Pipeline, UNet
+from audioldm2 import AudioLDM2Pipeline, ClapFeatureExtractor, DDIMScheduler, UNet
 from audioldm2.checkpoints import pickled, tensors
 from audioldm2.checkpoints.agreement import check_tokenizer
 from audioldm2.checkpoints.errors import CheckpointError, MissingCheckpointError
@@ -568,6 +568,15 @@ def test_a_forgotten_subfolder_and_one_too_many(checkpoint: Path) -> None:
     assert message == f'{checkpoint / "config.json"} is missing; pass the part\'s folder, subfolder="unet"'
     message = missing(lambda: AudioLDM2Pipeline.from_pretrained(checkpoint / "unet"))
     assert message == f"{checkpoint / 'unet' / INDEX} is missing; pass {checkpoint}, which contains all parts"
+
+
+@pytest.mark.parametrize("part", [UNet, DDIMScheduler, ClapFeatureExtractor])
+def test_a_subfolder_is_in_the_checkpoint(part: Any) -> None:
+    with pytest.raises(TypeError, match=r'^subfolder must be text, such as "unet", got 3$'):
+        part.from_pretrained("tiny", subfolder=3)
+    for subfolder in ("../unet", "unet/../../x", "..\\x", "/unet", "a\0"):
+        with pytest.raises(ValueError, match=r"^subfolder must be a folder in the checkpoint, got '"):
+            part.from_pretrained("tiny", subfolder=subfolder)
 
 
 # --- tokens

@@ -141,6 +141,9 @@ def test_given_timesteps(eta):
     assert torch.equal(last, run(ordinary, ordinary.timesteps[-1:], middle))
     with pytest.raises(ValueError, match="timestep 300 is not in this sampling run"):
         given.step(NOISE, 300, NOISE)
+    for wrong in ([True], torch.tensor([True]), [3.5], "x", 3):
+        with pytest.raises(ValueError, match="timesteps must be"):
+            given.set_timesteps(timesteps=wrong)
     with pytest.raises(ValueError, match="num_inference_steps is 4, but there are 3 timesteps"):
         given.set_timesteps(4, timesteps=[999, 499, 99])
 
