@@ -35,6 +35,8 @@ def test_python_snippets_and_audioldm2_commands_run(folder: Path, monkeypatch: p
         if language == "python":
             exec(compile(code, "README.md", "exec"), names)
             python += 1
+        if language == "csv":
+            Path("prompts.csv").write_text(code)
         for line in code.splitlines() if language == "bash" else []:
             words = shlex.split(line, comments=True)
             if words[:1] == ["audioldm2"] and "--help" not in words:
@@ -43,6 +45,8 @@ def test_python_snippets_and_audioldm2_commands_run(folder: Path, monkeypatch: p
     assert python >= 5
     assert commands >= 6
     assert (folder / "A rising sweep.wav").stat().st_size > 100_000
+    assert len(list((folder / "sounds").glob("*.wav"))) == 6
+    assert len(list((folder / "sounds").glob("*.flac"))) == 6
     assert names["noise"].shape == (1, 4, 64, 16)
     assert len(names["seen"]) == 5
 
