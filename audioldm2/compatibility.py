@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from audioldm2.arguments import as_texts, check_count
 from audioldm2.checkpoints.formats import pipeline_config
@@ -17,6 +16,7 @@ from audioldm2.conditioning import Text, tokenize
 from audioldm2.noise import Generators
 from audioldm2.runtime.device import named_device
 from audioldm2.runtime.precision import check_dtype, stage_device, stage_dtype
+from audioldm2.runtime.progress import notebook_screen, progress_bar, tqdm
 from audioldm2.runtime.stages import StageRunner
 from audioldm2.sampling import CALLBACK_TENSORS, initial_latents
 from audioldm2.tensors import check_finite, check_tensor
@@ -270,7 +270,7 @@ class DiffusersMethods(StageRunner, ABC):
         """
         if (iterable is None) == (total is None):
             raise ValueError("progress_bar takes either an iterable or a total")
-        return tqdm(iterable, **{"total": total, **self._progress})
+        return progress_bar(iterable, notebook_screen(), {"total": total, **self._progress})
 
     def enable_sequential_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str = "cuda"

@@ -587,7 +587,7 @@ class AudioLDM2Pipeline(DiffusersMethods):
             with (
                 self._run_of(len(scheduler.timesteps), float(guidance_scale)),
                 self.running("unet") as unet,
-                self.progress("Denoising", steps) as bar,
+                self.progress("Denoising", steps, main=True) as bar,
             ):
                 latents = denoise(
                     unet,

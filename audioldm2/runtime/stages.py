@@ -16,7 +16,6 @@ from weakref import WeakSet
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from audioldm2.models.stage import Stage
 from audioldm2.quoting import quoted
@@ -27,6 +26,7 @@ from audioldm2.runtime.foreign import adapted
 from audioldm2.runtime.offload import Offload
 from audioldm2.runtime.precision import cast, check_dtype, stage_device, stage_dtype
 from audioldm2.runtime.profiling import recorded
+from audioldm2.runtime.progress import NotebookScreen, notebook_screen, progress_bar, tqdm
 
 RunnerT = TypeVar("RunnerT", bound="StageRunner")
 P = ParamSpec("P")
@@ -48,11 +48,12 @@ class StageRunner:
         self._working: tuple[str, nn.Module] | None = None
         self._depth = 0
         self._progress: dict[str, Any] = {}
+        self._screen: NotebookScreen | None = None  # for the progress bars of one generation
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**vars(self), "_offload": None if self._offload is None else self._offload.device}
         # A copy is not in the middle of a generation, and compiled code is not copied.
-        for name in ("_lock", "_compiled", "_fast", "_working", "_depth"):
+        for name in ("_lock", "_compiled", "_fast", "_working", "_depth", "_screen"):
             del state[name]
         return state
 
@@ -189,9 +190,19 @@ class StageRunner:
         """The options of `set_progress_bar_config`."""
         return dict(self._progress)
 
-    def progress(self, description: str, total: int, **options: Any) -> tqdm[Any]:
-        """A progress bar with the options of `set_progress_bar_config`, before which `options` go."""
-        return tqdm(**{"desc": description, "total": total, **self._progress, **options})
+    def progress(self, description: str, total: int, *, main: bool = False, **options: Any) -> tqdm[Any]:
+        """A progress bar with the options of `set_progress_bar_config`.
+
+        Args:
+            description: text before the bar.
+            total: number of steps.
+            main: whether it is the one bar of a generation that stays in a notebook (see `runtime.progress`).
+            options: tqdm's, which take precedence.
+        """
+        options = {"desc": description, "total": total, **self._progress, **options}
+        leave = main or self._depth == 0
+        return progress_bar(None, self._screen or notebook_screen(), options, leave)
+
 
     def part(self, name: str) -> Any:
         """The part `name` with the interface of this package's, whatever is in its place.
@@ -314,10 +325,14 @@ class StageRunner:
     def generation(self) -> Iterator[None]:
         """Hold the pipeline's lock; at the end, also after an error, free the offload device."""
         with self._lock:
+            if self._depth == 0:
+                self._screen = notebook_screen()
             self._depth += 1
             try:
                 yield
             finally:
                 self._depth -= 1
+                if self._depth == 0:
+                    self._screen = None
                 if self._offload is not None and self._depth == 0:
                     self._offload.release()
