@@ -78,17 +78,19 @@ class DiffusersMethods(StageRunner, ABC):
         return self._variant
 
     def __repr__(self) -> str:
-        lines = [f"{type(self).__name__} on {self.device}, {str(self.dtype).removeprefix('torch.')}"]
+        sizes = {name: sum(p.numel() for p in stage.parameters()) for name, stage in self.stages.items()}
+        source = f" {self.name_or_path!r}" if self.name_or_path else ""
+        dtype = _dtype_name(self.dtype)
+        lines = [f"{type(self).__name__}{source} on {self.device}, {dtype}, {_count(sum(sizes.values()))}"]
         for name, part in self.components.items():
-            size = ""
-            if name in self.stage_names:
-                millions = sum(p.numel() for p in part.parameters()) / 1e6
-                size = f", {millions:.1f} M parameters"
+            details = ""
+            if name in sizes:
+                details = f", {_count(sizes[name])}"
                 if stage_dtype(part) != self.dtype:
-                    size += f", {str(stage_dtype(part)).removeprefix('torch.')}"
+                    details += f", {_dtype_name(stage_dtype(part))}"
                 if stage_device(part) != stage_device(getattr(self, self.main_stage)):
-                    size += f", on {stage_device(part)}"
-            lines.append(f"  {name}: {type(part).__name__}{size}")
+                    details += f", on {stage_device(part)}"
+            lines.append(f"  {name}: {type(part).__name__}{details}")
         return "\n".join(lines)
 
     @property
@@ -314,3 +316,13 @@ class DiffusersMethods(StageRunner, ABC):
 
     def maybe_free_model_hooks(self) -> None:
         """Accepted for diffusers: a generation frees the offload device at its end by itself."""
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _count(parameters: int) -> str:
+    """A number of parameters in millions, or in thousands below a tenth of a million."""
+    size = f"{parameters / 1e6:,.1f} M" if parameters >= 1e5 else f"{parameters / 1e3:.1f} k"
+    return f"{size} parameters"

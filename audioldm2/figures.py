@@ -107,11 +107,11 @@ def color_bar(figure: Any, image: Any, axes: Any, label: str) -> None:
     bar.ax.tick_params(labelsize=SMALL)
 
 
-def png(figure: Any) -> bytes:
-    """A figure as a PNG file."""
+def png(figure: Any, dpi: int = DPI) -> bytes:
+    """A figure as a PNG file of `dpi` pixels per inch."""
     file = io.BytesIO()
     with _quiet():
-        figure.savefig(file, format="png")
+        figure.savefig(file, format="png", dpi=dpi)
     return file.getvalue()
 
 

@@ -52,6 +52,12 @@ class AudioPipelineOutput(Output):
             f"{type(self).__name__}(audios={what}, sampling_rate={self.sampling_rate}, scores={self.scores})"
         )
 
+    def _repr_html_(self) -> str:
+        """Players and pictures of the sounds, in a notebook."""
+        from audioldm2.notebook import output_html  # only now, as it imports all of plots
+
+        return output_html(self)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.audios, self.sampling_rate, self.scores)
 
