@@ -203,7 +203,6 @@ class StageRunner:
         leave = main or self._depth == 0
         return progress_bar(None, self._screen or notebook_screen(), options, leave)
 
-
     def part(self, name: str) -> Any:
         """The part `name` with the interface of this package's, whatever is in its place.
 

@@ -89,13 +89,17 @@ def test_a_generation_in_a_callback_has_its_bars_below(tiny: AudioLDM2Pipeline, 
     assert text.splitlines()[-1].startswith("Denoising: 100%|██████████| 2/2 [")
 
 
-def test_bars_of_a_callers_own(tiny: AudioLDM2Pipeline, cell: Cell) -> None:
+def test_bars_outside_of_a_generation_stay(tiny: AudioLDM2Pipeline, cell: Cell) -> None:
     for _ in tiny.progress_bar(range(3)):
         pass
+    with tiny.progress("Sounds", 2, unit=" sound") as bar:
+        bar.update(2)
     tiny.set_progress_bar_config(disable=True)
     sound(tiny)
-    (text,) = cell.outputs.values()
-    assert text.startswith("100%|██████████| 3/3 [")
+    first, second = cell.outputs.values()
+    assert first.startswith("100%|██████████| 3/3 [")
+    assert second.startswith("Sounds: 100%|██████████| 2/2 [")
+    assert second.endswith("sound/s]")
 
 
 def test_elsewhere_bars_go_to_standard_error(
