@@ -306,9 +306,9 @@ def test_attention_has_a_panel_for_each_layer_with_words_or_vectors(made: Any) -
             plot_attention(attention, **arguments)
 
 
-def test_a_figure_shows_itself_in_a_notebook_and_can_be_copied() -> None:
+def test_a_figure_shows_itself_in_a_notebook_also_as_a_copy() -> None:
     pytest.importorskip("matplotlib")
     figure = plot_waveform(np.zeros(5), 16000, title="\N{CJK UNIFIED IDEOGRAPH-97F3}")
-    assert figure._repr_png_()[:8] == b"\x89PNG\r\n\x1a\n"
     again = pickle.loads(pickle.dumps(figure))
-    assert again._repr_png_() == figure._repr_png_()
+    assert again._repr_png_.args == (again,)
+    assert again._repr_png_()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -63,7 +63,7 @@ def test_a_generation_leaves_one_line(
     tiny: AudioLDM2Pipeline, cell: Cell, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("audioldm2.decoding.FRAMES_AT_ONCE", 8)  # sounds are decoded one by one, in chunks
-    sound(tiny, num_waveforms_per_prompt=3, num_inference_steps=4)
+    sound(tiny, num_waveforms_per_prompt=2, num_inference_steps=4)
     (text,) = cell.outputs.values()
     assert text.startswith("Denoising: 100%|██████████| 4/4 [")
     assert "\n" not in text
@@ -83,7 +83,7 @@ def test_a_generation_in_a_callback_has_its_bars_below(tiny: AudioLDM2Pipeline, 
         sound(tiny)
         seen.append([*cell.outputs.values()][-1])
 
-    sound(tiny, callback=inner)
+    sound(tiny, callback=inner, callback_steps=2)
     (text,) = cell.outputs.values()
     assert [line.partition(":")[0] for line in seen[0].splitlines()] == ["Denoising", "Denoising"]
     assert text.splitlines()[-1].startswith("Denoising: 100%|██████████| 2/2 [")
