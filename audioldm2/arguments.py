@@ -15,6 +15,7 @@ from audioldm2.quoting import quoted
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 MAX_LENGTH_IN_S = 3600.0  # a larger value is probably a number of samples or milliseconds
+MAX_GUIDANCE = 100.0  # of a recommendation, and of the web page
 
 
 def as_texts(name: str, value: Any, empty: bool = False) -> list[str]:

@@ -13,14 +13,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from audioldm2.arguments import as_texts, check_count, check_length, check_number
+from audioldm2.arguments import MAX_GUIDANCE, as_texts, check_count, check_length, check_number
 from audioldm2.checkpoints.errors import CheckpointError
 from audioldm2.checkpoints.tensors import read_json
 from audioldm2.quoting import quoted
 
 SETTINGS_FILE = "audioldm2.json"
 RECOMMENDED = "recommended"
-MAX_GUIDANCE = 100.0
 MAX_NEGATIVE_PROMPT = 1000  # characters
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -118,15 +119,24 @@ def load_pipeline(
     """
     load = load or loader(parser, options)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from audioldm2.checkpoints.hub import TINY
-
     say(f"loading {options.model}", options.quiet)
-    if options.revision is not None and (options.model == TINY or os.path.isdir(options.model)):
-        parser.error(f"argument --revision: {options.model} is not a repository on the Hub; leave it out")
+    check_revision(parser, options.model, options.revision)
     _check_with_checkpoint(options, _sampler(options.scheduler), of_rows)
     pipe = load()
     pipe.set_progress_bar_config(disable=options.quiet, file=sys.stderr)
     return pipe
+
+
+def check_revision(parser: Parser, model: str, revision: str | None) -> None:
+    """Check that a revision is given only for a repository.
+
+    Raises:
+        SystemExit: with code 2 if it is given for another checkpoint.
+    """
+    from audioldm2.checkpoints.hub import TINY
+
+    if revision is not None and (model == TINY or os.path.isdir(model)):
+        parser.error(f"argument --revision: {model} is not a repository on the Hub; leave it out")
 
 
 def _sampler(name: str) -> Any:
@@ -149,6 +159,51 @@ def arguments_of(options: argparse.Namespace, recommended: Mapping[str, Any]) ->
     return {name: defaults.get(name) if value is None else value for name, value in given.items()}
 
 
+def config_folder(model: str, variant: str | None = None, revision: str | None = None) -> Path:
+    """The folder of a checkpoint's configs. From the Hub, these are downloaded without the weights.
+
+    Args:
+        model: the checkpoint.
+        variant: weights of a variant, such as "fp16".
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be found, or is not one of this pipeline.
+    """
+    from audioldm2.checkpoints.formats import INDEX, read_index
+    from audioldm2.checkpoints.hub import Source, checkpoint_folder
+
+    folders = ["", "scheduler", "unet", "vae", "vocoder"]
+    source = Source(model, variant, revision)
+    return checkpoint_folder(source, folders, first_file=INDEX, check=read_index, weights=False)
+
+
+def speaks(folder: Path) -> bool:
+    """Whether a checkpoint is one of those that speak, from its configs."""
+    from audioldm2.checkpoints.formats import read_index
+
+    return read_index(folder)["text_encoder_2"] == "VitsModel"
+
+
+def stand_ins(folder: Path) -> tuple[Any, Any, Any]:
+    """UNet, VAE and vocoder for `decoding.frames_and_samples`, from their configs.
+
+    Raises:
+        Exception: a config is broken; loading the checkpoint names the file and what is wrong with it.
+    """
+    from audioldm2.checkpoints.tensors import read_json
+
+    unet, vae, vocoder = (read_json(folder / name / "config.json") for name in ("unet", "vae", "vocoder"))
+    return (
+        SimpleNamespace(config=SimpleNamespace(sample_size=unet.get("sample_size"))),
+        SimpleNamespace(downsampling=2 ** (len(vae["block_out_channels"]) - 1)),
+        SimpleNamespace(
+            hop_length=prod(vocoder["upsample_rates"]),
+            config=SimpleNamespace(sampling_rate=vocoder["sampling_rate"]),
+        ),
+    )
+
+
 def _check_with_checkpoint(options: argparse.Namespace, sampler: Any, of_rows: bool) -> None:
     """Check the arguments whose limits depend on the checkpoint. This reads its configs, not its weights.
 
@@ -157,32 +212,19 @@ def _check_with_checkpoint(options: argparse.Namespace, sampler: Any, of_rows: b
         ValueError: an argument is out of range, or a transcription is missing or not possible; the message
             names the argument as the pipeline does.
     """
-    from audioldm2.checkpoints.formats import INDEX, read_index
-    from audioldm2.checkpoints.hub import Source, checkpoint_folder
     from audioldm2.checkpoints.tensors import read_json
     from audioldm2.conditioning import check_transcription
     from audioldm2.decoding import frames_and_samples
 
-    names = ("scheduler", "unet", "vae", "vocoder")
-    source = Source(options.model, options.variant, options.revision)
-    folder = checkpoint_folder(source, ["", *names], first_file=INDEX, check=read_index, weights=False)
-    speaks = read_index(folder)["text_encoder_2"] == "VitsModel"
+    folder = config_folder(options.model, options.variant, options.revision)
     if options.transcription is not None or not of_rows:
-        check_transcription(options.transcription, speaks)
+        check_transcription(options.transcription, speaks(folder))
     try:
         scheduler = sampler.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
-        unet, vae, vocoder = (read_json(folder / name / "config.json") for name in names[1:])
-        stand_ins = (
-            SimpleNamespace(config=SimpleNamespace(sample_size=unet.get("sample_size"))),
-            SimpleNamespace(downsampling=2 ** (len(vae["block_out_channels"]) - 1)),
-            SimpleNamespace(
-                hop_length=prod(vocoder["upsample_rates"]),
-                config=SimpleNamespace(sampling_rate=vocoder["sampling_rate"]),
-            ),
-        )
+        parts = stand_ins(folder)
     except Exception:
         return  # loading names the file and what is wrong with it
     if options.steps is not None:
         scheduler.set_timesteps(options.steps)
     if options.duration is not None:
-        frames_and_samples(*stand_ins, options.duration)
+        frames_and_samples(*parts, options.duration)

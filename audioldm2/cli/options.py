@@ -15,6 +15,7 @@ from audioldm2.cli.commands import PROGRAM
 from audioldm2.cli.messages import OPTIONS, summary
 from audioldm2.schedulers import SAMPLERS
 
+DEFAULT_MODEL = "cvssp/audioldm2"
 GUIDANCE = 3.5  # where the checkpoint recommends nothing
 STANDARD_OUTPUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 MAX_SEED = 2**63 - 1
@@ -118,15 +119,22 @@ def add_quality_options(p: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model_options(p: argparse.ArgumentParser) -> None:
-    """Add the options that say which checkpoint runs where, and what is printed."""
+def add_model_options(p: argparse.ArgumentParser, several: bool = False) -> None:
+    """Add the options that say which checkpoint runs where, and what is printed.
+
+    Args:
+        p: the parser of a command.
+        several: whether --model may be given several times; it is then a list, None by default.
+    """
     machine = p.add_argument_group("model and device")
     machine.add_argument(
         "--model",
-        default="cvssp/audioldm2",
+        default=None if several else DEFAULT_MODEL,
+        action="append" if several else "store",
         metavar="NAME",
         help="repository on the Hugging Face Hub (also cvssp/audioldm2-large and cvssp/audioldm2-music), "
-        "path of a folder, or tiny (default: %(default)s)",
+        f"path of a folder, or tiny (default: {DEFAULT_MODEL})"
+        + ("; give it several times to let visitors choose" if several else ""),
     )
     machine.add_argument(
         "--variant", metavar="NAME", help='weights of a variant of the checkpoint, such as "fp16"'

@@ -1,0 +1,9 @@
+"""A web page for generating sounds, made with Gradio (the extra "web"); `audioldm2 serve` starts it.
+
+- `requests`: the values of a request, their limits and checks.
+- `studio`: generations, one at a time, that can be stopped.
+- `files`: the sounds and pictures that a visitor gets.
+- `page`: the form and the results.
+- `api`: the same for programs, over HTTP.
+- `server`: starting and ending Gradio's server.
+"""

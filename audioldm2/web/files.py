@@ -1,0 +1,70 @@
+"""The files of a result: a WAV file and a picture for each sound."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from audioldm2.web.studio import Sounds
+
+MAX_NAME = 40  # characters of the prompt in a file's name
+PICTURE_INCHES = (5.6, 3.8)  # small, so that its text is readable on a phone
+PICTURE_DPI = 160
+
+
+@dataclass(frozen=True)
+class SavedSound:
+    """A sound of a result.
+
+    Attributes:
+        wav: path of the WAV file.
+        picture: path of the PNG file with its waveform and mel spectrogram; None if it was not drawn.
+        score: CLAP's score; None if there is only one sound.
+    """
+
+    wav: str
+    picture: str | None
+    score: float | None
+
+
+def save_sounds(sounds: Sounds, folder: Path, pictures: bool) -> list[SavedSound]:
+    """Write the files of a result.
+
+    Args:
+        sounds: the result.
+        folder: where each result gets a folder of its own, whose name nobody can guess.
+        pictures: whether to draw them, which takes about half a second each.
+
+    Returns:
+        One entry for each sound, the best first.
+    """
+    from audioldm2.audio.wav import write_wav
+
+    place = folder / secrets.token_hex(16)
+    place.mkdir(parents=True)
+    saved = []
+    for number, audio in enumerate(sounds.audios, 1):
+        path = place / f"{_name(sounds)}-{number}.wav"
+        write_wav(path, audio, sounds.sampling_rate)
+        picture = path.with_suffix(".png")
+        if pictures:
+            _draw(picture, audio, sounds.sampling_rate)
+        score = sounds.scores[number - 1] if sounds.scores else None
+        saved.append(SavedSound(str(path), str(picture) if pictures else None, score))
+    return saved
+
+
+def _name(sounds: Sounds) -> str:
+    words = re.sub(r"[^a-z0-9]+", "-", sounds.request.prompt.lower())[:MAX_NAME].strip("-")
+    return f"{words or 'sound'}-seed-{sounds.request.seed}"
+
+
+def _draw(path: Path, audio: Any, sampling_rate: int) -> None:
+    from audioldm2.plots import plot_sound
+
+    figure = plot_sound(audio, sampling_rate)
+    figure.set_size_inches(*PICTURE_INCHES)
+    figure.savefig(path, dpi=PICTURE_DPI)

@@ -1,0 +1,411 @@
+"""The page: a form, the results with pictures, and the visit's history."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from audioldm2.extras import import_extra
+from audioldm2.schedulers import SAMPLERS
+from audioldm2.web.api import endpoint
+from audioldm2.web.files import SavedSound, save_sounds
+from audioldm2.web.requests import MAX_CHARACTERS, Checkpoint, Limits, Request, new_seed, read_request
+from audioldm2.web.studio import Progress, Refused, Sounds, Stopped, Studio
+
+MAX_HISTORY = 50  # results of one visit
+MAX_GUIDANCE_SHOWN = 10.0  # of the slider; the API takes more
+FILES_AGE_S = 24 * 3600  # after which files are deleted
+CLEANING_S = 600  # from one look for old files to the next
+DEVICE = "device"  # the queue of the events that use it
+# Options of events that are answered at once, and are no part of the API.
+QUICK = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+SAMPLER_LABELS = {"dpmsolver++": "DPM-Solver++", "ddim": "DDIM"}
+CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A result of the visit's history."""
+
+    request: Request
+    saved: Sequence[SavedSound]
+    summary: str
+
+
+def build_page(studio: Studio, folder: Path) -> Any:
+    """Build the page, which `launch` serves.
+
+    Args:
+        studio: generates, and knows the checkpoints and the limits.
+        folder: where files are written; Gradio's folder of temporary files.
+
+    Returns:
+        Gradio's Blocks.
+
+    Raises:
+        ImportError: gradio is not installed or is broken.
+    """
+    gr: Any = import_extra("gradio", "web", "the web page")
+    with gr.Blocks(
+        title="AudioLDM 2", analytics_enabled=False, delete_cache=(CLEANING_S, FILES_AGE_S)
+    ) as page:
+        gr.Markdown("# AudioLDM 2\nDescribe a sound in a sentence, and listen to it.", elem_id="heading")
+        with gr.Row(elem_id="areas"):
+            form = _Form(gr, studio)
+            results = _Results(gr, studio.limits)
+            form.add_settings()
+        gr.api(endpoint(studio, folder), api_name="generate", concurrency_id=DEVICE, concurrency_limit=1)
+        _connect(gr, studio, folder, form, results)
+        page.load(new_seed, None, form.seed, **QUICK)
+    page.queue(max_size=studio.limits.queue, default_concurrency_limit=1)
+    return page
+
+
+class _Form:
+    """The fields that describe a sound, and the buttons."""
+
+    def __init__(self, gr: Any, studio: Studio):
+        self.gr = gr
+        self.checkpoints, self.limits = studio.checkpoints, studio.limits
+        first = next(iter(self.checkpoints.values()))
+        with gr.Column(elem_id="area-prompt"):
+            self.prompt = gr.Textbox(
+                label="Prompt",
+                placeholder="What makes the sound, how, and where",
+                lines=2,
+                max_length=MAX_CHARACTERS,
+                elem_id="prompt",
+            )
+            self.speech = gr.Textbox(
+                label="Text to speak",
+                visible=first.speaks,
+                max_length=MAX_CHARACTERS,
+                elem_id="speech",
+            )
+            with gr.Row(elem_id="buttons"):
+                self.run = gr.Button("Generate", variant="primary", min_width=120, elem_id="run")
+                self.stop = gr.Button("Stop", interactive=False, min_width=120, elem_id="stop")
+            self.examples = gr.Dataset(
+                label="Examples",
+                components=[gr.Textbox(visible=False)],
+                samples=_samples(first),
+                layout="gallery",
+                type="index",
+                elem_id="examples",
+            )
+
+    def add_settings(self) -> None:
+        """Add the fields below the prompt. On a phone, the results come before them."""
+        gr, limits = self.gr, self.limits
+        names = list(self.checkpoints)
+        first = self.checkpoints[names[0]]
+        with gr.Column(elem_id="area-settings"):
+            self.negative = gr.Textbox(
+                first.negative,
+                label="Negative prompt",
+                info="What to avoid; may be empty",
+                max_length=MAX_CHARACTERS,
+                elem_id="negative",
+            )
+            with gr.Row():
+                self.duration = gr.Number(
+                    min(first.duration, limits.duration),
+                    label="Length",
+                    info=f"Seconds, at most {limits.duration:g}",
+                    elem_id="duration",
+                )
+                self.candidates = gr.Slider(
+                    1,
+                    limits.candidates,
+                    1,
+                    step=1,
+                    label="Candidates",
+                    info="Ranked by CLAP, best first",
+                    visible=limits.candidates > 1,
+                    elem_id="candidates",
+                )
+            with gr.Row():
+                self.sampler = gr.Dropdown(
+                    [(SAMPLER_LABELS.get(name, name), name) for name in SAMPLERS],
+                    value="dpmsolver++",
+                    label="Sampler",
+                    info="DDIM needs ten times the steps",
+                    elem_id="sampler",
+                )
+                self.steps = gr.Slider(
+                    1,
+                    limits.steps,
+                    min(first.steps["dpmsolver++"], limits.steps),
+                    step=1,
+                    label="Steps",
+                    info="More take longer",
+                    elem_id="steps",
+                )
+            self.guidance = gr.Slider(
+                0,
+                max(MAX_GUIDANCE_SHOWN, first.guidance),
+                first.guidance,
+                step=0.1,
+                label="Guidance",
+                info="Larger values follow the prompt more closely; 1 or less switches guidance off",
+                elem_id="guidance",
+            )
+            with gr.Row(equal_height=True):
+                self.seed = gr.Number(
+                    precision=0,
+                    label="Seed",
+                    info="Same seed, same sound",
+                    elem_id="seed",
+                )
+                self.reroll = gr.Checkbox(True, label="New seed each time", elem_id="reroll")
+            self.checkpoint = gr.Dropdown(
+                names,
+                value=names[0],
+                label="Checkpoint",
+                info="One is in memory at a time; another one is loaded when it is first used"
+                if len(names) > 1
+                else None,
+                interactive=len(names) > 1,
+                elem_id="checkpoint",
+            )
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The components by the names of `Request`'s fields."""
+        names = Request.__dataclass_fields__
+        return {name: getattr(self, name) for name in names}
+
+    def defaults(self, name: str, sampler: str) -> dict[Any, Any]:
+        """Updates of the fields for another checkpoint."""
+        gr, checkpoint = self.gr, self.checkpoints[name]
+        return {
+            self.negative: checkpoint.negative,
+            self.duration: min(checkpoint.duration, self.limits.duration),
+            self.steps: self.steps_for(name, sampler),
+            self.guidance: gr.Slider(
+                value=checkpoint.guidance, maximum=max(MAX_GUIDANCE_SHOWN, checkpoint.guidance)
+            ),
+            self.speech: gr.Textbox(value="", visible=checkpoint.speaks),
+            self.examples: gr.Dataset(samples=_samples(checkpoint)),
+        }
+
+    def steps_for(self, name: str, sampler: str) -> int:
+        """The number of steps that suits a checkpoint and a sampler."""
+        return min(self.checkpoints[name].steps[sampler], self.limits.steps)
+
+
+class _Results:
+    """The state of the generation, its sounds, and the history."""
+
+    def __init__(self, gr: Any, limits: Limits):
+        self.gr = gr
+        with gr.Column(elem_id="area-results"):
+            self.status = gr.HTML(_status("Ready"), padding=False, elem_id="status")
+            with gr.Row(elem_id="sounds"):
+                self.slots = [self._slot(number) for number in range(limits.candidates)]
+            self.table = gr.Dataset(
+                label="This visit; click a row to see it again",
+                components=[gr.Textbox(visible=False)] * 2,
+                headers=["Prompt", "Made with"],
+                samples=[],
+                layout="table",
+                type="index",
+                visible=False,
+                elem_id="history",
+            )
+
+    def _slot(self, number: int) -> tuple[Any, Any, Any, Any]:
+        """A place for a sound: its box, player, picture and download."""
+        gr = self.gr
+        with gr.Column(visible=False, elem_classes="sound", elem_id=f"sound-{number}") as box:
+            audio = gr.Audio(type="filepath", interactive=False, buttons=[], elem_id=f"audio-{number}")
+            picture = gr.Image(
+                type="filepath",
+                interactive=False,
+                show_label=False,
+                label="Waveform and mel spectrogram",
+                buttons=["fullscreen"],
+                elem_id=f"picture-{number}",
+            )
+            download = gr.DownloadButton("Download", size="sm", elem_id=f"download-{number}")
+        return box, audio, picture, download
+
+    @property
+    def components(self) -> list[Any]:
+        """Those that change with a result."""
+        return [self.status, *(component for slot in self.slots for component in slot)]
+
+    def show(self, saved: Sequence[SavedSound]) -> dict[Any, Any]:
+        """Updates of the components for a result; without sounds, they are hidden."""
+        gr, updates = self.gr, {}
+        for number, (box, audio, picture, download) in enumerate(self.slots):
+            if number < len(saved):
+                sound = saved[number]
+                updates[box] = gr.Column(visible=True)
+                updates[audio] = gr.Audio(sound.wav, label=_label(number, len(saved), sound.score))
+                updates[picture] = sound.picture
+                updates[download] = sound.wav
+            else:
+                updates |= {box: gr.Column(visible=False), audio: None, picture: None, download: None}
+        return updates
+
+    def list(self, history: Sequence[Shown]) -> Any:
+        """The update of the table."""
+        rows = [
+            [
+                _shortened(shown.request.prompt),
+                f"{shown.request.checkpoint}, {shown.request.duration:g} s, seed {shown.request.seed}",
+            ]
+            for shown in history
+        ]
+        return self.gr.Dataset(samples=rows, visible=bool(rows))
+
+
+def _connect(gr: Any, studio: Studio, folder: Path, form: _Form, results: _Results) -> None:
+    """Say what the buttons and the fields do."""
+    stop_event, history = gr.State(), gr.State([])
+    fields = form.fields
+
+    def begin() -> dict[Any, Any]:
+        return {
+            stop_event: threading.Event(),
+            form.run: gr.Button(interactive=False),
+            form.stop: gr.Button(interactive=True),
+            results.status: _status("Waiting in the queue", running=True),
+            **results.show([]),
+        }
+
+    def generate(
+        stop: threading.Event, past: list[Shown], reroll: bool, *values: Any
+    ) -> Iterator[dict[Any, Any]]:
+        given = dict(zip(fields, values, strict=True))
+        if reroll:
+            given["seed"] = new_seed()
+        try:
+            # An empty field of the page is a mistake; the API has defaults.
+            for name, label in (("duration", "the length"), ("seed", "the seed")):
+                if given[name] is None:
+                    raise ValueError(f"{label} is empty; enter a number")
+            request = read_request(given, studio.checkpoints, studio.limits)
+            yield {form.seed: request.seed}
+            for message in studio.run(request, stop):
+                if isinstance(message, Progress):
+                    yield {results.status: _status(message.text, message.step, message.steps, running=True)}
+                else:
+                    saved = save_sounds(message, folder, pictures=True)
+                    shown = Shown(request, saved, _summary(message))
+                    past = [shown, *past][:MAX_HISTORY]
+                    yield {
+                        history: past,
+                        results.table: results.list(past),
+                        results.status: shown.summary,
+                        **results.show(saved),
+                    }
+        except (ValueError, TypeError, Refused) as error:
+            yield {results.status: _error(str(error))}
+        except Stopped:
+            yield {results.status: _status("Stopped")}
+
+    def finish() -> dict[Any, Any]:
+        return {form.run: gr.Button(interactive=True), form.stop: gr.Button(interactive=False)}
+
+    def stop(event: threading.Event | None) -> dict[Any, Any]:
+        if event is not None:
+            event.set()
+        return {results.status: _status("Stopped"), **finish()}
+
+    started = gr.on(
+        [form.run.click, form.prompt.submit],
+        begin,
+        None,
+        [stop_event, form.run, form.stop, *results.components],
+        **QUICK,
+    )
+    generation = started.then(
+        generate,
+        [stop_event, history, form.reroll, *fields.values()],
+        [history, form.seed, results.table, *results.components],
+        show_progress="minimal",
+        show_progress_on=results.status,
+        concurrency_id=DEVICE,
+        concurrency_limit=1,
+        api_visibility="private",
+    )
+    generation.then(finish, None, [form.run, form.stop], **QUICK)
+    form.stop.click(stop, stop_event, [results.status, form.run, form.stop], cancels=[generation], **QUICK)
+
+    changed = [form.negative, form.duration, form.steps, form.guidance, form.speech, form.examples]
+    form.checkpoint.input(form.defaults, [form.checkpoint, form.sampler], changed, **QUICK)
+    form.sampler.input(form.steps_for, [form.checkpoint, form.sampler], form.steps, **QUICK)
+
+    def use_example(index: int, name: str) -> tuple[str, str]:
+        return studio.checkpoints[name].examples[index]
+
+    form.examples.click(use_example, [form.examples, form.checkpoint], [form.prompt, form.speech], **QUICK)
+
+    def show_again(index: int, past: Sequence[Shown]) -> dict[Any, Any]:
+        shown = past[index]
+        again = {fields[name]: getattr(shown.request, name) for name in fields}
+        speaks = studio.checkpoints[shown.request.checkpoint].speaks
+        again[form.speech] = gr.Textbox(value=shown.request.speech or "", visible=speaks)
+        return {results.status: shown.summary, **results.show(shown.saved), **again}
+
+    results.table.click(
+        show_again, [results.table, history], [*fields.values(), *results.components], **QUICK
+    )
+
+
+# --- what is written on the page
+
+
+def _samples(checkpoint: Checkpoint) -> list[list[str]]:
+    return [[prompt] for prompt, _ in checkpoint.examples]
+
+
+def _label(number: int, count: int, score: float | None) -> str:
+    if score is None:
+        return "Sound"
+    return f"{number + 1} of {count}, score {score:.2f}"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _status(text: str, step: int = 0, steps: int = 0, running: bool = False) -> str:
+    """The state of a generation, which screen readers read out."""
+    count = f", step {step} of {steps}" if steps else ""
+    bar = ""
+    if running:
+        position = f'value="{step}" max="{steps}"' if steps else ""
+        bar = f'<progress {position} aria-label="progress"></progress>'
+    return f'<div class="status" role="status">{escape(text)}{count}{bar}</div>'
+
+
+def _error(text: str) -> str:
+    return f'<div class="status error" role="alert">{escape(text[:1].upper() + text[1:])}.</div>'
+
+
+def _summary(sounds: Sounds) -> str:
+    """What was generated and how, and warnings."""
+    request = sounds.request
+    count = len(sounds.audios)
+    facts = [
+        f"{count} candidates" if count > 1 else "1 sound",
+        f"{sounds.audios.shape[1] / sounds.sampling_rate:.2f} s at {sounds.sampling_rate / 1000:g} kHz",
+        f"{request.checkpoint}, {SAMPLER_LABELS.get(request.sampler, request.sampler)}, "
+        f"{request.steps} steps, guidance {request.guidance:g}, seed {request.seed}",
+        f"made in {sounds.seconds:.1f} s",
+    ]
+    title = f"<strong>{escape(_shortened(request.prompt))}</strong>"
+    scored = (
+        "<p>The score says how well a sound matches the prompt, as judged by CLAP, from -1 to 1.</p>"
+        if sounds.scores
+        else ""
+    )
+    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in sounds.notes)
+    return f'<div class="status" role="status">{title}<p>{escape("; ".join(facts))}</p>{scored}{notes}</div>'

@@ -1,0 +1,184 @@
+"""What a visitor asks for: its limits, and the checks of every value. Imports only the standard library.
+
+The values come from a form or from any program that calls the HTTP API, so each may be of any type. An error
+is one line in the words of the page.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from audioldm2.arguments import (
+    MAX_GUIDANCE,
+    as_integer,
+    as_texts,
+    check_choice,
+    check_count,
+    check_length,
+    check_number,
+)
+from audioldm2.quoting import quoted
+from audioldm2.schedulers import SAMPLERS
+
+MAX_SEED = 2**53 - 1  # the largest integer that JavaScript can store
+MAX_CHARACTERS = 2000  # of a text; the encoders read far fewer
+# The pipeline's names of arguments in the page's words.
+WORDS = {
+    "audio_length_in_s": "the length",
+    "guidance_scale": "the guidance",
+    "negative_prompt": "the negative prompt",
+    "num_inference_steps": "the number of steps",
+    "num_waveforms_per_prompt": "the number of candidates",
+    "transcription": "the text to speak",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that one request may ask for.
+
+    Attributes:
+        duration: the longest sound, in seconds.
+        candidates: the largest number of sounds.
+        steps: the largest number of denoising steps.
+        queue: the number of requests that may wait; more are refused.
+    """
+
+    duration: float = 30.0
+    candidates: int = 4
+    steps: int = 200
+    queue: int = 20
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What the page knows about a checkpoint before its weights are loaded.
+
+    Attributes:
+        name: a repository on the Hub, a folder, or "tiny".
+        duration: the length of the sounds that it was trained on, in seconds.
+        steps: the number of steps that suits each sampler, by the sampler's name.
+        guidance: the guidance scale that suits it.
+        negative: the negative prompt that suits it; "" for none.
+        speaks: whether it needs a text to speak.
+        examples: prompts that it can do; with a speaking checkpoint, each with a text to speak.
+    """
+
+    name: str
+    duration: float
+    steps: Mapping[str, int]
+    guidance: float
+    negative: str
+    speaks: bool
+    examples: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A generation that has been checked; see the page's fields."""
+
+    prompt: str
+    negative: str
+    duration: float
+    steps: int
+    sampler: str
+    guidance: float
+    candidates: int
+    seed: int
+    checkpoint: str
+    speech: str | None
+
+
+def new_seed() -> int:
+    """A random seed, as the command line draws it."""
+    return secrets.randbits(32)
+
+
+def read_request(values: Mapping[str, Any], checkpoints: Mapping[str, Checkpoint], limits: Limits) -> Request:
+    """Check the values of a request.
+
+    Args:
+        values: by the names of `Request`'s fields. None, or no value, is the checkpoint's default, but there
+            is none for the prompt.
+        checkpoints: those that can be chosen, by name; the first is the default.
+        limits: what a request may ask for.
+
+    Raises:
+        ValueError, TypeError: a value that cannot be used; the message says which and what is allowed.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    name = given.get("checkpoint", next(iter(checkpoints)))
+    check_choice("the checkpoint", name, list(checkpoints))
+    checkpoint = checkpoints[name]
+    sampler = given.get("sampler", "dpmsolver++")
+    check_choice("the sampler", sampler, list(SAMPLERS))
+    prompt = _text("the prompt", given.get("prompt", ""))
+    negative = _text("the negative prompt", given.get("negative", checkpoint.negative), empty=True)
+    steps = _integer("the number of steps", given.get("steps", checkpoint.steps[sampler]), 1, limits.steps)
+    candidates = _integer("the number of candidates", given.get("candidates", 1), 1, limits.candidates)
+    seed = _integer("the seed", given.get("seed", new_seed()), 0, MAX_SEED)
+    guidance = given.get("guidance", checkpoint.guidance)
+    check_number("the guidance", guidance)
+    if not 0 <= guidance <= MAX_GUIDANCE:
+        raise ValueError(f"the guidance must be from 0 to {MAX_GUIDANCE:g}, got {quoted(guidance)}")
+    return Request(
+        prompt=prompt,
+        negative=negative,
+        duration=_duration(given.get("duration", checkpoint.duration), limits.duration),
+        steps=steps,
+        sampler=sampler,
+        guidance=float(guidance),
+        candidates=candidates,
+        seed=seed,
+        checkpoint=name,
+        speech=_speech(given.get("speech") or None, checkpoint.speaks),
+    )
+
+
+def in_words(text: str) -> str:
+    """An error of the pipeline with the page's words instead of the arguments' names."""
+    for name, words in WORDS.items():
+        text = text.replace(name, words)
+    return text
+
+
+def _text(name: str, value: Any, empty: bool = False) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a text, got {quoted(value)}")
+    (text,) = as_texts(name, value, empty)
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"{name} has {len(text)} characters; write at most {MAX_CHARACTERS}")
+    return text
+
+
+def _integer(name: str, value: Any, lowest: int, highest: int) -> int:
+    if isinstance(value, float) and value.is_integer():  # JavaScript has no integers
+        value = int(value)
+    check_count(name, value, lowest, highest)
+    number = as_integer(value)
+    assert number is not None
+    return number
+
+
+def _duration(value: Any, longest: float) -> float:
+    try:
+        check_length(value)
+    except ValueError:
+        pass
+    else:
+        if value <= longest:
+            return float(value)
+    raise ValueError(
+        f"the length must be a number of seconds, more than 0 and at most {longest:g}, got {quoted(value)}"
+    )
+
+
+def _speech(value: Any, speaks: bool) -> str | None:
+    if not speaks:
+        if value is not None:
+            raise ValueError("this checkpoint does not speak; leave out the text to speak")
+        return None
+    return _text("the text to speak", "" if value is None else value)
