@@ -1,6 +1,6 @@
 # Shared by scripts/demo and scripts/test: a virtual environment in which the package is installed once.
-# Source it in bash after `set -euo pipefail`. Defines $root (the checkout), $venv, say, fail and
-# prepare_environment.
+# Source it in bash after `set -euo pipefail`. Defines $root (the checkout), $venv, say, fail,
+# prepare_environment and install_chromium.
 #
 # AUDIOLDM2_VENV  folder of the environment (default: .venv in the checkout)
 # PYTHON          Python that creates it (default: python3)
@@ -55,4 +55,21 @@ prepare_environment() {
         -c scripts/constraints.txt -e ".[$extra]") ||
         fail "the installation failed (see above); it needs access to the Python package index"
     printf '%s\n' "$fingerprint" >"$venv/.audioldm2-$extra"
+}
+
+# install_chromium: installs Debian's Chromium for the tests of the web page, where that is possible without
+# asking. Without it they are skipped.
+install_chromium() {
+    command -v chromium >/dev/null && return
+    if [[ $(id -u) != 0 || ! -f /etc/debian_version ]] || ! command -v apt-get >/dev/null; then
+        say "chromium is not installed; the tests of the web page in a browser are skipped"
+        return
+    fi
+    say "installing chromium for the tests of the web page"
+    (
+        export DEBIAN_FRONTEND=noninteractive
+        install=(apt-get install -y -qq --no-install-recommends chromium)
+        timeout 600 "${install[@]}" || { timeout 300 apt-get update -qq && timeout 600 "${install[@]}"; }
+    ) >/dev/null 2>&1 </dev/null ||
+        say "chromium cannot be installed; the tests of the web page in a browser are skipped"
 }

@@ -17,7 +17,7 @@ from tests.web_server import LONG, Server, tiny_server, wait_until
 
 pytest.importorskip("gradio", reason='needs gradio: the extra "web"')
 sync_api = pytest.importorskip("playwright.sync_api", reason='needs playwright: the extra "test"')
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="needs the program chromium (on Debian: apt install chromium)"
 )

@@ -11,8 +11,8 @@ from typing import Any
 from audioldm2.web.studio import Sounds
 
 MAX_NAME = 40  # characters of the prompt in a file's name
-PICTURE_INCHES = (5.6, 3.8)  # small, so that its text is readable on a phone
-PICTURE_DPI = 160
+PICTURE_INCHES = (4.8, 3.6)  # small, so that its text is readable on a phone
+PICTURE_DPI = 180
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,7 @@ class _Form:
                 info="Larger values follow the prompt more closely; 1 or less switches guidance off",
                 elem_id="guidance",
             )
-            with gr.Row(equal_height=True):
+            with gr.Row():
                 self.seed = gr.Number(
                     precision=0,
                     label="Seed",
