@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -16,6 +17,8 @@ from tests.helpers import HANGS_AFTER
 from tests.web_server import LONG, Server, tiny_server, wait_until
 
 pytest.importorskip("gradio", reason='needs gradio: the extra "web"')
+import httpx  # one of gradio's dependencies
+
 sync_api = pytest.importorskip("playwright.sync_api", reason='needs playwright: the extra "test"')
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(
@@ -102,7 +105,7 @@ def test_a_prompt_becomes_a_sound_that_plays_with_its_picture(page: Any, tmp_pat
         with page.expect_download() as download:
             page.click(f"#download-{number}")
         path = tmp_path / download.value.suggested_filename
-        assert re.fullmatch(rf"a-bell-seed-\d+-{number + 1}\.wav", path.name)
+        assert re.fullmatch(rf"A-bell-seed-\d+-{number + 1}\.wav", path.name)
         download.value.save_as(path)
         waveform, rate = read_wav(path)
         assert (len(waveform), rate) == (1, 16000)
@@ -144,6 +147,31 @@ def test_a_stop_ends_a_long_run_and_shows_no_sound(page: Any, server: Server) ->
     page.wait_for_selector("#run:enabled")
     assert not page.locator("#sound-0").is_visible()
     assert server.log[-1] == "tiny: stopped"
+
+
+def test_a_full_queue_is_said_and_a_stop_leaves_it(page: Any, server: Server) -> None:
+    call = f"{server.url}/gradio_api/call/v2/generate"
+    with httpx.Client(trust_env=False, timeout=HANGS_AFTER) as client:
+
+        def begin() -> str:
+            identifier: str = client.post(call, json={"prompt": "A bell", **LONG}).json()["event_id"]
+            return f"{server.url}/gradio_api/call/generate/{identifier}"
+
+        with client.stream("GET", begin()):
+            wait_until(lambda: server.studio.busy)
+            generate(page, prompt="A bell", duration=0.64)
+            status(page, "Waiting in the queue")
+            page.click("#stop")
+            page.wait_for_selector("#run:enabled")
+            assert status(page, "Stopped") == "Stopped"
+            wait_until(lambda: client.get(f"{server.url}/gradio_api/queue/status").json()["queue_size"] == 0)
+            with ExitStack() as waiting:
+                for _ in range(4):
+                    waiting.enter_context(client.stream("GET", begin()))
+                page.click("#run")
+                status(page, "The generation could not begin: the queue is full; try again in a minute")
+                page.wait_for_selector("#run:enabled")
+    wait_until(lambda: not server.studio.busy)
 
 
 def test_a_seed_can_be_kept_and_an_old_sound_shown_again(page: Any) -> None:

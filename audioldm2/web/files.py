@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from audioldm2.batch.names import file_name
 from audioldm2.web.studio import Sounds
 
 MAX_NAME = 40  # characters of the prompt in a file's name
@@ -58,8 +58,8 @@ def save_sounds(sounds: Sounds, folder: Path, pictures: bool) -> list[SavedSound
 
 
 def _name(sounds: Sounds) -> str:
-    words = re.sub(r"[^a-z0-9]+", "-", sounds.request.prompt.lower())[:MAX_NAME].strip("-")
-    return f"{words or 'sound'}-seed-{sounds.request.seed}"
+    words = file_name(sounds.request.prompt[:MAX_NAME], spaces="-")
+    return f"{words}-seed-{sounds.request.seed}"
 
 
 def _draw(path: Path, audio: Any, sampling_rate: int) -> None:

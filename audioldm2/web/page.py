@@ -313,6 +313,11 @@ def _connect(gr: Any, studio: Studio, folder: Path, form: _Form, results: _Resul
     def finish() -> dict[Any, Any]:
         return {form.run: gr.Button(interactive=True), form.stop: gr.Button(interactive=False)}
 
+    def explain(event: threading.Event) -> dict[Any, Any]:
+        # To Gradio, a generation that was stopped in the queue has failed, too.
+        busy = "the generation could not begin: the queue is full; try again in a minute"
+        return {results.status: _status("Stopped") if event.is_set() else _error(busy), **finish()}
+
     def stop(event: threading.Event | None) -> dict[Any, Any]:
         if event is not None:
             event.set()
@@ -336,7 +341,14 @@ def _connect(gr: Any, studio: Studio, folder: Path, form: _Form, results: _Resul
         api_visibility="private",
     )
     generation.then(finish, None, [form.run, form.stop], **QUICK)
-    form.stop.click(stop, stop_event, [results.status, form.run, form.stop], cancels=[generation], **QUICK)
+    generation.failure(explain, stop_event, [results.status, form.run, form.stop], **QUICK)
+    form.stop.click(
+        stop,
+        stop_event,
+        [results.status, form.run, form.stop],
+        cancels=[generation],  # it may wait in the queue
+        **QUICK,
+    )
 
     changed = [form.negative, form.duration, form.steps, form.guidance, form.speech, form.examples]
     form.checkpoint.input(form.defaults, [form.checkpoint, form.sampler], changed, **QUICK)
