@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from scripts.pages import BLOCK
 from tests.helpers import ROOT, run_python
-
-BLOCK = re.compile(r"(?:^`(?P<file>[\w./]+)`:\n\n)?^```(?P<kind>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
 
 
 def files_of(page: Path) -> Iterator[tuple[str, str]]:

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from audioldm2.atomic import replacing
 from audioldm2.audio.decibels import decibels
 from audioldm2.plots import draw_spectrogram
+from scripts.pictures import save_small
 from scripts.tiny.data.sounds import SAMPLING_RATE
 
 GRID_COLUMNS = 5
@@ -29,7 +29,6 @@ def draw_spectrograms(titles: Sequence[str], waveforms: Sequence[np.ndarray], pa
         path: of the PNG file.
     """
     from matplotlib.figure import Figure
-    from PIL import Image
 
     rows = ceil(len(titles) / GRID_COLUMNS)
     figure = Figure(figsize=(10, 1.85 * rows + 0.7), dpi=90, layout="constrained")
@@ -51,6 +50,4 @@ def draw_spectrograms(titles: Sequence[str], waveforms: Sequence[np.ndarray], pa
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png")
     drawn.seek(0)
-    with replacing(path.resolve()) as temporary:
-        few_colors = Image.open(drawn).convert("RGB").quantize(PALETTE_SIZE, dither=Image.Dither.NONE)
-        few_colors.save(temporary, format="png", optimize=True)
+    save_small(drawn, path, PALETTE_SIZE)

@@ -1,0 +1,81 @@
+"""docs/walkthrough.md and docs/research.md: their cells run and print what the pages say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+from scripts.pages import cells, pictures, problems, quotes, run, stands_in, with_outputs
+from tests.helpers import ROOT
+
+WALKTHROUGH, RESEARCH = (ROOT / "docs" / f"{name}.md" for name in ("walkthrough", "research"))
+PAGES = pytest.mark.parametrize("page", [WALKTHROUGH, RESEARCH], ids=lambda page: page.stem)
+
+
+@PAGES
+def test_every_cell_runs_and_prints_what_the_page_says(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import matplotlib.pyplot as plt
+
+    monkeypatch.chdir(tmp_path)
+    matplotlib.use("Agg")
+    count = 0
+    for cell, printed in run(page):
+        assert printed == cell.output, f"{page.name}, line {cell.line}"
+        count += 1
+    plt.close("all")
+    assert count >= 6
+    made = {path.name: path.stat().st_size for path in tmp_path.glob("*.png")}
+    assert made.keys() == {path.name for path in pictures(page)}
+    assert all(size > 3000 for size in made.values())
+
+
+@PAGES
+def test_pictures_quotes_and_links_are_up_to_date(page: Path) -> None:
+    assert problems(page, ROOT) == []
+    links = re.findall(r"(?<!!)\[[^\]]*\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    assert len(links) >= 3
+    for link in links:
+        assert (page.parent / link).exists(), link
+
+
+def test_the_walkthrough_quotes_and_shows_every_stage() -> None:
+    assert len(quotes(WALKTHROUGH)) >= 8
+    assert len(pictures(WALKTHROUGH)) >= 8
+    assert sum(path.stat().st_size for path in pictures(WALKTHROUGH)) < 1_200_000
+
+
+def test_a_quote_stands_only_where_its_lines_do() -> None:
+    source = "class A:\n    def f(self):\n        x = 1\n\n        return x\n\n    y = f(2)\n"
+    assert stands_in("def f(self):\n    x = 1\n\n    return x\n", source)
+    assert stands_in("x = 1\n...\ny = f(2)\n", source)
+    assert not stands_in("y = f(2)\n...\nx = 1\n", source), "another order"
+    assert not stands_in("x = 1\nreturn x\n", source), "a line is left out without saying so"
+    assert not stands_in("def f(self):\nx = 1\n", source), "another indentation"
+    assert not stands_in("y = f(.)\n", source)
+
+
+def test_problems_of_a_page_are_named(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page" / "unused.png").touch()
+    (tmp_path / "source.py").write_text("a = 1\n")
+    page.write_text("![a picture](page/absent.png)\n\n`source.py`:\n\n```python\na = 2\n```\n")
+    missing, unused, quote = problems(page, tmp_path)
+    assert missing == "page.md shows absent.png, which is missing"
+    assert unused == "page.md does not show page/unused.png"
+    assert quote == "page.md quotes lines that source.py does not have, from 'a = 2' on"
+
+
+def test_outputs_are_written_below_their_cells(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("```python\nprint(1)\n```\n\n```text\nold\n```\n\nText.\n\n```python\nx = 2\n```\n")
+    text = with_outputs(page, [printed for _, printed in run(page)])
+    assert text == "```python\nprint(1)\n```\n\n```text\n1\n```\n\nText.\n\n```python\nx = 2\n```\n"
+    page.write_text(text)
+    assert [cell.output for cell in cells(page)] == ["1\n", ""]
+    assert [cell.line for cell in cells(page)] == [2, 12]
