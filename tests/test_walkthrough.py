@@ -37,10 +37,15 @@ def test_every_cell_runs_and_prints_what_the_page_says(
 @PAGES
 def test_pictures_quotes_and_links_are_up_to_date(page: Path) -> None:
     assert problems(page, ROOT) == []
-    links = re.findall(r"(?<!!)\[[^\]]*\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
-    assert len(links) >= 3
-    for link in links:
-        assert (page.parent / link).exists(), link
+    links = re.findall(r"\[[^\]]*\]\(([^)#:]*)(?:#([^)]+))?\)", page.read_text(encoding="utf-8"))
+    assert len(links) >= 10
+    for file, anchor in links:
+        target = page.parent / file if file else page
+        assert target.exists(), file
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), flags=re.M)
+            anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in anchors
 
 
 def test_the_walkthrough_quotes_and_shows_every_stage() -> None:
