@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import matplotlib
 import pytest
 
-from scripts.pages import cells, pictures, problems, quotes, run, stands_in, with_outputs
+from audioldm2 import cli
+from scripts.pages import BLOCK, cells, pictures, problems, quotes, run, stands_in, with_outputs
 from tests.helpers import ROOT
 
 WALKTHROUGH, RESEARCH = (ROOT / "docs" / f"{name}.md" for name in ("walkthrough", "research"))
@@ -28,7 +30,11 @@ def test_every_cell_runs_and_prints_what_the_page_says(
         assert printed == cell.output, f"{page.name}, line {cell.line}"
         count += 1
     plt.close("all")
-    assert count >= 6
+    assert count >= 10
+    for command in [block["code"] for block in BLOCK.finditer(page.read_text()) if block["kind"] == "bash"]:
+        program, *arguments = shlex.split(command)
+        assert program == "audioldm2"
+        assert cli.main([*arguments, "--quiet", "--device", "cpu"]) == 0
     made = {path.name: path.stat().st_size for path in tmp_path.glob("*.png")}
     assert made.keys() == {path.name for path in pictures(page)}
     assert all(size > 3000 for size in made.values())
@@ -37,7 +43,8 @@ def test_every_cell_runs_and_prints_what_the_page_says(
 @PAGES
 def test_pictures_quotes_and_links_are_up_to_date(page: Path) -> None:
     assert problems(page, ROOT) == []
-    links = re.findall(r"\[[^\]]*\]\(([^)#:]*)(?:#([^)]+))?\)", page.read_text(encoding="utf-8"))
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    links = re.findall(r"\[[^\]]*\]\(([^)#:]*)(?:#([^)]+))?\)", text)
     assert len(links) >= 10
     for file, anchor in links:
         target = page.parent / file if file else page
