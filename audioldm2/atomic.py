@@ -20,8 +20,7 @@ from typing import BinaryIO
 # Links to what a process has open, such as standard output.
 _OPEN_FILE = re.compile(r"/dev/(stdin|stdout|stderr)|/dev/fd/(\d+)|/proc/self/fd/(\d+)|/proc/\d+/fd/\d+")
 _STREAMS = {"stdin": 0, "stdout": 1, "stderr": 2}
-
-
+# The names of temporary files, as `replacing` makes them.
 _TEMPORARY = re.compile(r"\..{0,32}-[0-9a-f]{16}(\..{0,15})?", re.DOTALL)
 
 
@@ -80,11 +79,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def remove_abandoned(folder: Path, suffixes: Collection[str]) -> None:
-    """Remove the temporary files that processes left which were killed while they wrote.
+    """Remove the temporary files of processes that were killed while writing.
 
     Args:
-        folder: it must be certain that no process is writing into it.
-        suffixes: of the files that are written there; others are left alone.
+        folder: where they wrote. No process may be writing into it now.
+        suffixes: of the files that are written there, such as ".wav"; others are left alone.
     """
     for path in folder.iterdir():
         if path.suffix in suffixes and _TEMPORARY.fullmatch(path.name) and path.is_file():

@@ -1,4 +1,4 @@
-"""manifest.jsonl: one line for each finished sound of a folder.
+"""manifest.jsonl: a line for each finished sound of a folder.
 
     {"file": "rain.wav", "prompt": "Rain", "seed": 7, ..., "score": null, "seconds": 5.12, "sha256": "...",
      "key": "..."}
@@ -28,7 +28,7 @@ Record = dict[str, Any]
 
 
 class Manifest:
-    """The finished sounds of a folder, which one process at a time can add to.
+    """The finished sounds of a folder, to which one process at a time can add.
 
     Args:
         folder: created if it does not exist.
@@ -53,7 +53,8 @@ class Manifest:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.folder)
         try:
-            remove_abandoned(self.folder, [*SOUND_TYPES, self.path.suffix])
+            if self._lock is not None:  # otherwise another process may be writing them
+                remove_abandoned(self.folder, [*filter(None, SOUND_TYPES), self.path.suffix])
             self.read()
             self._rewrite()
             self._file = open(self.path, "ab", buffering=0)
@@ -106,11 +107,18 @@ class Manifest:
         """
         added = [(request, self._written(request, sound, files)) for request, sound in sounds]
         records = [record for _, each in added for record in each]
-        # One write, so that a process that is killed leaves all lines or none.
-        self._file.write("".join(map(_line, records)).encode())
+        outdated = self._outdated
+        # After an interrupt or an error of the disk, closing rewrites the manifest, with these lines.
+        self._outdated = True
         for record in records:
-            self._outdated |= self._records.pop(record["file"], None) is not None
+            outdated |= self._records.pop(record["file"], None) is not None
             self._records[record["file"]] = record
+        # All at once: if only some lines of a group were left, the next run would generate a smaller group,
+        # whose sounds differ in rounding.
+        lines = "".join(map(_line, records)).encode()
+        while lines:  # a disk that is nearly full takes a part, and raises at the next one
+            lines = lines[self._file.write(lines) :]
+        self._outdated = outdated
         return added
 
     def arrange(self, files: Sequence[str]) -> None:
@@ -145,7 +153,7 @@ class Manifest:
         return path.is_file() and _sha256(path) == str(record["sha256"])
 
     def _rewrite(self) -> None:
-        """Write the manifest anew if it has lines that do not count any more."""
+        """Write the manifest anew if it has outdated lines, half a line, or another order."""
         if self._outdated:
             with replacing(self.path) as temporary:
                 temporary.write_bytes("".join(map(_line, self._records.values())).encode())
@@ -177,7 +185,9 @@ def read_manifest(path: str | Path) -> tuple[dict[str, Record], bool]:
     for number, line in enumerate(lines, 1):
         record = _record(line)
         if record is None:
-            raise ValueError(f"{path}:{number} is not a line of a batch's manifest; choose another folder")
+            raise ValueError(
+                f"{path}:{number} is not a line of a batch's manifest; delete it or choose another folder"
+            )
         records.pop(record["file"], None)
         records[record["file"]] = record
     return records, bool(rest) or len(records) < len(lines)
@@ -211,7 +221,7 @@ def _locked(folder: Path) -> int | None:
     """Lock a folder until the descriptor is closed, or the process ends.
 
     Returns:
-        The descriptor; None on systems without such locks.
+        The descriptor; None where folders cannot be locked: on Windows, and on some network file systems.
 
     Raises:
         OSError: another process has the lock.
@@ -223,9 +233,12 @@ def _locked(folder: Path) -> int | None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         os.close(descriptor)
         raise OSError(
             error.errno, "another process is writing sounds into this folder", str(folder)
         ) from error
+    except OSError:  # NFS locks only what is open for writing, which a folder cannot be
+        os.close(descriptor)
+        return None
     return descriptor
