@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from audioldm2.audio.resample import resample
-from audioldm2.batch.jobs import Failure
+from audioldm2.batch.jobs import Failure, Job
 from audioldm2.batch.planning import SHARED, Group, Request, scheduler_of
 from audioldm2.pipeline import AudioLDM2Pipeline
 from audioldm2.quoting import one_line
@@ -98,7 +98,7 @@ def _sounds(pipe: AudioLDM2Pipeline, group: Group, requests: Sequence[Request]) 
     generators = [torch.Generator(pipe.device).manual_seed(job.seed or 0) for job in jobs]
     negatives = [job.negative_prompt or "" for job in jobs]
     transcriptions = [job.transcription for job in jobs if job.transcription is not None]
-    with _using(pipe, scheduler_of(first, pipe)):
+    with _sampler_of(first, pipe):
         output = pipe(
             [job.prompt for job in jobs],
             transcription=transcriptions or None,
@@ -123,11 +123,11 @@ def _sounds(pipe: AudioLDM2Pipeline, group: Group, requests: Sequence[Request]) 
 
 
 @contextmanager
-def _using(pipe: AudioLDM2Pipeline, scheduler: object) -> Iterator[None]:
-    """Replace the pipeline's sampler, and hold its lock."""
+def _sampler_of(job: Job, pipe: AudioLDM2Pipeline) -> Iterator[None]:
+    """Give the pipeline a job's sampler, and hold its lock."""
     with pipe.generation():
-        own = pipe.scheduler
-        pipe.scheduler = scheduler
+        own = pipe.scheduler  # read under the lock: another thread may have replaced it for its own job
+        pipe.scheduler = scheduler_of(job, pipe)
         try:
             yield
         finally:
