@@ -1,10 +1,11 @@
-"""A group of requests to sounds. An engine calls this where the group is generated."""
+"""From a group of requests to its sounds. An engine calls `generate` wherever the group is generated."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,19 +28,19 @@ class Sound:
 
     Attributes:
         index: of the request, in its plan.
-        waveforms: the candidates that are kept, the best one first, (candidates, samples).
-        scores: CLAP's scores of them; None if there was only one candidate.
-        seconds: the request's share of the time that its group took.
+        waveforms: the candidates that are stored, the best one first, (candidates, samples), float32.
+        scores: their cosine similarities to the prompt, by CLAP; None if there was only one candidate.
+        generated_in_s: the request's share of the time that its group took, in seconds.
     """
 
     index: int
     waveforms: np.ndarray
     scores: list[float] | None
-    seconds: float
+    generated_in_s: float
 
 
 class Result(NamedTuple):
-    """What became of a group.
+    """The outcome of a group.
 
     Attributes:
         sounds: those that were generated.
@@ -62,7 +63,8 @@ def local_engine(pipe: AudioLDM2Pipeline) -> Engine:
 def generate(pipe: AudioLDM2Pipeline, group: Group) -> Result:
     """Generate the sounds of a group.
 
-    If that fails, each request is generated alone, so that one cannot spoil the others.
+    If that fails, each request is generated alone, so that one that fails does not affect the others. If
+    memory was short, a warning says so.
 
     Args:
         pipe: the pipeline; its sampler is replaced for the duration of the call if the requests name another.
@@ -76,6 +78,12 @@ def generate(pipe: AudioLDM2Pipeline, group: Group) -> Result:
     except Exception as error:
         if len(group.requests) == 1:
             return Result([], [_failure(group.requests[0], error)])
+        if isinstance(error, torch.OutOfMemoryError):
+            warnings.warn(
+                f"out of memory: {len(group.requests)} requests are generated one by one instead of at once; "
+                "a smaller batch size is faster",
+                stacklevel=2,
+            )
     sounds, failures = [], []
     for request in group.requests:
         try:
@@ -119,7 +127,7 @@ def _sounds(pipe: AudioLDM2Pipeline, group: Group, requests: Sequence[Request]) 
         scores = None if output.scores is None else [round(float(score), 6) for score in output.scores[rows]]
         sounds.append(Sound(request.index, waveforms.numpy(), scores, 0.0))
     seconds = (time.perf_counter() - start) / len(requests)
-    return [dataclasses.replace(sound, seconds=seconds) for sound in sounds]
+    return [dataclasses.replace(sound, generated_in_s=seconds) for sound in sounds]
 
 
 @contextmanager

@@ -141,7 +141,7 @@ class Manifest:
                     "candidate": candidate,
                     "score": None if sound.scores is None else sound.scores[candidate],
                     "seconds": len(waveform) / rate,
-                    "generated_in_s": round(sound.seconds, 3),
+                    "generated_in_s": round(sound.generated_in_s, 3),
                     "sha256": _sha256(path),
                     "key": request.key,
                 }
