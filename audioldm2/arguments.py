@@ -14,6 +14,8 @@ from typing import Any, TypeVar, cast
 from audioldm2.quoting import quoted
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+GUIDANCE = 3.5  # the guidance scale by default, unless the checkpoint recommends another
+MAX_SEED = 2**63 - 1
 MAX_LENGTH_IN_S = 3600.0  # a larger value is probably a number of samples or milliseconds
 MAX_GUIDANCE = 100.0  # of a recommendation, and of the web page
 

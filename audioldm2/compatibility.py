@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from audioldm2.arguments import as_texts, check_count
+from audioldm2.arguments import GUIDANCE, as_texts, check_count
 from audioldm2.checkpoints.formats import pipeline_config
 from audioldm2.conditioning import Text, tokenize
 from audioldm2.noise import Generators
@@ -65,10 +65,10 @@ class DiffusersMethods(StageRunner, ABC):
 
     @property
     def revision(self) -> str | None:
-        """Which version of `name_or_path` was loaded: a commit on the Hub, this package's version for "tiny",
+        """Which version of `name_or_path` was loaded; None if the pipeline was made from parts.
 
-        or a digest of the names, sizes and times of a folder's files. None if the pipeline was made from
-        parts.
+        A commit for a repository on the Hub, this package's version for "tiny", and a digest of the names,
+        sizes and times of its files for another folder.
         """
         return self._revision
 
@@ -102,7 +102,7 @@ class DiffusersMethods(StageRunner, ABC):
     # --- what a callback can read; it can also change the scale
 
     _callback_tensor_inputs: ClassVar[Sequence[str]] = CALLBACK_TENSORS
-    _guidance_scale: float = 3.5
+    _guidance_scale: float = GUIDANCE
     _num_timesteps: int = 0
     _interrupt: bool = False
 

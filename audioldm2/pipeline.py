@@ -21,7 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from audioldm2.arguments import check_choice, check_count, check_flag, check_number, naming_unknown
+from audioldm2.arguments import (
+    GUIDANCE,
+    check_choice,
+    check_count,
+    check_flag,
+    check_number,
+    naming_unknown,
+)
 from audioldm2.audio.clap_features import ClapFeatureExtractor
 from audioldm2.audio.log_mel import LogMel, LogMelConfig
 from audioldm2.checkpoints.folder import load_checkpoint, save_parts
@@ -461,7 +468,7 @@ class AudioLDM2Pipeline(DiffusersMethods):
         transcription: Text | None = None,
         audio_length_in_s: float | None = None,
         num_inference_steps: int | None = None,
-        guidance_scale: float = 3.5,
+        guidance_scale: float = GUIDANCE,
         negative_prompt: Text | None = None,
         num_waveforms_per_prompt: int = 1,
         eta: float = 0.0,

@@ -43,6 +43,7 @@ SOUND_TYPES = {
     ".rf64": SoundType("RF64", _BOTH),
     ".w64": SoundType("W64", _BOTH),
 }
+FILE_FORMATS = tuple(suffix[1:] for suffix in SOUND_TYPES if suffix)
 # matplotlib's names; those that need LaTeX or are raw pixels are left out.
 IMAGE_TYPES = {
     "": "png",

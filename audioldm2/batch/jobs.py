@@ -15,17 +15,24 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from operator import index
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from audioldm2.arguments import as_texts, check_choice, check_count, check_length, check_number
+from audioldm2.arguments import (
+    MAX_SEED,
+    as_texts,
+    check_choice,
+    check_count,
+    check_length,
+    check_number,
+    did_you_mean,
+)
 from audioldm2.quoting import listed, one_line, quoted
 from audioldm2.schedulers import SAMPLERS
 
-MAX_SEED = 2**63 - 1
-MAX_NAME = 1000  # characters; what is longer is no name
+MAX_NAME = 1000  # characters; a longer text is probably not meant as a name
+BATCH_SIZE = 8  # by default
 TABLES = ("csv", "tsv", "jsonl", "txt")
 
 
@@ -181,9 +188,8 @@ def check_columns(names: Iterable[str]) -> None:
     """Raise ValueError unless all names are those of columns."""
     for name in names:
         if name not in COLUMNS:
-            nearest = get_close_matches(str(name), COLUMNS, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"the columns are {', '.join(COLUMNS)}"
-            raise ValueError(f"unknown column {quoted(name)}; {hint}")
+            hint = did_you_mean(str(name), COLUMNS) or f"; the columns are {', '.join(COLUMNS)}"
+            raise ValueError(f"unknown column {quoted(name)}{hint}")
 
 
 # --- tables

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from audioldm2 import __version__
-from audioldm2.arguments import check_count
-from audioldm2.audio.file_types import SOUND_TYPES, sound_type
+from audioldm2.arguments import GUIDANCE, check_choice, check_count
+from audioldm2.audio.file_types import FILE_FORMATS, sound_type
 from audioldm2.audio.sound_file import check_can_write
 from audioldm2.batch.jobs import Failure, Job
 from audioldm2.batch.names import distinct, file_name, split_name
@@ -38,7 +38,7 @@ SHARED = (
     "max_new_tokens",
 )
 SETTINGS = ("prompt", "negative_prompt", "transcription", *SHARED, "seed")  # what the manifest says of a job
-DEFAULTS = {"guidance_scale": 3.5, "num_waveforms_per_prompt": 1, "eta": 0.0}
+DEFAULTS = {"guidance_scale": GUIDANCE, "num_waveforms_per_prompt": 1, "eta": 0.0}
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,7 @@ class FileOptions:
     keep_all: bool = False
 
     def __post_init__(self) -> None:
-        if f".{self.file_format}" not in SOUND_TYPES:
-            types = ", ".join(suffix[1:] for suffix in SOUND_TYPES if suffix)
-            raise ValueError(f"file_format must be one of {types}; got {self.file_format!r}")
+        check_choice("file_format", self.file_format, FILE_FORMATS)
         if self.sampling_rate is not None:
             check_count("sampling_rate", self.sampling_rate)
         sound_type(f"a.{self.file_format}", self.sample_format)

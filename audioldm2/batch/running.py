@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 
 from audioldm2.arguments import check_count
 from audioldm2.batch.generating import Engine, generate, local_engine
-from audioldm2.batch.jobs import Failure, Job
+from audioldm2.batch.jobs import BATCH_SIZE, Failure, Job
 from audioldm2.batch.manifest import Manifest, Record
 from audioldm2.batch.planning import FileOptions, Group, Plan, Request, in_groups, plan
 from audioldm2.pipeline import AudioLDM2Pipeline
 from audioldm2.quoting import one_line
 
-BATCH_SIZE = 8
 JobLike = Job | Mapping[str, Any] | str
 
 

@@ -10,10 +10,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from audioldm2.arguments import as_texts
 from audioldm2.atomic import check_folder_writable
-from audioldm2.audio.file_types import SAMPLE_FORMATS, SOUND_TYPES, sound_type
-from audioldm2.batch.jobs import TABLES, Failure, Job, parse_jobs, read_jobs
+from audioldm2.audio.file_types import FILE_FORMATS, SAMPLE_FORMATS, sound_type
+from audioldm2.batch.jobs import BATCH_SIZE, TABLES, Failure, Job, parse_jobs, read_jobs
 from audioldm2.cli.loading import load_pipeline, loader
 from audioldm2.cli.messages import clean, print_error, say, say_beside_bars, with_column_names
 from audioldm2.cli.options import (
@@ -21,6 +20,7 @@ from audioldm2.cli.options import (
     add_model_options,
     add_quality_options,
     add_sound_options,
+    check_words,
     number,
     parse_options,
 )
@@ -31,7 +31,6 @@ from audioldm2.quoting import shortened
 
 ENGINES = ("local", "ray")
 MAX_LISTED = 20  # failures at the end
-TYPES = tuple(suffix[1:] for suffix in SOUND_TYPES if suffix)
 DESCRIPTION = """\
 Generate a sound for each prompt of a table, into a folder.
 
@@ -78,10 +77,10 @@ def parser() -> Parser:
     )
     p.add_argument(
         "--format",
-        choices=TYPES,
+        choices=FILE_FORMATS,
         default="wav",
         metavar="TYPE",
-        help=f"type of the sound files: {', '.join(TYPES)}; all but wav need soundfile "
+        help=f"type of the sound files: {', '.join(FILE_FORMATS)}; all but wav need soundfile "
         f"({install_hint('sound')}); the suffix of a row's name takes precedence (default: %(default)s)",
     )
     p.add_argument(
@@ -101,7 +100,7 @@ def parser() -> Parser:
     p.add_argument(
         "--batch-size",
         type=number(int, 1),
-        default=8,
+        default=BATCH_SIZE,
         metavar="N",
         help="the most sounds that are generated at once; more are faster on a GPU and need more memory "
         "(default: %(default)s)",
@@ -164,11 +163,9 @@ def parse(p: Parser, arguments: Sequence[str]) -> argparse.Namespace:
         p.error("argument --dry-run: measures this machine; leave out --engine")
     try:
         sound_type(f"a.{options.format}", options.sample_format)
-        for name in ("negative", "transcription"):
-            if getattr(options, name) is not None:
-                as_texts(f"--{name}", getattr(options, name), empty=name == "negative")
     except ValueError as error:
         p.error(str(error))
+    check_words(p, options)
     return options
 
 

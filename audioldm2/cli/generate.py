@@ -23,6 +23,7 @@ from audioldm2.cli.options import (
     add_model_options,
     add_quality_options,
     add_sound_options,
+    check_words,
     parse_options,
     suggestion,
 )
@@ -150,12 +151,9 @@ def parse(p: Parser, arguments: Sequence[str]) -> argparse.Namespace:
         p.error(f'the prompt is missing; describe the sound: {PROGRAM} "Slow rain on a tin roof"')
     try:
         as_texts("the prompt", options.prompt)
-        if options.transcription is not None:
-            as_texts("--transcription", options.transcription)
-        if options.negative is not None:
-            as_texts("--negative", options.negative, empty=True)
     except ValueError as error:
         p.error(str(error))
+    check_words(p, options)
     return options
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from audioldm2.arguments import GUIDANCE
 from audioldm2.cli.messages import say
-from audioldm2.cli.options import GUIDANCE, Parser
+from audioldm2.cli.options import Parser
 from audioldm2.schedulers import SAMPLERS
 
 if TYPE_CHECKING:
@@ -146,15 +147,15 @@ def _sampler(name: str) -> Any:
 
 
 def arguments_of(options: argparse.Namespace, recommended: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments for which a checkpoint may recommend values, unless the options say otherwise."""
+    """The arguments for which a checkpoint may recommend values, unless the options set them."""
+    from audioldm2.checkpoints.recommended import recommended_for
+
     given = {
         "audio_length_in_s": options.duration,
         "guidance_scale": options.guidance,
         "negative_prompt": options.negative,
         "num_inference_steps": options.steps,
     }
-    from audioldm2.checkpoints.recommended import recommended_for
-
     defaults = {"guidance_scale": GUIDANCE, **recommended_for(recommended, options.scheduler)}
     return {name: defaults.get(name) if value is None else value for name, value in given.items()}
 

@@ -10,15 +10,13 @@ from contextlib import suppress
 from typing import Any, NoReturn, TypeVar
 
 from audioldm2 import __version__
-from audioldm2.arguments import MAX_LENGTH_IN_S, check_length, did_you_mean
+from audioldm2.arguments import GUIDANCE, MAX_LENGTH_IN_S, MAX_SEED, as_texts, check_length, did_you_mean
 from audioldm2.cli.commands import PROGRAM
 from audioldm2.cli.messages import OPTIONS, summary
 from audioldm2.schedulers import SAMPLERS
 
 DEFAULT_MODEL = "cvssp/audioldm2"
-GUIDANCE = 3.5  # where the checkpoint recommends nothing
 STANDARD_OUTPUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
-MAX_SEED = 2**63 - 1
 MAX_COLUMNS = 80
 DTYPES = ("float32", "float16", "bfloat16")
 Number = TypeVar("Number", int, float)
@@ -165,6 +163,20 @@ def add_common_options(p: argparse._ActionsContainer) -> None:
     p.add_argument(
         "--version", action="version", version=f"{PROGRAM} {__version__}", help="print the version and exit"
     )
+
+
+def check_words(p: Parser, options: argparse.Namespace) -> None:
+    """Check the texts of `add_sound_options`.
+
+    Raises:
+        SystemExit: with code 2 for one that cannot be used.
+    """
+    try:
+        for name in ("negative", "transcription"):
+            if getattr(options, name) is not None:
+                as_texts(f"--{name}", getattr(options, name), empty=name == "negative")
+    except ValueError as error:
+        p.error(str(error))
 
 
 def number(kind: type[Number], low: Number, high: Number | None = None) -> Callable[[str], Number]:

@@ -9,11 +9,11 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from audioldm2.arguments import GUIDANCE
 from audioldm2.cli.loading import check_revision, config_folder, loader, speaks, stand_ins
 from audioldm2.cli.messages import say
 from audioldm2.cli.options import (
     DEFAULT_MODEL,
-    GUIDANCE,
     Parser,
     add_model_options,
     number,
