@@ -20,6 +20,7 @@ RUNTIME = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "
 FOREIGN = (
     *("diffusers", "accelerate", "librosa", "scipy", "soundfile", "soxr", "matplotlib", "torchaudio"),
     *("torchvision", "sentencepiece", "audioread", "numba", "sklearn", "pandas", "PIL", "onnx", "peft"),
+    *("ray", "pyarrow"),
 )
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

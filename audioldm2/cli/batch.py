@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import io
 import math
@@ -55,6 +56,7 @@ examples:
   audioldm2 batch prompts.csv -o sounds --dry-run
   audioldm2 batch prompts.jsonl -o sounds --format flac --rate 48000
   audioldm2 batch prompts.txt -o sounds --candidates 4 --keep-all
+  audioldm2 batch prompts.csv -o sounds --engine ray --address 10.0.0.5:6379
   printf 'Rain\\nA bell\\n' | audioldm2 batch - -o sounds --model tiny
 
 exit codes:
@@ -119,7 +121,7 @@ def parser() -> Parser:
 
 def add_engine_options(p: Parser) -> None:
     """Add the options that say where the batch runs."""
-    engine = p.add_argument_group("many machines")
+    engine = p.add_argument_group("where it runs")
     engine.add_argument(
         "--engine",
         choices=ENGINES,
@@ -128,13 +130,24 @@ def add_engine_options(p: Parser) -> None:
         f"({install_hint('ray')}) (default: %(default)s)",
     )
     engine.add_argument(
-        "--address", metavar="ADDRESS", help="of the Ray cluster (default: start one on this machine)"
+        "--address",
+        metavar="HOST:PORT",
+        help="of the Ray cluster; auto is the one on this machine (default: the environment variable "
+        "RAY_ADDRESS, or start one on this machine until the batch ends)",
     )
     engine.add_argument(
         "--workers",
         type=number(int, 1),
         metavar="N",
-        help="copies of the model (default: one for each GPU of the cluster, or one if there are none)",
+        help="copies of the model (default: one for each GPU of the cluster, or one for each machine if "
+        "there is no GPU)",
+    )
+    engine.add_argument(
+        "--threads",
+        type=number(int, 1),
+        metavar="N",
+        help="CPU threads of this process, or of each worker; sounds are the same to the last bit only with "
+        "the same number (default: all, which the workers of a machine share)",
     )
 
 
@@ -161,6 +174,8 @@ def parse(p: Parser, arguments: Sequence[str]) -> argparse.Namespace:
                 p.error(f"argument --{name}: is for --engine ray")
     elif options.dry_run:
         p.error("argument --dry-run: measures this machine; leave out --engine")
+    elif options.device is not None and options.device.startswith("cuda:"):
+        p.error("argument --device: a worker of --engine ray sees one GPU, which is cuda")
     try:
         sound_type(f"a.{options.format}", options.sample_format)
     except ValueError as error:
@@ -206,21 +221,22 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
         "sample_format": options.sample_format,
         "keep_all": options.keep_all,
     }
-    pipe, engine = _pipeline_and_engine(parser, options)
-    if options.dry_run:
-        found = batch.estimate(jobs, pipe, options.output, **how)
-        for failure in found.failures:
-            failed(failure)
-        return _print_estimate(found, options, failures)
-    report = batch.run(
-        jobs,
-        pipe,
-        options.output,
-        **how,
-        batch_size=options.batch_size,
-        engine=engine,
-        on_failure=failed,
-    )
+    with contextlib.ExitStack() as stack:
+        pipe, engine = _pipeline_and_engine(parser, options, stack)
+        if options.dry_run:
+            found = batch.estimate(jobs, pipe, options.output, **how)
+            for failure in found.failures:
+                failed(failure)
+            return _print_estimate(found, options, failures)
+        report = batch.run(
+            jobs,
+            pipe,
+            options.output,
+            **how,
+            batch_size=options.batch_size,
+            engine=engine,
+            on_failure=failed,
+        )
     there = len(report.sounds) - report.generated
     kept = f", {there} were there" if there else ""
     line = f"{options.output}: {len(report.sounds)} sounds, {report.generated} new{kept}"
@@ -258,18 +274,37 @@ def _read_table(parser: Parser, options: argparse.Namespace) -> tuple[list[Job],
     return [job.with_defaults(defaults) for job in jobs], failures
 
 
-def _pipeline_and_engine(parser: Parser, options: argparse.Namespace) -> tuple[Any, Any]:
-    """The pipeline, and the engine; None for the local one."""
-    if options.engine == "local":
-        return load_pipeline(parser, options, of_rows=True), None
-    from audioldm2.engines.ray import RayEngine, has_gpus
+def _pipeline_and_engine(
+    parser: Parser, options: argparse.Namespace, stack: contextlib.ExitStack
+) -> tuple[Any, Any]:
+    """The pipeline, and the engine; None for the local one. `stack` ends the connection to a cluster."""
+    import torch
 
-    load = loader(parser, options, has_gpu=has_gpus(options.address))
+    if options.engine == "local":
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        return load_pipeline(parser, options, of_rows=True), None
+    from audioldm2.engines.cluster import connected, placement
+    from audioldm2.engines.ray import RayEngine
+
+    say("connecting to Ray", options.quiet)
+    try:
+        cluster = stack.enter_context(connected(options.address))
+    except (ConnectionError, ValueError) as error:
+        parser.error(f"argument --address: {error}")
+    load = loader(parser, options, has_gpu=cluster.gpus > 0)
+    use_gpus = load.device == "cuda"
+    if use_gpus and not cluster.gpus:
+        parser.error("argument --device: the Ray cluster has no GPU")
+    try:
+        placement(cluster, options.workers, options.threads, use_gpus)
+    except ValueError as error:
+        parser.error(f"argument --{error}")
     # Here the pipeline only plans, so it must not take a GPU's memory.
     pipe = load_pipeline(
         parser, options, dataclasses.replace(load, device="cpu", compile=False), of_rows=True
     )
-    return pipe, RayEngine(load, workers=options.workers)
+    return pipe, RayEngine(load, workers=options.workers, threads=options.threads, use_gpus=use_gpus)
 
 
 def _print_estimate(found: Any, options: argparse.Namespace, failures: Sequence[Failure]) -> int:
