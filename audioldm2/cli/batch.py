@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import io
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +14,16 @@ from audioldm2.atomic import check_folder_writable
 from audioldm2.audio.file_types import FILE_FORMATS, SAMPLE_FORMATS, sound_type
 from audioldm2.batch.jobs import BATCH_SIZE, TABLES, Failure, Job, parse_jobs, read_jobs
 from audioldm2.cli.loading import load_pipeline, loader
-from audioldm2.cli.messages import clean, print_error, say, say_beside_bars, with_column_names
+from audioldm2.cli.messages import (
+    clean,
+    counted,
+    print_error,
+    say,
+    say_beside_bars,
+    with_column_names,
+)
 from audioldm2.cli.options import (
+    STANDARD_OUTPUT,
     Parser,
     add_model_options,
     add_quality_options,
@@ -26,7 +33,7 @@ from audioldm2.cli.options import (
     parse_options,
 )
 from audioldm2.cli.process import print_line
-from audioldm2.cli.prompts import STANDARD_INPUT
+from audioldm2.cli.prompts import STANDARD_INPUT, standard_input
 from audioldm2.extras import install_hint
 from audioldm2.quoting import shortened
 
@@ -37,18 +44,19 @@ Generate a sound for each prompt of a table, into a folder.
 
 The table is a .csv or .tsv file whose first line names the columns, a .jsonl
 file with an object on each line, or a .txt file with a prompt on each line, or
-"prompt|file name". - reads it from standard input. The columns are
+"prompt|file name". "-" reads it from standard input. The columns are
 
   prompt, name (of the file), negative, transcription, duration, seed,
   steps, guidance, candidates, scheduler, eta and max_new_tokens
 
-Only prompt is needed. The options below are the defaults of rows that do not
-say otherwise.
+Only prompt is required. The options below are the defaults of what a row
+leaves out.
 
-A batch that was stopped, at any moment, goes on when the same command is given
-again. A sound is made anew if its row or an option has changed. The folder's
-manifest.jsonl has a line for each finished sound: its settings, seed, scores
-and checksum. A row that is not valid is reported and does not stop the others.
+A batch that was stopped, at any moment, is resumed by giving the same command
+again. A sound is generated again if its row or an option has changed. The
+folder's manifest.jsonl has a line for each finished sound: its settings, seed,
+score and checksum. A row that is not valid is reported and does not stop the
+others.
 """
 EXAMPLES = """\
 examples:
@@ -61,7 +69,8 @@ examples:
 
 exit codes:
   0  every row has its sound
-  1  some rows have none; they are listed at the end
+  1  some rows have none, which are listed at the end; or an error occurred, and
+     what was finished stays
   2  an argument is invalid
   129, 130, 143  stopped by SIGHUP, SIGINT (Ctrl-C) or SIGTERM
 """
@@ -168,6 +177,8 @@ def parse(p: Parser, arguments: Sequence[str]) -> argparse.Namespace:
         p.error(f"the table is missing: {p.prog} prompts.csv -o sounds")
     if not options.output:
         p.error(f"the folder is missing: {p.prog} {options.table} -o sounds")
+    if options.output in STANDARD_OUTPUT:
+        p.error("argument -o/--output: a batch is written into a folder, not to standard output")
     if options.engine == "local":
         for name in ("address", "workers"):
             if getattr(options, name) is not None:
@@ -238,8 +249,8 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
             on_failure=failed,
         )
     there = len(report.sounds) - report.generated
-    kept = f", {there} were there" if there else ""
-    line = f"{options.output}: {len(report.sounds)} sounds, {report.generated} new{kept}"
+    kept = f", {there} already there" if there else ""
+    line = f"{options.output}: {counted(len(report.sounds), 'sound')}, {report.generated} new{kept}"
     unprinted = print_line(clean(line))
     if unprinted:
         print_error(f"the sounds were written, but a message to standard output was not: {unprinted}")
@@ -251,11 +262,10 @@ def _read_table(parser: Parser, options: argparse.Namespace) -> tuple[list[Job],
     """The jobs of the table, with the options as their defaults, and the rows that are not valid."""
     try:
         if options.table in STANDARD_INPUT:
-            if sys.stdin is None:
-                raise ValueError("standard input is closed; name a table")
-            if sys.stdin.isatty():
+            stdin = standard_input("name a table")
+            if stdin.isatty():
                 parser.error("argument TABLE: standard input is a terminal; redirect a table into it")
-            text = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig", newline="")
+            text = io.TextIOWrapper(stdin, encoding="utf-8-sig", newline="")
             jobs, failures = parse_jobs(text, options.table_format or "txt", "standard input")
         else:
             jobs, failures = read_jobs(options.table, options.table_format)
@@ -313,8 +323,9 @@ def _print_estimate(found: Any, options: argparse.Namespace, failures: Sequence[
     if len(found.requests) > MAX_LISTED:
         print_line(f"... and {len(found.requests) - MAX_LISTED} more")
     print_line(
-        f"{len(found.requests)} rows to generate, {found.sound_seconds:.0f} s of sound, about "
-        f"{duration(found.seconds)} with {options.model} on this machine; {found.finished} rows are finished"
+        f"{counted(len(found.requests), 'row')} to generate, {found.sound_seconds:.0f} s of sound, about "
+        f"{duration(found.seconds)} with {options.model} on this machine; "
+        f"{counted(found.finished, 'row')} already finished"
     )
     _print_failures(failures)
     return 1 if failures else 0
@@ -323,7 +334,7 @@ def _print_estimate(found: Any, options: argparse.Namespace, failures: Sequence[
 def _print_failures(failures: Sequence[Failure]) -> None:
     """List the rows without a sound, if there are any."""
     if failures:
-        say(f"{len(failures)} rows have no sound:")
+        say(f"{counted(len(failures), 'row')} without a sound:")
         in_order = sorted(failures, key=lambda failure: int(failure.where.rpartition(":")[2]))
         for failure in in_order[:MAX_LISTED]:
             say(f"  {failure}")

@@ -17,8 +17,9 @@ from audioldm2.cli.process import print_line
 from audioldm2.extras import import_extra, install_hint
 
 SHELLS = ("bash", "zsh", "fish")
-FILES = "FILE"  # the metavar of an option whose value is the name of a file
-FOLDERS = ("FOLDER", "DIR")
+# Metavars of names of files and of folders.
+FILES = ("FILE", "TABLE")
+FOLDERS = ("FOLDER",)
 NAMES = "--model"  # a repository, or a folder
 DESCRIPTION = f"""\
 Print a script with which a shell completes {PROGRAM}'s commands, options, their
@@ -105,7 +106,7 @@ def script(shell: str) -> str:
         command = import_module(f"{__package__}.{name}").parser()
         parsers.append(commands.add_parser(name, help=line, parents=[command], add_help=False))
     for action in (action for one in parsers for action in one._actions):
-        if action.metavar == FILES:
+        if action.metavar in FILES:
             action.complete = shtab.FILE  # type: ignore[attr-defined]
         elif action.metavar in FOLDERS or NAMES in action.option_strings:
             action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]

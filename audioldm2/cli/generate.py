@@ -98,6 +98,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--format",
+        "--sample-format",
         choices=SAMPLE_FORMATS,
         help="format of the samples, 16-bit integers or 32-bit floats, for types of files that have both "
         "(default: pcm16)",

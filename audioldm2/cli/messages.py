@@ -76,6 +76,11 @@ def with_column_names(text: str) -> str:
     return _ARGUMENT.sub(lambda match: OPTIONS[match[1]].removeprefix("--"), text)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: "1 row", "2 rows"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def say(text: str, quiet: bool = False) -> None:
     """Print a message, unless `quiet`."""
     if not quiet:

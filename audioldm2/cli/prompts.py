@@ -1,14 +1,29 @@
-"""A prompt from a text file or from standard input."""
+"""Prompts from text files, and standard input."""
 
 from __future__ import annotations
 
 import sys
+from typing import BinaryIO
 
 from audioldm2.cli.commands import PROGRAM
 from audioldm2.cli.messages import say
 
 STANDARD_INPUT = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
-MAX_BYTES = 100_000  # no prompt is as long
+MAX_BYTES = 100_000  # of a prompt
+
+
+def standard_input(instead: str) -> BinaryIO:
+    """Standard input, for reading bytes.
+
+    Args:
+        instead: what to do if it is closed.
+
+    Raises:
+        OSError: it is closed.
+    """
+    if sys.stdin is None:
+        raise OSError(f"standard input is closed; {instead}")
+    return sys.stdin.buffer
 
 
 def read_prompt(name: str) -> str:
@@ -27,18 +42,18 @@ def read_prompt(name: str) -> str:
     if name not in STANDARD_INPUT:
         with open(name, "rb") as file:
             return _one_line(file.read(MAX_BYTES + 1), name)
-    if sys.stdin is None:
-        raise OSError("standard input is closed; write the prompt, or name a file with --from-file")
-    if sys.stdin.isatty():
+    stdin = standard_input("write the prompt, or name a file with --from-file")
+    if stdin.isatty():
         say("describe the sound in one line, then press Enter")
-        return _one_line(sys.stdin.buffer.readline(MAX_BYTES + 1), "standard input")
-    return _one_line(sys.stdin.buffer.read(MAX_BYTES + 1), "standard input")
+        return _one_line(stdin.readline(MAX_BYTES + 1), "standard input")
+    return _one_line(stdin.read(MAX_BYTES + 1), "standard input")
 
 
 def _one_line(data: bytes, name: str) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        # A file that is too large was cut, maybe within a character: the errors below say more.
         text = data[: error.start].decode("utf-8-sig") if error.start >= MAX_BYTES - 3 else "\0"
     if "\0" in text:
         raise ValueError(f"{name} is not a text file in UTF-8")

@@ -279,21 +279,21 @@ def test_the_command_reports_bad_rows_and_goes_on(
     arguments = ["batch", "prompts.csv", "-o", "a/b", *options]
     assert cli.main(arguments) == 1
     out, err = capsys.readouterr()
-    assert out == "a/b: 1 sounds, 1 new\n"
+    assert out == "a/b: 1 sound, 1 new\n"
     wind = "prompts.csv:3: steps must be an integer from 1 to 1000, got 9999"
     snow = "prompts.csv:4: steps must be an integer, got 'x'"
     assert err.splitlines() == [
         *(f"audioldm2: error: {snow}", f"audioldm2: error: {wind}"),
-        *("audioldm2: 2 rows have no sound:", f"audioldm2:   {wind}", f"audioldm2:   {snow}"),
+        *("audioldm2: 2 rows without a sound:", f"audioldm2:   {wind}", f"audioldm2:   {snow}"),
     ]
     assert check_folder(tmp_path / "a" / "b", 1)["Rain.wav"]["num_inference_steps"] == 2
     Path("prompts.csv").write_text("prompt,steps\nRain,\n")
     assert cli.main(arguments) == 0
-    assert capsys.readouterr().out == "a/b: 1 sounds, 0 new, 1 were there\n"
+    assert capsys.readouterr().out == "a/b: 1 sound, 0 new, 1 already there\n"
     assert cli.main([*arguments, "--seed", "5", "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("Rain.wav: Rain\n1 rows to generate, 1 s of sound, about ")
-    assert out.endswith(" with tiny on this machine; 0 rows are finished\n")
+    assert out.startswith("Rain.wav: Rain\n1 row to generate, 1 s of sound, about ")
+    assert out.endswith(" with tiny on this machine; 0 rows already finished\n")
 
 
 @pytest.mark.parametrize(
@@ -301,6 +301,7 @@ def test_the_command_reports_bad_rows_and_goes_on(
     [
         (["prompts.csv"], "the folder is missing"),
         (["-o", "a"], "the table is missing"),
+        (["prompts.csv", "-o", "-"], "into a folder, not to standard output"),
         (["missing.csv", "-o", "a"], "missing.csv: No such file"),
         (["prompts.xls", "-o", "a"], "unknown type of table; use .csv"),
         (["prompts.csv", "-o", "prompts.csv"], "the output path is not a folder"),
