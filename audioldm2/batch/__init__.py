@@ -1,4 +1,4 @@
-"""Many sounds from a list of prompts, in a folder that a later run can go on with.
+"""Batches: sounds from a list of prompts, in a folder. A run that was stopped can be resumed.
 
     from audioldm2 import AudioLDM2Pipeline, batch
 
@@ -7,12 +7,12 @@
 
 - `jobs`: what to generate, and the tables it is read from.
 - `names`: a file name for any prompt.
-- `planning`: jobs with all their settings, in groups that are generated together.
-- `generating`: a group of jobs to sounds.
-- `manifest`: what is finished, in manifest.jsonl.
-- `running`: the run, and how long one would take.
+- `planning`: from jobs to requests, which have every setting, in groups that are generated together.
+- `generating`: from a group of requests to its sounds.
+- `manifest`: manifest.jsonl, the list of finished sounds.
+- `running`: runs a batch, or estimates how long it would take.
 
-Where a group is generated is up to an engine (`audioldm2.engines`); by default it is the pipeline itself.
+An engine generates the groups: by default the pipeline in this process, or one of `audioldm2.engines`.
 """
 
 from __future__ import annotations

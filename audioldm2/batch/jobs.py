@@ -37,12 +37,12 @@ TABLES = ("csv", "tsv", "jsonl", "txt")
 
 
 class Failure(NamedTuple):
-    """A job for which there is no sound.
+    """A job that has no sound.
 
     Attributes:
-        where: the file and line of the job, or its number in the list.
-        reason: one line.
-        details: the traceback, if generating it failed.
+        where: the file and line of the job, such as "prompts.csv:3", or its number in the list, "job 3".
+        reason: the error, as one line.
+        details: the traceback, if its generation failed.
     """
 
     where: str
@@ -55,19 +55,19 @@ class Failure(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """One prompt, and what is said about its sound. None stands for the default.
+    """A prompt and the settings of its sound. None stands for the default.
 
     The arguments of a generation have the names and meanings that they have in `AudioLDM2Pipeline.__call__`.
 
     Args:
         prompt: the description of the sound.
-        name: of the file, with or without a suffix; made from the prompt by default.
+        name: of the file, with or without the suffix of a sound file; made from the prompt by default.
         negative_prompt: what to steer away from.
         transcription: the words to speak, for the speech checkpoints.
-        audio_length_in_s: seconds.
-        num_inference_steps: of the sampler.
-        guidance_scale: the weight of guidance.
-        num_waveforms_per_prompt: candidates, which CLAP orders.
+        audio_length_in_s: length of the sound in seconds.
+        num_inference_steps: steps of the sampler.
+        guidance_scale: 1 or less disables guidance.
+        num_waveforms_per_prompt: number of candidates, which CLAP ranks.
         eta: how much noise a DDIM step adds.
         max_new_tokens: how many vectors GPT-2 generates.
         scheduler: the name of a sampler in `SAMPLERS`; the pipeline's own by default.
@@ -103,7 +103,7 @@ class Job:
                 object.__setattr__(self, field.name, convert(value))
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Job:
-        """The job with values for the fields that are None."""
+        """The job with the values of `defaults` for the fields that are None."""
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **missing)
 
@@ -227,12 +227,18 @@ def read_jobs(path: str | Path, kind: str | None = None) -> tuple[list[Job], lis
 
 
 def parse_jobs(file: TextIO, kind: str, name: str) -> tuple[list[Job], list[Failure]]:
-    """Read the jobs of an open table; see `read_jobs`.
+    """Read the jobs of an open table.
 
     Args:
         file: opened with newline="".
         kind: one of `TABLES`.
         name: of the file, for messages.
+
+    Returns:
+        As `read_jobs` does.
+
+    Raises:
+        ValueError: as in `read_jobs`.
     """
     check_choice("the type of the table", kind, TABLES)
     jobs, failures = [], []

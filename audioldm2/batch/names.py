@@ -51,7 +51,7 @@ def file_name(text: str, spaces: str = " ") -> str:
 
 
 def distinct(names: Iterable[str]) -> list[str]:
-    """Names with -2, -3 and so on at the end of those that occurred before, in upper or lower case."""
+    """Make names unique, also where case does not count: -2, -3 and so on are appended to repeated ones."""
     taken: set[str] = set()
     counts: dict[str, int] = {}
     result = []

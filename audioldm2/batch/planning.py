@@ -1,7 +1,8 @@
-"""From jobs to requests, which leave nothing open, and to groups that are generated together.
+"""From jobs to requests, which have every setting, and to groups that are generated together.
 
-A group has one length of sound, one sampler and one number of tokens. Its prompts need no padding, so a sound
-does not depend on the others of its group, up to rounding.
+The requests of a group share all settings but the prompt, the negative prompt, the transcription and the
+seed, and their prompts have the same number of tokens. These need no padding, so a sound does not depend on
+the others of its group, up to rounding.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ SHARED = (
     "eta",
     "max_new_tokens",
 )
-SETTINGS = ("prompt", "negative_prompt", "transcription", *SHARED, "seed")  # what the manifest says of a job
+SETTINGS = ("prompt", "negative_prompt", "transcription", *SHARED, "seed")  # of a job, in the manifest
 DEFAULTS = {"guidance_scale": GUIDANCE, "num_waveforms_per_prompt": 1, "eta": 0.0}
 
 
@@ -75,11 +76,12 @@ class Request:
 
     Attributes:
         index: of the request, in its plan.
-        job: the job, without open settings.
-        files: the names of its files, of the best candidate first.
-        key: identifies all that the sounds depend on; another key is another sound.
-        tokens: of the prompt.
-        stored: what the manifest says about each of its sounds.
+        job: the job, in which only `name`, `negative_prompt`, `transcription`, `max_new_tokens` and
+            `scheduler` may still be None.
+        files: the names of its files, that of the best candidate first.
+        key: a digest of all that the sounds depend on; a sound with another key is generated again.
+        tokens: the number to which the second encoder's states are padded.
+        stored: the settings in the manifest's line of each of its sounds.
     """
 
     index: int
@@ -94,7 +96,7 @@ class Group(NamedTuple):
     """Requests that are generated together.
 
     Attributes:
-        requests: with equal settings.
+        requests: which share their settings, as in the module's docstring.
         sampling_rate: of the stored sounds, in Hz.
     """
 

@@ -1,4 +1,4 @@
-"""Running a batch: what is left to do, engine, files, progress; and how long it would take."""
+"""Running a batch: the sounds that are missing are generated and written. Estimating how long it takes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ JobLike = Job | Mapping[str, Any] | str
 
 
 class Report(NamedTuple):
-    """What became of a batch.
+    """The outcome of a batch.
 
     Attributes:
         sounds: the manifest's line of each sound, in the order of the jobs.
         failures: the jobs without a sound.
-        generated: the number of sounds that this run made; the others were there.
+        generated: the number of sounds that this run generated; an earlier run generated the others.
     """
 
     sounds: list[Record]
@@ -36,13 +36,13 @@ class Report(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """What a batch would make.
+    """What a batch would generate.
 
     Attributes:
         requests: those that are not finished.
         finished: the number of jobs that are.
         failures: the jobs that are not valid.
-        sound_seconds: the total length of the sounds.
+        sound_seconds: the total length of the sounds to generate, in seconds, with all candidates.
         seconds: about how long it will take with the local engine.
     """
 
@@ -66,10 +66,10 @@ def run(
     engine: Engine | None = None,
     on_failure: Callable[[Failure], object] = lambda failure: None,
 ) -> Report:
-    """Generate the sounds of jobs into a folder, or those that are missing there.
+    """Generate the sounds of jobs that are not in a folder yet.
 
-    A run that was stopped at any moment goes on when it is started again. A sound is made anew if any of its
-    settings has changed, or its file. Files of jobs that are no longer in the list stay.
+    A run that was stopped, at any moment, is resumed by the same call. A sound is generated again if one of
+    its settings or its file has changed. Files of jobs that are no longer in the list stay.
 
     Args:
         jobs: prompts, mappings of `Job`'s fields, or jobs.
@@ -82,7 +82,7 @@ def run(
         keep_all: keep all candidates of a job, not only the best.
         batch_size: the most sounds, counting candidates, that are generated at once.
         engine: where groups are generated, such as `audioldm2.engines.ray.RayEngine`; here by default.
-        on_failure: called with each job that has no sound, when that is known.
+        on_failure: called with each job that fails, at once.
 
     Returns:
         The manifest's lines, and the jobs that failed. They do not stop the others.
@@ -137,10 +137,10 @@ def estimate(
     sample_format: str | None = None,
     keep_all: bool = False,
 ) -> Estimate:
-    """What `run` would make, and about how long it would take with the local engine.
+    """What `run` would generate, and about how long it would take with the local engine.
 
     Nothing is written. The first sound that is missing is generated with two numbers of steps to measure this
-    machine; the time of the others follows from their length and their steps.
+    machine; the time of the others follows from their lengths and their steps.
 
     Args:
         jobs: as in `run`.
@@ -153,6 +153,7 @@ def estimate(
 
     Raises:
         ImportError, OSError, TypeError, ValueError: as in `run`.
+        RuntimeError: the first sound that is missing cannot be generated.
     """
     files = FileOptions(file_format, sampling_rate, sample_format, keep_all)
     failures: list[Failure] = []
