@@ -512,7 +512,7 @@ def test_ctrl_c_ends_with_130(capsys: pytest.CaptureFixture, monkeypatch: pytest
     assert lines[0] == "audioldm2: loading tiny"
     assert lines[1].startswith(f"audioldm2: public: everyone who can reach port {port} of this machine can")
     assert "up to 7 s, without a password" in lines[1]
-    assert lines[2] == "audioldm2: error: interrupted; no partial file was left"
+    assert lines[2] == "audioldm2: error: interrupted; the server has ended"
     with pytest.raises(httpx.ConnectError):
         HTTP.get(f"http://127.0.0.1:{port}")
 

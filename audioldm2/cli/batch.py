@@ -39,6 +39,7 @@ from audioldm2.quoting import shortened
 
 ENGINES = ("local", "ray")
 MAX_LISTED = 20  # failures at the end
+WHEN_STOPPED = "finished sounds stay; the same command goes on"
 DESCRIPTION = """\
 Generate a sound for each prompt of a table, into a folder.
 

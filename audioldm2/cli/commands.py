@@ -1,7 +1,8 @@
 """The commands, one line about each, and what is said about words that look like one.
 
-A command is a module of this package with `parser`, `parse` and `run`. The first word of the command line
-selects it; anything else is the prompt of `generate`.
+A command is a module of this package with `parser`, `parse` and `run`, and perhaps with `WHEN_STOPPED`, what
+to add to the message that a signal stopped it. The first word of the command line selects a command; any
+other word is the prompt of `generate`.
 """
 
 from __future__ import annotations

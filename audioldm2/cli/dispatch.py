@@ -18,13 +18,14 @@ def run(arguments: Sequence[str] | None) -> int:
     process.fill_descriptors()
     stderr = process.Tolerant(sys.stderr)
     with contextlib.redirect_stderr(stderr), process.flushed_output():
-        debug = False
+        debug, state = False, "no partial file was left"
         received: list[signal.Signals] = []
         try:
             with process.stoppable(received):
                 words = list(sys.argv[1:] if arguments is None else arguments)
                 named = bool(words) and words[0] in COMMANDS
                 command = import_module(f"{__package__}.{words.pop(0) if named else DEFAULT}")
+                state = getattr(command, "WHEN_STOPPED", state)
                 parser = command.parser()
                 if words and not named and (text := hint(words)):
                     parser.error(text)
@@ -35,10 +36,10 @@ def run(arguments: Sequence[str] | None) -> int:
                     code: int = command.run(parser, chosen)
                     return code
         except (KeyboardInterrupt, process.Stopped):
-            return _stopped(received[0] if received else signal.SIGINT, debug)
+            return _stopped(received[0] if received else signal.SIGINT, state, debug)
         except Exception as error:
             if received:  # a library turned the interrupt into an error, as extension modules do at import
-                return _stopped(received[0], debug)
+                return _stopped(received[0], state, debug)
             if isinstance(error, ValueError | TypeError) and (text := messages.with_option_names(error)):
                 messages.print_traceback(debug)
                 parser.error(text)
@@ -46,7 +47,7 @@ def run(arguments: Sequence[str] | None) -> int:
             return 1
 
 
-def _stopped(number: signal.Signals, debug: bool) -> int:
+def _stopped(number: signal.Signals, state: str, debug: bool) -> int:
     how = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
-    messages.print_error(f"{how}; no partial file was left", debug)
+    messages.print_error(f"{how}; {state}", debug)
     return 128 + number

@@ -27,6 +27,7 @@ from audioldm2.web.requests import Checkpoint, Limits
 if TYPE_CHECKING:
     from audioldm2.pipeline import AudioLDM2Pipeline
 
+WHEN_STOPPED = "the server has ended"
 PORT = 7860  # Gradio's
 LOOPBACK, EVERYWHERE = "127.0.0.1", "0.0.0.0"
 MAX_CANDIDATES = 16  # of the limit; each has a place on the page
