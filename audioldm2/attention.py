@@ -256,15 +256,15 @@ def attention_maps(q: Tensor, k: Tensor, heads: int, bias: Tensor | None = None)
         yield torch.softmax(scores if bias is None else scores + bias[:, 0].to(dtype), dim=-1)
 
 
-class _Place(NamedTuple):
-    """A cross-attention, and the transformer that it is in."""
+class _Target(NamedTuple):
+    """A cross-attention to record, and the transformer that it is in."""
 
     layer: AttentionLayer
     transformer: Transformer
     attention: CrossAttention
 
 
-def _places(unet: UNet) -> Iterator[_Place]:
+def _targets(unet: UNet) -> Iterator[_Target]:
     """The cross-attentions of a UNet, in the order in which they run."""
     downs = [(f"down.{i}", level) for i, level in enumerate(unet.down)]
     ups = [(f"up.{i}", level) for i, level in enumerate(unet.up)]
@@ -276,7 +276,7 @@ def _places(unet: UNet) -> Iterator[_Place]:
             for number, block in enumerate(transformer.blocks):
                 name = f"{path}.transformers.{index}.blocks.{number}.cross_attention"
                 layer = AttentionLayer(name, path.replace(".", " "), condition)
-                yield _Place(layer, transformer, block.cross_attention)
+                yield _Target(layer, transformer, block.cross_attention)
 
 
 class _Recorder:
@@ -285,16 +285,16 @@ class _Recorder:
     def __init__(self, pipe: Any, unet: UNet):
         self.pipe = pipe
         self.unet = unet
-        self.places = list(_places(unet))
-        if not self.places:
+        self.targets = list(_targets(unet))
+        if not self.targets:
             raise ValueError("record_attention needs a UNet with cross-attention; pipe.unet has none")
-        for layer, _, module in self.places:
+        for layer, _, module in self.targets:
             if not isinstance(module, CrossAttention):
                 raise TypeError(
                     f"record_attention needs this package's CrossAttention; {layer.name} of pipe.unet is of "
                     f"class {type(module).__name__}"
                 )
-        self.record = AttentionRecord(pipe, [place.layer for place in self.places])
+        self.record = AttentionRecord(pipe, [target.layer for target in self.targets])
         # Of the current call of the UNet:
         self.sounds = 0  # how many of the rows to keep, the last ones; 0 outside of a call
         self.timestep = self.seconds = 0.0
@@ -307,7 +307,7 @@ class _Recorder:
             self.unet.register_forward_pre_hook(self._begin, with_kwargs=True),
             self.unet.register_forward_hook(self._end, always_call=True),
         ]
-        for layer, transformer, module in self.places:
+        for layer, transformer, module in self.targets:
             state: dict[str, Any] = {}
             handles += [
                 transformer.register_forward_pre_hook(partial(self._before_transformer, state)),
@@ -355,7 +355,7 @@ class _Recorder:
             self.tokens = kept.cpu()
 
     def _end(self, unet: nn.Module, args: Any, output: Any) -> None:
-        complete = self.sounds and len(self.weights) == len(self.places)
+        complete = self.sounds and len(self.weights) == len(self.targets)
         self.sounds = 0
         if complete:
             record = self.record

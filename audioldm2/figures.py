@@ -39,7 +39,7 @@ def new_figure(width: float = WIDTH, height: float = HEIGHT) -> Any:
     Raises:
         ImportError: matplotlib is not installed or is broken; the message says how to install it.
     """
-    module = import_extra("matplotlib.figure", "plot", "drawing a picture")
+    module = import_extra("matplotlib.figure", "plot", "plotting")
     figure = module.Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     # IPython knows by itself how to show a Figure only after pyplot was imported.
     figure._repr_png_ = partial(png, figure)
@@ -133,7 +133,7 @@ def save_figure(path: str | Path, figure: Any) -> None:
 
 
 def check_can_draw(path: str | Path = "") -> None:
-    """Check that pictures can be drawn, by drawing an empty one.
+    """Check that figures can be drawn, by drawing an empty one.
 
     Args:
         path: path of the file, which is not touched; its suffix decides the type.

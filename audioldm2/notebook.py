@@ -1,7 +1,7 @@
-"""How a generation's output looks in a notebook: HTML with a player and a picture for each sound.
+"""How a generation's output looks in a notebook: HTML with a player and a plot for each sound.
 
-Nothing here needs IPython. Players contain their sound as a WAV file, pictures are PNG images, and both are
-part of the HTML, so that they stay in a saved notebook; its size is bounded.
+IPython is not imported. Players contain their sound as a WAV file, plots are PNG images, and both are part of
+the HTML, so that they stay in a saved notebook. The size of the HTML is bounded.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from audioldm2.plots import plot_sound
 
 MAX_SOUNDS = 8  # that are shown
 MAX_SECONDS = 120.0  # of all players together, 5 MB of HTML at 16 kHz
-PICTURE_DPI = 70  # 630 pixels wide
+PLOT_DPI = 70  # 630 pixels wide
 
 
 def output_html(output: Any) -> str:
     """HTML with the sounds of a generation, in their order, each with its score if it was ranked.
 
-    Pictures are left out, with a line that says why, if matplotlib is missing. Sounds are left out, with a
+    Plots are left out, with a line that says why, if matplotlib is missing. Sounds are left out, with a
     line that says how many, after the first 8 and after two minutes.
 
     Args:
@@ -45,12 +45,12 @@ def output_html(output: Any) -> str:
             heading += f", score {float(scores[number]):.3f}"
         parts.append(f"<div><p>{escape(heading)}</p>{_player(audio, rate)}")
         try:
-            parts.append(_picture(audio, rate, f"waveform and spectrogram of sound {number + 1}"))
+            parts.append(_plot(audio, rate, f"waveform and spectrogram of sound {number + 1}"))
         except ImportError as error:
             missing = str(error)
         parts.append("</div>")
     if missing:
-        parts.append(_paragraph(f"No pictures: {missing}"))
+        parts.append(_paragraph(f"No plots: {missing}"))
     if shown < len(audios):
         parts.append(
             _paragraph(
@@ -71,8 +71,8 @@ def _player(audio: Any, sampling_rate: int) -> str:
     return f'<audio controls preload="metadata" src="{_data_url("audio/wav", file.getvalue())}"></audio>'
 
 
-def _picture(audio: Any, sampling_rate: int, description: str) -> str:
-    url = _data_url("image/png", png(plot_sound(audio, sampling_rate), PICTURE_DPI))
+def _plot(audio: Any, sampling_rate: int, description: str) -> str:
+    url = _data_url("image/png", png(plot_sound(audio, sampling_rate), PLOT_DPI))
     return f'<br><img alt="{escape(description)}" style="max-width: 100%" src="{url}">'
 
 

@@ -53,7 +53,7 @@ class AudioPipelineOutput(Output):
         )
 
     def _repr_html_(self) -> str:
-        """Players and pictures of the sounds, in a notebook."""
+        """Players and plots of the sounds, in a notebook."""
         from audioldm2.notebook import output_html  # only now, as it imports all of plots
 
         return output_html(self)

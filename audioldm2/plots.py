@@ -1,4 +1,4 @@
-"""Pictures of sounds and of how they are made.
+"""Plots of sounds and of how they are generated.
 
 Each `plot_...` returns a matplotlib Figure, which a notebook shows and whose `savefig` writes a file.
 Functions that draw one panel also take `axes=`, to draw into a figure of the caller's. The extra "plot"
@@ -339,7 +339,7 @@ def save_spectrogram(
     save_figure(path, plot_spectrogram(waveform, sampling_rate, title=title))
 
 
-# --- parts of pictures
+# --- drawing
 
 
 def draw_spectrogram(

@@ -69,7 +69,7 @@ def test_every_sound_has_a_player_a_picture_and_its_score(tmp_path: Path) -> Non
 
 
 def test_few_and_short_sounds_are_shown_and_the_others_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("audioldm2.notebook._picture", lambda *_: "")
+    monkeypatch.setattr("audioldm2.notebook._plot", lambda *_: "")
     shown = page(torch.zeros(11, 160), torch.full((11,), 0.25))
     assert shown.texts[7] == "8 of 11: 0.01 s, score 0.250"
     assert len(shown.sources["audio"]) == 8
@@ -104,7 +104,7 @@ def test_without_matplotlib_there_are_players_and_a_hint(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     shown = page(np.zeros((2, 100)))
     assert (len(shown.sources["audio"]), shown.sources["img"]) == (2, [])
-    assert shown.texts[2:] == [f"No pictures: drawing a picture requires matplotlib: {install_hint('plot')}"]
+    assert shown.texts[2:] == [f"No plots: plotting requires matplotlib: {install_hint('plot')}"]
 
 
 def test_the_repr_of_a_pipeline_lists_parts_sizes_device_and_dtype() -> None:

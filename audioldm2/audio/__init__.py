@@ -5,5 +5,5 @@
 - `log_mel`: AudioLDM's front end, the natural logarithm.
 - `resample`: conversion between sampling rates.
 - `wav`: reading and writing WAV files.
-- `decibels`: spectrograms for pictures, which `audioldm2.plots` draws.
+- `decibels`: spectrograms for the plots that `audioldm2.plots` draws.
 """

@@ -1,4 +1,4 @@
-"""Log-mel spectrograms in decibels, for pictures and other measurements by eye.
+"""Log-mel spectrograms in decibels, for plots.
 
 In: a waveform (1, samples) of any sampling rate. Out: levels (frames, 128) relative to the maximum.
 """
