@@ -27,7 +27,7 @@ from audioldm2.conditioning import check_transcription, speaks, token_limit
 from audioldm2.decoding import frames_and_samples
 from audioldm2.pipeline import AudioLDM2Pipeline
 from audioldm2.quoting import one_line
-from audioldm2.schedulers import SAMPLERS, SCHEDULERS
+from audioldm2.schedulers import as_sampler
 
 # Arguments of a generation that all sounds of a group share.
 SHARED = (
@@ -172,12 +172,7 @@ def plan(jobs: Sequence[Job], pipe: AudioLDM2Pipeline, files: FileOptions) -> Pl
 
 def scheduler_of(job: Job, pipe: AudioLDM2Pipeline) -> Any:
     """The sampler of a job: the pipeline's, unless the job names one of another class."""
-    if job.scheduler is None:
-        return pipe.scheduler
-    sampler = SCHEDULERS[SAMPLERS[job.scheduler][1]]
-    return (
-        pipe.scheduler if isinstance(pipe.scheduler, sampler) else sampler.from_config(pipe.scheduler.config)
-    )
+    return pipe.scheduler if job.scheduler is None else as_sampler(job.scheduler, pipe.scheduler)
 
 
 def _completed(job: Job, pipe: AudioLDM2Pipeline) -> Job:

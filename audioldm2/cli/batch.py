@@ -319,17 +319,22 @@ def _pipeline_and_engine(
 
 
 def _print_estimate(found: Any, options: argparse.Namespace, failures: Sequence[Failure]) -> int:
-    for request in found.requests[:MAX_LISTED]:
-        print_line(clean(f"{', '.join(request.files)}: {shortened(request.job.prompt, 100)}"))
+    lines = [
+        clean(f"{', '.join(request.files)}: {shortened(request.job.prompt, 100)}")
+        for request in found.requests[:MAX_LISTED]
+    ]
     if len(found.requests) > MAX_LISTED:
-        print_line(f"... and {len(found.requests) - MAX_LISTED} more")
-    print_line(
+        lines.append(f"... and {len(found.requests) - MAX_LISTED} more")
+    lines.append(
         f"{counted(len(found.requests), 'row')} to generate, {found.sound_seconds:.0f} s of sound, about "
         f"{duration(found.seconds)} with {options.model} on this machine; "
         f"{counted(found.finished, 'row')} already finished"
     )
+    unprinted = print_line("\n".join(lines))
+    if unprinted:
+        print_error(f"the estimate was not written to standard output: {unprinted}")
     _print_failures(failures)
-    return 1 if failures else 0
+    return 1 if failures or unprinted else 0
 
 
 def _print_failures(failures: Sequence[Failure]) -> None:

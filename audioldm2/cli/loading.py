@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from audioldm2.arguments import GUIDANCE
 from audioldm2.cli.messages import say
 from audioldm2.cli.options import Parser
-from audioldm2.schedulers import SAMPLERS
+from audioldm2.schedulers import as_sampler, sampler_class
 
 if TYPE_CHECKING:
     from audioldm2.pipeline import AudioLDM2Pipeline
@@ -53,7 +53,6 @@ class Loader:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         from audioldm2.pipeline import AudioLDM2Pipeline
 
-        sampler = _sampler(self.scheduler)
         pipe = AudioLDM2Pipeline.from_pretrained(
             self.model,
             torch_dtype=self.dtype,
@@ -61,8 +60,7 @@ class Loader:
             variant=self.variant,
             revision=self.revision,
         )
-        if not isinstance(pipe.scheduler, sampler):
-            pipe.scheduler = sampler.from_config(pipe.scheduler.config)
+        pipe.scheduler = as_sampler(self.scheduler, pipe.scheduler)
         if self.compile:
             pipe.compile()
         return pipe
@@ -122,7 +120,7 @@ def load_pipeline(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     say(f"loading {options.model}", options.quiet)
     check_revision(parser, options.model, options.revision)
-    _check_with_checkpoint(options, _sampler(options.scheduler), of_rows)
+    _check_with_checkpoint(options, of_rows)
     pipe = load()
     pipe.set_progress_bar_config(disable=options.quiet, file=sys.stderr)
     return pipe
@@ -138,12 +136,6 @@ def check_revision(parser: Parser, model: str, revision: str | None) -> None:
 
     if revision is not None and (model == TINY or os.path.isdir(model)):
         parser.error(f"argument --revision: {model} is not a repository on the Hub; leave it out")
-
-
-def _sampler(name: str) -> Any:
-    from audioldm2 import schedulers
-
-    return schedulers.SCHEDULERS[SAMPLERS[name][1]]
 
 
 def arguments_of(options: argparse.Namespace, recommended: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,7 +197,7 @@ def stand_ins(folder: Path) -> tuple[Any, Any, Any]:
     )
 
 
-def _check_with_checkpoint(options: argparse.Namespace, sampler: Any, of_rows: bool) -> None:
+def _check_with_checkpoint(options: argparse.Namespace, of_rows: bool) -> None:
     """Check the arguments whose limits depend on the checkpoint. This reads its configs, not its weights.
 
     Raises:
@@ -217,6 +209,7 @@ def _check_with_checkpoint(options: argparse.Namespace, sampler: Any, of_rows: b
     from audioldm2.conditioning import check_transcription
     from audioldm2.decoding import frames_and_samples
 
+    sampler = sampler_class(options.scheduler)
     folder = config_folder(options.model, options.variant, options.revision)
     if options.transcription is not None or not of_rows:
         check_transcription(options.transcription, speaks(folder))

@@ -23,7 +23,14 @@ SAMPLERS = {
 
 SCHEDULERS: dict[str, type[Scheduler]]  # the classes by class name, made from SAMPLERS when it is read
 
-__all__ = ["SAMPLERS", "SCHEDULERS", "DDIMScheduler", "DPMSolverMultistepScheduler"]
+__all__ = [
+    "SAMPLERS",
+    "SCHEDULERS",
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "as_sampler",
+    "sampler_class",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -33,6 +40,17 @@ def __getattr__(name: str) -> Any:
     if name in modules:
         return _load(modules[name], name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def sampler_class(name: str) -> type[Scheduler]:
+    """The class of a sampler, by its name in `SAMPLERS`."""
+    return _load(*SAMPLERS[name])
+
+
+def as_sampler(name: str, scheduler: Any) -> Any:
+    """The sampler of a name in `SAMPLERS`: the given one if it is of that class, or one with its config."""
+    wanted = sampler_class(name)
+    return scheduler if isinstance(scheduler, wanted) else wanted.from_config(scheduler.config)
 
 
 def _load(module: str, class_name: str) -> type[Scheduler]:

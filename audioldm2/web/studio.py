@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import audioldm2
 from audioldm2.checkpoints.errors import CheckpointError
 from audioldm2.quoting import one_line
-from audioldm2.schedulers import SAMPLERS
+from audioldm2.schedulers import as_sampler
 from audioldm2.web.requests import Checkpoint, Limits, Request, in_words
 
 if TYPE_CHECKING:
@@ -172,8 +172,6 @@ class Studio:
     def _generate(self, request: Request, stop: threading.Event, put: Callable[[Any], None]) -> Sounds:
         import torch
 
-        from audioldm2 import schedulers
-
         def on_step_end(pipe: Any, step: int, timestep: Any, tensors: Any) -> None:
             check_stop()
             done = step + 1
@@ -190,9 +188,7 @@ class Studio:
         pipe = self.load(request.checkpoint)
         check_stop()
         put(Progress("Encoding the prompt"))
-        sampler = schedulers.SCHEDULERS[SAMPLERS[request.sampler][1]]
-        if not isinstance(pipe.scheduler, sampler):
-            pipe.scheduler = sampler.from_config(pipe.scheduler.config)
+        pipe.scheduler = as_sampler(request.sampler, pipe.scheduler)
         begin = time.monotonic()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
