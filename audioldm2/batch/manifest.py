@@ -153,7 +153,7 @@ class Manifest:
         return path.is_file() and _sha256(path) == str(record["sha256"])
 
     def _rewrite(self) -> None:
-        """Write the manifest anew if it has outdated lines, half a line, or another order."""
+        """Rewrite the manifest if it has outdated lines, half a line at its end, or another order."""
         if self._outdated:
             with replacing(self.path) as temporary:
                 temporary.write_bytes("".join(map(_line, self._records.values())).encode())

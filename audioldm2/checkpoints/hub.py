@@ -339,7 +339,7 @@ def revision_of(folder: Path, subfolders: Iterable[str]) -> str:
 
     Returns:
         The commit of a download from the Hub; this package and its version for the tiny checkpoint; for
-        another folder, a digest of its files' names, sizes and times, which changes when it is written anew.
+        another folder, a digest of its files' names, sizes and times, which changes when they are rewritten.
     """
     if folder.resolve() == TINY_FOLDER:
         return f"{DISTRIBUTION} {__version__}"

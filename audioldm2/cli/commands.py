@@ -1,4 +1,4 @@
-"""The commands, one line about each, and what is said about words that look like one.
+"""The commands, a line about each, and hints for words that look like a command.
 
 A command is a module of this package with `parser`, `parse` and `run`, and perhaps with `WHEN_STOPPED`, what
 to add to the message that a signal stopped it. The first word of the command line selects a command; any

@@ -1,4 +1,4 @@
-"""What the commands' options share: the parser, groups of options, and what is said about mistakes."""
+"""What the commands' options share: the parser, groups of options, and hints for mistakes."""
 
 from __future__ import annotations
 

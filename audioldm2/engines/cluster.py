@@ -99,7 +99,7 @@ def connected(address: str | None = None) -> Iterator[Cluster]:
     """Connect this process to a cluster, or start one on this machine, for the duration of the block.
 
     If this process is connected already, that connection is used, and left as it is. A cluster that was
-    started here ends with the block; another one goes on without this process.
+    started here ends with the block; any other keeps running.
 
     Args:
         address: HOST:PORT of the cluster, "auto" for the one that runs on this machine, or "local" to start

@@ -35,7 +35,7 @@ def save_sounds(sounds: Sounds, folder: Path, pictures: bool) -> list[SavedSound
 
     Args:
         sounds: the result.
-        folder: where each result gets a folder of its own, whose name nobody can guess.
+        folder: where each result gets a folder of its own, with a name that cannot be guessed.
         pictures: whether to draw them, which takes about half a second each.
 
     Returns:
@@ -43,11 +43,11 @@ def save_sounds(sounds: Sounds, folder: Path, pictures: bool) -> list[SavedSound
     """
     from audioldm2.audio.wav import write_wav
 
-    place = folder / secrets.token_hex(16)
-    place.mkdir(parents=True)
+    own = folder / secrets.token_hex(16)
+    own.mkdir(parents=True)
     saved = []
     for number, audio in enumerate(sounds.audios, 1):
-        path = place / f"{_name(sounds)}-{number}.wav"
+        path = own / f"{_name(sounds)}-{number}.wav"
         write_wav(path, audio, sounds.sampling_rate)
         picture = path.with_suffix(".png")
         if pictures:

@@ -21,7 +21,7 @@ MAX_GUIDANCE_SHOWN = 10.0  # of the slider; the API takes more
 FILES_AGE_S = 24 * 3600  # after which files are deleted
 CLEANING_S = 600  # from one look for old files to the next
 DEVICE = "device"  # the queue of the events that use it
-# Options of events that are answered at once, and are no part of the API.
+# Options of events that are answered at once, and are not part of the API.
 QUICK = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 SAMPLER_LABELS = {"dpmsolver++": "DPM-Solver++", "ddim": "DDIM"}
 CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")

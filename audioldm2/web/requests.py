@@ -147,7 +147,7 @@ def in_words(text: str) -> str:
 
 def _text(name: str, value: Any, empty: bool = False) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be a text, got {quoted(value)}")
+        raise TypeError(f"{name} must be text, got {quoted(value)}")
     (text,) = as_texts(name, value, empty)
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"{name} has {len(text)} characters; write at most {MAX_CHARACTERS}")
