@@ -39,6 +39,7 @@ SHARED = (
     "max_new_tokens",
 )
 SETTINGS = ("prompt", "negative_prompt", "transcription", *SHARED, "seed")  # of a job, in the manifest
+PROGRESS_DELAY_S = 2.0  # before a bar appears for what takes long only in large batches
 DEFAULTS = {"guidance_scale": GUIDANCE, "num_waveforms_per_prompt": 1, "eta": 0.0}
 
 
@@ -134,13 +135,15 @@ def plan(jobs: Sequence[Job], pipe: AudioLDM2Pipeline, files: FileOptions) -> Pl
     check_can_write(f"a.{files.file_format}", rate, files.sample_format)
     completed: list[tuple[Job, str, int]] = []
     failures = []
-    for job in jobs:
-        try:
-            suffix = split_name(job.name or "")[1] or f".{files.file_format}"
-            check_can_write(f"a{suffix}", rate, files.sample_format)
-            completed.append((_completed(job, pipe), suffix, _tokens(job, pipe)))
-        except (ValueError, TypeError) as error:
-            failures.append(Failure(job.where, one_line(error)))
+    with pipe.progress("Checking jobs", len(jobs), leave=False, delay=PROGRESS_DELAY_S) as bar:
+        for job in jobs:
+            try:
+                suffix = split_name(job.name or "")[1] or f".{files.file_format}"
+                check_can_write(f"a{suffix}", rate, files.sample_format)
+                completed.append((_completed(job, pipe), suffix, _tokens(job, pipe)))
+            except (ValueError, TypeError) as error:
+                failures.append(Failure(job.where, one_line(error)))
+            bar.update()
     seeded = _with_seeds([job for job, _, _ in completed])
     stems = [_stems(job, files.keep_all) for job in seeded]
     names = iter(distinct(name for each in stems for name in each))

@@ -14,7 +14,15 @@ from audioldm2.arguments import check_count
 from audioldm2.batch.generating import Engine, generate, local_engine
 from audioldm2.batch.jobs import BATCH_SIZE, Failure, Job
 from audioldm2.batch.manifest import Manifest, Record
-from audioldm2.batch.planning import FileOptions, Group, Plan, Request, in_groups, plan
+from audioldm2.batch.planning import (
+    PROGRESS_DELAY_S,
+    FileOptions,
+    Group,
+    Plan,
+    Request,
+    in_groups,
+    plan,
+)
 from audioldm2.pipeline import AudioLDM2Pipeline
 from audioldm2.quoting import one_line
 
@@ -109,7 +117,7 @@ def run(
     planned = _planned(jobs, pipe, files, failed)
     generated = 0
     with Manifest(folder) as manifest:
-        records = _finished(planned, manifest)
+        records = _finished(planned, manifest, pipe)
         groups = _unfinished(in_groups(planned, batch_size), records)
         total = sum(len(request.files) for request in planned.requests)
         there = sum(map(len, records.values()))
@@ -158,7 +166,7 @@ def estimate(
     files = FileOptions(file_format, sampling_rate, sample_format, keep_all)
     failures: list[Failure] = []
     planned = _planned(jobs, pipe, files, failures.append)
-    records = _finished(planned, Manifest(folder).read())
+    records = _finished(planned, Manifest(folder).read(), pipe)
     missing = [request for request in planned.requests if request.index not in records]
     seconds = sum(_length(request) for request in missing)
     time_needed = 0.0
@@ -190,10 +198,17 @@ def _planned(
     return planned
 
 
-def _finished(planned: Plan, manifest: Manifest) -> dict[int, list[Record]]:
-    """The lines of the requests that are finished, by the index of the request."""
-    found = {request.index: manifest.finished(request) for request in planned.requests}
-    return {index: records for index, records in found.items() if records is not None}
+def _finished(planned: Plan, manifest: Manifest, pipe: AudioLDM2Pipeline) -> dict[int, list[Record]]:
+    """The lines of the requests that are finished, by the index of the request. Their files are read."""
+    found = {}
+    count = len(planned.requests)
+    with pipe.progress("Checking files", count, leave=False, delay=PROGRESS_DELAY_S) as bar:
+        for request in planned.requests:
+            records = manifest.finished(request)
+            if records is not None:
+                found[request.index] = records
+            bar.update()
+    return found
 
 
 def _unfinished(groups: Sequence[Group], records: Mapping[int, Any]) -> list[Group]:
