@@ -145,6 +145,8 @@ def _text(name: str, value: Any) -> None:
 
 
 def _name(name: str, value: Any) -> None:
+    if isinstance(value, str) and not value.strip():
+        raise ValueError(f"{name} is empty; without one, the file is named after the prompt")
     _text(name, value)
     if len(value) > MAX_NAME:
         raise ValueError(f"{name} has {len(value)} characters; at most {MAX_NAME} are allowed")

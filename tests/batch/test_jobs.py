@@ -41,7 +41,7 @@ def test_the_other_formats() -> None:
     lines = "Rain\n\n  A bell | ding.wav \r\nWind|\n"
     jobs, failures = parsed(lines, "txt")
     assert jobs == [Job("Rain"), Job("A bell", "ding.wav")]
-    assert failures == ["table:4: name is empty; describe the sound"]
+    assert failures == ["table:4: name is empty; without one, the file is named after the prompt"]
 
 
 def test_bad_rows_are_reported_by_their_first_line_and_stop_no_other() -> None:
