@@ -9,6 +9,7 @@ in between leaves a file without a line, or half a line; the next run makes thes
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -21,9 +22,11 @@ from audioldm2.atomic import remove_abandoned, replacing
 from audioldm2.audio.file_types import SOUND_TYPES
 from audioldm2.audio.sound_file import write_sound
 from audioldm2.batch.generating import Sound
+from audioldm2.batch.jobs import Failure
 from audioldm2.batch.planning import FileOptions, Request
 
 MANIFEST = "manifest.jsonl"
+_NO_FILE_CAN_BE_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOENT)
 Record = dict[str, Any]
 
 
@@ -92,7 +95,7 @@ class Manifest:
 
     def add(
         self, sounds: Iterable[tuple[Request, Sound]], files: FileOptions
-    ) -> list[tuple[Request, list[Record]]]:
+    ) -> tuple[list[tuple[Request, list[Record]]], list[Failure]]:
         """Write the files of sounds, then their lines.
 
         Args:
@@ -100,12 +103,21 @@ class Manifest:
             files: how they are stored.
 
         Returns:
-            The requests, and the lines of each as mappings.
+            The requests with the lines of each as mappings, and those whose file cannot be written: it is a
+            folder, for example.
 
         Raises:
-            OSError: a file cannot be written. Files of `sounds` may be there without a line.
+            OSError: no file can be written: the disk is full, for example. Files of `sounds` may be there
+                without a line.
         """
-        added = [(request, self._written(request, sound, files)) for request, sound in sounds]
+        added, failures = [], []
+        for request, sound in sounds:
+            try:
+                added.append((request, self._written(request, sound, files)))
+            except OSError as error:
+                if error.errno in _NO_FILE_CAN_BE_WRITTEN:
+                    raise
+                failures.append(Failure(request.job.where, f"{error.filename}: {error.strerror}"))
         records = [record for _, each in added for record in each]
         outdated = self._outdated
         # After an interrupt or an error of the disk, closing rewrites the manifest, with these lines.
@@ -119,7 +131,7 @@ class Manifest:
         while lines:  # a disk that is nearly full takes a part, and raises at the next one
             lines = lines[self._file.write(lines) :]
         self._outdated = outdated
-        return added
+        return added, failures
 
     def arrange(self, files: Sequence[str]) -> None:
         """Put the lines of some files first, in their order. The file is rewritten when it is closed."""

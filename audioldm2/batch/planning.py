@@ -134,13 +134,14 @@ def plan(jobs: Sequence[Job], pipe: AudioLDM2Pipeline, files: FileOptions) -> Pl
     rate = files.sampling_rate or pipe.vocoder.config.sampling_rate
     check_can_write(f"a.{files.file_format}", rate, files.sample_format)
     completed: list[tuple[Job, str, int]] = []
+    checked: set[tuple[str | None, int | None]] = set()
     failures = []
     with pipe.progress("Checking jobs", len(jobs), leave=False, delay=PROGRESS_DELAY_S) as bar:
         for job in jobs:
             try:
                 suffix = split_name(job.name or "")[1] or f".{files.file_format}"
                 check_can_write(f"a{suffix}", rate, files.sample_format)
-                completed.append((_completed(job, pipe), suffix, _tokens(job, pipe)))
+                completed.append((_completed(job, pipe, checked), suffix, _tokens(job, pipe)))
             except (ValueError, TypeError) as error:
                 failures.append(Failure(job.where, one_line(error)))
             bar.update()
@@ -159,7 +160,9 @@ def plan(jobs: Sequence[Job], pipe: AudioLDM2Pipeline, files: FileOptions) -> Pl
             "variant": pipe.variant,
             "dtype": str(pipe.dtype).removeprefix("torch."),
         }
-        key = _digest({**stored, "sampler": dict(sampler.config), "files": dataclasses.asdict(files)})
+        _, sample_format = sound_type(f"a{suffix}", files.sample_format)
+        kind = {"suffix": suffix, "sample_format": sample_format, "kept": len(each)}
+        key = _digest({**stored, "sampler": dict(sampler.config), **kind})
         requests.append(
             Request(
                 len(requests),
@@ -178,8 +181,13 @@ def scheduler_of(job: Job, pipe: AudioLDM2Pipeline) -> Any:
     return pipe.scheduler if job.scheduler is None else as_sampler(job.scheduler, pipe.scheduler)
 
 
-def _completed(job: Job, pipe: AudioLDM2Pipeline) -> Job:
+def _completed(job: Job, pipe: AudioLDM2Pipeline, checked: set[tuple[str | None, int | None]]) -> Job:
     """A job with the default of every setting but the seed.
+
+    Args:
+        job: what to complete.
+        pipe: has the defaults.
+        checked: samplers and numbers of steps that go together; those of the job are added.
 
     Raises:
         ValueError: a setting is out of range for this checkpoint.
@@ -189,11 +197,13 @@ def _completed(job: Job, pipe: AudioLDM2Pipeline) -> Job:
         {
             **DEFAULTS,
             "num_inference_steps": getattr(sampler, "default_num_inference_steps", 200),
-            **recommended_for(pipe.recommended, job.scheduler),
+            **recommended_for(pipe.recommended, type(sampler).__name__),
         }
     )
     check_transcription(job.transcription, speaks(pipe))
-    copy.deepcopy(sampler).set_timesteps(job.num_inference_steps)
+    if (job.scheduler, job.num_inference_steps) not in checked:
+        copy.deepcopy(sampler).set_timesteps(job.num_inference_steps)
+        checked.add((job.scheduler, job.num_inference_steps))
     frames, _ = frames_and_samples(pipe.unet, pipe.part("vae"), pipe.part("vocoder"), job.audio_length_in_s)
     vocoder = pipe.part("vocoder")
     length = frames * vocoder.hop_length / vocoder.config.sampling_rate

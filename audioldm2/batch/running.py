@@ -97,7 +97,8 @@ def run(
 
     Raises:
         ImportError: the type of file needs soundfile, which cannot be imported.
-        OSError: a file cannot be written, or another process is writing into the folder.
+        OSError: no file can be written, or another process is writing into the folder.
+        RuntimeError: the engine failed.
         TypeError, ValueError: an argument that cannot be used.
 
     Example:
@@ -115,6 +116,7 @@ def run(
         on_failure(failure)
 
     planned = _planned(jobs, pipe, files, failed)
+    invalid = len(failures)
     generated = 0
     with Manifest(folder) as manifest:
         records = _finished(planned, manifest, pipe)
@@ -123,15 +125,19 @@ def run(
         there = sum(map(len, records.values()))
         with pipe.progress("Sounds", total, initial=there, unit=" sound") as bar, _inner_bars(pipe):
             for result in (engine or local_engine(pipe))(groups) if groups else ():
-                for failure in result.failures:
-                    failed(failure)
                 requests = [planned.requests[sound.index] for sound in result.sounds]
-                for request, lines in manifest.add(zip(requests, result.sounds, strict=True), files):
+                added, unwritten = manifest.add(zip(requests, result.sounds, strict=True), files)
+                for failure in (*result.failures, *unwritten):
+                    failed(failure)
+                for request, lines in added:
                     records[request.index] = lines
                     generated += len(lines)
                     bar.update(len(lines))
         lines = [line for index in sorted(records) for line in records[index]]
         manifest.arrange([line["file"] for line in lines])
+    lost = len(planned.requests) - len(records) - (len(failures) - invalid)
+    if lost:
+        raise RuntimeError(f"the engine gave no result for {lost} jobs; run the batch again")
     return Report(lines, failures, generated)
 
 

@@ -101,13 +101,12 @@ def check_recommended(settings: Any) -> dict[str, Any]:
     return {name: value.item() if hasattr(value, "item") else value for name, value in settings.items()}
 
 
-def recommended_for(settings: Mapping[str, Any], sampler: str | None) -> dict[str, Any]:
+def recommended_for(settings: Mapping[str, Any], sampler: str) -> dict[str, Any]:
     """The recommended settings that are meant for a sampler.
 
     Args:
         settings: the checkpoint's.
-        sampler: a name in `audioldm2.schedulers.SAMPLERS`; None for the checkpoint's own. The number of steps
-            is meant for DPM-Solver++.
+        sampler: the name of its class. The number of steps is meant for DPM-Solver++.
     """
-    fits = sampler in (None, "dpmsolver++")
+    fits = sampler == "DPMSolverMultistepScheduler"
     return {name: value for name, value in settings.items() if fits or name != "num_inference_steps"}

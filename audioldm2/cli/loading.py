@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from audioldm2.arguments import GUIDANCE
 from audioldm2.cli.messages import say
 from audioldm2.cli.options import Parser
-from audioldm2.schedulers import as_sampler, sampler_class
+from audioldm2.schedulers import SAMPLERS, as_sampler, sampler_class
 
 if TYPE_CHECKING:
     from audioldm2.pipeline import AudioLDM2Pipeline
@@ -148,7 +148,7 @@ def arguments_of(options: argparse.Namespace, recommended: Mapping[str, Any]) ->
         "negative_prompt": options.negative,
         "num_inference_steps": options.steps,
     }
-    defaults = {"guidance_scale": GUIDANCE, **recommended_for(recommended, options.scheduler)}
+    defaults = {"guidance_scale": GUIDANCE, **recommended_for(recommended, SAMPLERS[options.scheduler][1])}
     return {name: defaults.get(name) if value is None else value for name, value in given.items()}
 
 

@@ -139,6 +139,7 @@ def test_only_what_is_missing_or_changed_is_made(tiny: AudioLDM2Pipeline, tmp_pa
         file.write(b'{"file": "half')
     (tmp_path / ".Rain-0123456789abcdef.wav").write_bytes(b"RIFF")
     assert generated(changed, tiny, tmp_path) == 0
+    assert generated(changed, tiny, tmp_path, sampling_rate=16000) == 0
     assert generated(changed, tiny, tmp_path, sample_format="float32") == 6
     check_folder(tmp_path, 6)
     assert generated(changed[:1], tiny, tmp_path, sample_format="float32") == 0
@@ -236,6 +237,20 @@ def test_a_job_that_fails_stops_no_other(
     monkeypatch.undo()
     again = batch.run(jobs[:3], tiny, tmp_path)
     assert (again.generated, len(again.sounds), again.failures) == (1, 3, [])
+
+
+def test_a_file_that_cannot_be_written_fails_its_job_alone(tiny: AudioLDM2Pipeline, tmp_path: Path) -> None:
+    (tmp_path / "Rain.wav").mkdir()
+    jobs = [{"prompt": each, **SHORT} for each in ("Rain", "Wind")]
+    report = batch.run(jobs, tiny, tmp_path, engine=fake_engine)
+    assert [sound["file"] for sound in report.sounds] == ["Wind.wav"]
+    reason = f"job 1: {tmp_path / 'Rain.wav'}: the output path is a folder; add a file name"
+    assert [str(failure) for failure in report.failures] == [reason]
+
+
+def test_an_engine_must_return_every_job(tiny: AudioLDM2Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="the engine gave no result for 1 jobs"):
+        batch.run(JOBS[:1], tiny, tmp_path, engine=lambda groups: iter(()))
 
 
 def test_a_folder_is_written_by_one_process(tiny: AudioLDM2Pipeline, tmp_path: Path) -> None:
