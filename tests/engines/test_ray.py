@@ -241,6 +241,22 @@ def test_the_commands_of_the_page_are_valid():
         assert options.engine == "ray"
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "cuda:1"], "argument --device: a worker of --engine ray sees one GPU, which is cuda"),
+        (["--dry-run"], "argument --dry-run: measures this machine; leave out --engine"),
+        (["--threads", "0"], "argument --threads: must be an integer of at least 1"),
+    ],
+)
+def test_options_that_ray_cannot_use_are_refused(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit, match="2"):
+        main([*batch_command(Path("prompts.txt"), Path("sounds"), "--engine", "ray"), *options])
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_code_of_the_page_runs(cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
