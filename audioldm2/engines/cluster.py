@@ -113,7 +113,10 @@ def connected(address: str | None = None) -> Iterator[Cluster]:
     # Ray reads these when it is imported. Nothing about the use of Ray is sent, unless the user wants it.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # without it, Ray prints a warning
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "so the task will be retried")  # standard output
+    # What Ray prints on standard output about lost workers, at length; the engine warns about them.
+    os.environ.setdefault(
+        "RAY_DEDUP_LOGS_SKIP_REGEX", "so the task will be retried|A worker died or was killed"
+    )
     ray = import_extra("ray", "ray", PURPOSE)
     with ExitStack() as stack:
         if not ray.is_initialized():

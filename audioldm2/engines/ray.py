@@ -134,7 +134,7 @@ class Worker:
         self._error = ""
         # An actor keeps its id when it is started again.
         loading = f"loading by {import_extra('ray', 'ray', PURPOSE).get_runtime_context().get_actor_id()}"
-        if self._is_hopeless(loading):
+        if self._attempt(loading) > MAX_ATTEMPTS:
             self._error = f"its process was lost {MAX_ATTEMPTS} times; it may need more memory"
             return
         try:
@@ -150,20 +150,23 @@ class Worker:
         payload = Payload(None, [], self._error)
         if self._pipe is not None:
             group = pickle.loads(row["group"])
-            if self._is_hopeless(f"group {row['number']}"):
+            attempt = self._attempt(f"group {row['number']}")
+            if attempt > MAX_ATTEMPTS:
                 payload = Payload(_lost(group), [], "")
             else:
                 with warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("always")
+                    if attempt > 1:
+                        warnings.warn("a worker was lost; what it generated is generated again", stacklevel=1)
                     result = generate(self._pipe, group)
                 said = [(str(warning.message), warning.category) for warning in caught]
                 payload = Payload(result, said, "")
         return {"payload": pickle.dumps(payload)}
 
-    def _is_hopeless(self, name: str) -> bool:
-        """Count an attempt; whether there were too many before it."""
-        attempt = import_extra("ray", "ray", PURPOSE).get(self._attempts.begin.remote(name))
-        return bool(attempt > MAX_ATTEMPTS)
+    def _attempt(self, name: str) -> int:
+        """Count an attempt. Returns its number, from 1."""
+        number: int = import_extra("ray", "ray", PURPOSE).get(self._attempts.begin.remote(name))
+        return number
 
 
 class Payload(NamedTuple):

@@ -94,8 +94,8 @@ def test_a_killed_worker_changes_nothing_about_the_sounds(
     processes = tmp_path / "processes"
     processes.mkdir()
     engine = RayEngine(partial(load_and_die_once, processes), workers=2, threads=1)
-    # The worker's warning arrives here.
-    with pytest.warns(UserWarning, match="tokens"):
+    # The workers' warnings arrive here.
+    with pytest.warns(UserWarning, match="tokens"), pytest.warns(UserWarning, match="a worker was lost"):
         report = batch.run(JOBS, tiny, tmp_path / "ray", engine=engine, **how)
     with pytest.warns(UserWarning, match="tokens"):
         batch.run(JOBS, tiny, tmp_path / "local", **how)
