@@ -11,7 +11,7 @@ import pytest
 
 from audioldm2 import cli
 from scripts.pages import BLOCK, cells, pictures, problems, quotes, run, stands_in, with_outputs
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run_python
 
 WALKTHROUGH, RESEARCH = (ROOT / "docs" / f"{name}.md" for name in ("walkthrough", "research"))
 PAGES = pytest.mark.parametrize("page", [WALKTHROUGH, RESEARCH], ids=lambda page: page.stem)
@@ -81,6 +81,13 @@ def test_problems_of_a_page_are_named(tmp_path: Path) -> None:
     assert missing == "page.md shows absent.png, which is missing"
     assert unused == "page.md does not show page/unused.png"
     assert quote == "page.md quotes lines that source.py does not have, from 'a = 2' on"
+
+
+def test_the_script_checks_the_pages_and_explains_itself() -> None:
+    assert run_python(ROOT / "scripts" / "make_docs", "--check").stderr == ""
+    text = run_python(ROOT / "scripts" / "make_docs", "--help").stdout
+    assert "--check" in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_outputs_are_written_below_their_cells(tmp_path: Path) -> None:
