@@ -193,6 +193,7 @@ def test_another_prompt_compiles_nothing(compiled: Compiled, plain: AudioLDM2Pip
     assert 10 < max(lengths) <= TOKEN_BUCKET
 
 
+@pytest.mark.slow
 def test_another_shape_is_compiled_once(compiled: Compiled, plain: AudioLDM2Pipeline) -> None:
     arguments: dict = {
         "prompt": [HAMMER, RAIN],
@@ -219,6 +220,7 @@ def test_ranking_compiles_nothing_more_of_clap(
     assert compiler.graphs == 1
 
 
+@pytest.mark.slow
 def test_without_guidance_the_unet_is_compiled_once(
     pipe: AudioLDM2Pipeline, plain: AudioLDM2Pipeline, compiler: Compiler
 ) -> None:
@@ -229,6 +231,7 @@ def test_without_guidance_the_unet_is_compiled_once(
         same(sound(pipe, guidance_scale=1.0), expected)
 
 
+@pytest.mark.slow
 def test_more_than_8_shapes_stay_compiled(pipe: AudioLDM2Pipeline, compiler: Compiler) -> None:
     """By default PyTorch stops to compile a function after 8 shapes."""
     pipe.compile(mode="default", stages=["text_encoder_2"])
@@ -237,6 +240,7 @@ def test_more_than_8_shapes_stay_compiled(pipe: AudioLDM2Pipeline, compiler: Com
     assert compiler.graphs == 9
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*cut off")
 def test_the_longest_prompt_is_not_padded_past_the_last_position(
     pipe: AudioLDM2Pipeline, plain: AudioLDM2Pipeline, compiler: Compiler
@@ -246,6 +250,7 @@ def test_the_longest_prompt_is_not_padded_past_the_last_position(
     same(sound(pipe, prompt), sound(plain, prompt))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*cut off")
 def test_the_encoders_of_a_speech_checkpoint_can_be_compiled(
     random_speech_checkpoint: Path, compiler: Compiler
@@ -259,6 +264,7 @@ def test_the_encoders_of_a_speech_checkpoint_can_be_compiled(
         pipe.encode_prompt("Rain", transcription="stay")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in TARGETS if name != "unet"])
 def test_one_stage_can_be_compiled_alone(
     name: str, pipe: AudioLDM2Pipeline, plain: AudioLDM2Pipeline, compiler: Compiler
@@ -308,6 +314,7 @@ def test_a_graph_break_is_an_error(name: str, path: str, pipe: AudioLDM2Pipeline
         sound(pipe)
 
 
+@pytest.mark.slow
 def test_a_unet_that_replaces_a_compiled_one_is_used(
     folder: Path, pipe: AudioLDM2Pipeline, compiler: Compiler
 ) -> None:
@@ -383,6 +390,7 @@ def test_a_unet_that_the_caller_compiled_is_used(
         same(sound(pipe), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["offload", "compile"])
 def test_compiled_stages_can_be_offloaded(
     first: str, pipe: AudioLDM2Pipeline, plain: AudioLDM2Pipeline, compiler: Compiler
@@ -406,6 +414,7 @@ def test_compiled_stages_can_be_saved(
     same(sound(load_pipeline(tmp_path)), sound(plain))
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_compiled_pipeline_is_not_compiled_and_has_its_own_weights(
     pipe: AudioLDM2Pipeline, plain: AudioLDM2Pipeline, compiler: Compiler
 ) -> None:

@@ -54,6 +54,7 @@ def test_help_lists_the_stages() -> None:
         )
 
 
+@pytest.mark.slow
 def test_all_stages_give_a_checkpoint_that_generates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "plot_losses", lambda *_: None)  # slow, and tested with each stage
     done = train_tiny("--folder", tmp_path, "--sounds", "4", "--steps", "1", "--batch", "2")

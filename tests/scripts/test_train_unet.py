@@ -30,6 +30,8 @@ from scripts.tiny.stages.unet import (
 )
 from tests.scripts.helpers import all_moved, run_without
 
+pytestmark = pytest.mark.slow  # long runs of scripts that are not in the wheel
+
 
 def test_the_unet_learns(parts: Path, library: Library, tmp_path: Path) -> None:
     run = replace(run_without(parts, tmp_path, "unet"), batch=PURE_NOISE_EVERY)
