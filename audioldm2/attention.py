@@ -13,7 +13,8 @@ matters at each time of the sound.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -304,15 +305,18 @@ class _Recorder:
     def attach(self, hooks: ExitStack) -> None:
         """Add the hooks, and have `hooks` remove them."""
         handles = [
-            self.unet.register_forward_pre_hook(self._begin, with_kwargs=True),
-            self.unet.register_forward_hook(self._end, always_call=True),
+            self.unet.register_forward_pre_hook(_in_this_thread(self._begin), with_kwargs=True),
+            self.unet.register_forward_hook(_in_this_thread(self._end), always_call=True),
         ]
         for layer, transformer, module in self.targets:
             state: dict[str, Any] = {}
+            before = _in_this_thread(partial(self._before_transformer, state))
+            queries = _in_this_thread(partial(self._after_queries, state))
+            after = _in_this_thread(partial(self._after_attention, layer, state))
             handles += [
-                transformer.register_forward_pre_hook(partial(self._before_transformer, state)),
-                module.q.register_forward_hook(partial(self._after_queries, state)),
-                module.register_forward_hook(partial(self._after_attention, layer, state)),
+                transformer.register_forward_pre_hook(before),
+                module.q.register_forward_hook(queries),
+                module.register_forward_hook(after),
             ]
         for handle in handles:
             hooks.callback(handle.remove)
@@ -366,6 +370,17 @@ class _Recorder:
 
 
 _UNET_SIGNATURE = inspect.signature(UNet.forward)
+
+
+def _in_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
+    """A hook that does nothing in other threads, which may be generating with the same UNet."""
+    thread = threading.get_ident()
+
+    def call(*args: Any, **kwargs: Any) -> None:
+        if threading.get_ident() == thread:
+            hook(*args, **kwargs)
+
+    return call
 
 
 def _with_length(weights: Tensor, length: int) -> Tensor:

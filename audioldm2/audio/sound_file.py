@@ -14,6 +14,7 @@ import numpy as np
 from einops import rearrange
 from torch import Tensor
 
+from audioldm2.arguments import check_count
 from audioldm2.atomic import check_writable, replacing
 from audioldm2.audio.file_types import WAV, SoundType, sound_type
 from audioldm2.audio.wav import as_channels, as_int16, write_wav
@@ -35,7 +36,9 @@ def check_can_write(path: str | Path, sampling_rate: int, sample_format: str | N
         ValueError: the suffix is unknown; or the type does not have the sample format or the sampling rate.
     """
     kind, sample_format = sound_type(path, sample_format)
-    if kind != WAV:
+    if kind == WAV:
+        check_count("sampling_rate", sampling_rate, 1, 2**32 - 1)
+    else:
         _encode(io.BytesIO(), np.zeros((1, 64), np.float32), sampling_rate, kind, sample_format)
 
 
@@ -66,12 +69,15 @@ def write_sound(
     # Rounded as in WAV files, so that a FLAC file has the same samples.
     channels = as_int16(channels) if sample_format == "pcm16" else channels.astype(np.float32)
     check_writable(path)
+    # Encoded in memory: libsndfile's Ogg encoder does not say that a disk is full.
+    content = io.BytesIO()
+    _encode(content, channels, sampling_rate, kind, sample_format)
     with replacing(path) as temporary:
-        _encode(temporary, channels, sampling_rate, kind, sample_format)
+        temporary.write_bytes(content.getvalue())
 
 
 def _encode(
-    target: Path | io.BytesIO,
+    target: io.BytesIO,
     channels: np.ndarray,
     sampling_rate: int,
     kind: SoundType,

@@ -33,6 +33,7 @@ from audioldm2.schedulers import SAMPLERS
 
 MAX_NAME = 1000  # characters; a longer text is probably not meant as a name
 BATCH_SIZE = 8  # by default
+MAX_CANDIDATES = 1000  # of a job; a larger number is probably a mistake
 TABLES = ("csv", "tsv", "jsonl", "txt")
 
 
@@ -142,6 +143,8 @@ def _text(name: str, value: Any) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{name} must be text, got {quoted(value)}")
     as_texts(name, value, empty=name == "negative_prompt")
+    if "\0" in value:
+        raise ValueError(f"{name} has a NUL character; the text is perhaps UTF-16, save it as UTF-8")
 
 
 def _name(name: str, value: Any) -> None:
@@ -160,7 +163,7 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "audio_length_in_s": lambda name, value: check_length(value),
     "num_inference_steps": check_count,
     "guidance_scale": check_number,
-    "num_waveforms_per_prompt": check_count,
+    "num_waveforms_per_prompt": lambda name, value: check_count(name, value, 1, MAX_CANDIDATES),
     "eta": check_number,
     "max_new_tokens": check_count,
     "scheduler": lambda name, value: check_choice(name, value, tuple(SAMPLERS)),
@@ -186,11 +189,18 @@ COLUMNS = {
 }
 
 
+# One name of each setting, in the order of the help.
+SHOWN_COLUMNS = (
+    *("prompt", "name", "negative", "transcription", "duration", "seed"),
+    *("steps", "guidance", "candidates", "scheduler", "eta", "max_new_tokens"),
+)
+
+
 def check_columns(names: Iterable[str]) -> None:
     """Raise ValueError unless all names are those of columns."""
     for name in names:
         if name not in COLUMNS:
-            hint = did_you_mean(str(name), COLUMNS) or f"; the columns are {', '.join(COLUMNS)}"
+            hint = did_you_mean(str(name), COLUMNS) or f"; the columns are {', '.join(SHOWN_COLUMNS)}"
             raise ValueError(f"unknown column {quoted(name)}{hint}")
 
 
@@ -222,9 +232,11 @@ def read_jobs(path: str | Path, kind: str | None = None) -> tuple[list[Job], lis
         >>> jobs, failures = read_jobs("prompts.csv")
     """
     kind = kind or table_type(path)
-    if kind is None:
-        raise ValueError(f"{path}: unknown type of table; use .csv, .tsv, .jsonl or .txt")
     with open(path, encoding="utf-8-sig", newline="") as file:
+        if kind is None:
+            raise ValueError(
+                f"{path}: unknown type of table; use .csv, .tsv, .jsonl or .txt, or say which it is"
+            )
         return parse_jobs(file, kind, str(path))
 
 
@@ -256,7 +268,7 @@ def parse_jobs(file: TextIO, kind: str, name: str) -> tuple[list[Job], list[Fail
                 failures.append(Failure(where, one_line(error)))
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
-    except (ValueError, csv.Error) as error:
+    except ValueError as error:
         raise ValueError(f"{name}: {one_line(error)}") from error
     if not jobs and not failures:
         raise ValueError(f"{name} has no prompts")
@@ -269,14 +281,28 @@ Rows = Iterator[tuple[int, Mapping[str, Any] | str | Exception]]
 
 def _read_separated(file: TextIO, separator: str) -> Rows:
     reader = csv.reader(file, delimiter=separator, strict=True)
-    header = [cell.strip() for cell in next(reader, [])]
+    try:
+        header = [cell.strip() for cell in next(reader, [])]
+    except csv.Error as error:
+        raise ValueError(f"the first line, which names the columns, is broken: {error}") from error
     if "prompt" not in header:
-        raise ValueError(f"the first line must name the columns, one of them prompt; it has {quoted(header)}")
+        separators = " (the cells must be separated by commas)" if ";" in "".join(header) else ""
+        first_line = quoted(separator.join(header))
+        raise ValueError(
+            f"the first line must name the columns, one of them prompt{separators}; it is {first_line}"
+        )
     check_columns(header)
     if len({COLUMNS[column] for column in header}) < len(header):
         raise ValueError(f"two columns of the same setting in {listed(header)}; keep one")
     first = reader.line_num + 1
-    for cells in reader:
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:  # the reader goes on at the next line
+            yield first, error
+            cells = []
+        if cells is None:
+            return
         line, first = first, reader.line_num + 1
         if not any(cell.strip() for cell in cells):
             continue
@@ -318,8 +344,18 @@ def _read_json_lines(file: TextIO) -> Rows:
             yield line, ValueError(f"each line is a JSON object or a string, got {quoted(row)}")
 
 
+def _looks_like(line: str) -> str | None:
+    """Another type of table that a line of text seems to be the first line of."""
+    cells = {name: [cell.strip() for cell in line.split(sep)] for name, sep in (("csv", ","), ("tsv", "\t"))}
+    if line.lstrip().startswith('{"'):
+        return "jsonl"
+    return next((name for name, each in cells.items() if len(each) > 1 and "prompt" in each), None)
+
+
 def _read_lines(file: TextIO) -> Rows:
     for line, text in enumerate(file, 1):
+        if line == 1 and (kind := _looks_like(text)):
+            raise ValueError(f"the first line looks like that of a {kind} table; say that it is one")
         prompt, bar, name = text.strip().partition("|")
         if prompt or name:
             yield line, {"prompt": prompt.strip(), "name": name.strip()} if bar else prompt

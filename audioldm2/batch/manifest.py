@@ -4,7 +4,9 @@
      "key": "..."}
 
 A sound is finished when its file is complete and its line is written, in this order. A process that is killed
-in between leaves a file without a line, or half a line; the next run makes these sounds again.
+in between leaves a file without a line, or half a line; the next run makes these sounds again. It tells such
+files from those of the user, which are never replaced, by `.unfinished`: the names of the files that the
+process was about to write.
 """
 
 from __future__ import annotations
@@ -24,8 +26,10 @@ from audioldm2.audio.sound_file import write_sound
 from audioldm2.batch.generating import Sound
 from audioldm2.batch.jobs import Failure
 from audioldm2.batch.planning import FileOptions, Request
+from audioldm2.quoting import one_line
 
 MANIFEST = "manifest.jsonl"
+UNFINISHED = ".unfinished"
 _NO_FILE_CAN_BE_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOENT)
 Record = dict[str, Any]
 
@@ -49,6 +53,7 @@ class Manifest:
         self.folder = Path(folder)
         self.path = self.folder / MANIFEST
         self._records: dict[str, Record] = {}
+        self._unfinished: set[str] = set()  # files that an earlier run was writing
         self._outdated = False
         self._lock: int | None = None
 
@@ -72,6 +77,8 @@ class Manifest:
         try:
             self._file.close()
             self._rewrite()
+            if kind is None:
+                (self.folder / UNFINISHED).unlink(missing_ok=True)
         finally:
             self._unlock()
 
@@ -83,7 +90,17 @@ class Manifest:
             ValueError: it is not a manifest.
         """
         self._records, self._outdated = read_manifest(self.path)
+        names = self.folder / UNFINISHED
+        self._unfinished = {*names.read_text("utf-8").splitlines()} if names.is_file() else set()
         return self
+
+    def foreign(self, request: Request) -> str | None:
+        """A file in the place of one of a request's that is not of this batch; None if there is none."""
+        for file in request.files:
+            path = self.folder / file
+            if file not in self._records and file not in self._unfinished and os.path.lexists(path):
+                return str(path)
+        return None
 
     def finished(self, request: Request) -> list[Record] | None:
         """The lines of a request's sounds; None unless all files are there, unchanged."""
@@ -110,7 +127,10 @@ class Manifest:
             OSError: no file can be written: the disk is full, for example. Files of `sounds` may be there
                 without a line.
         """
-        added, failures = [], []
+        added, failures, sounds = [], [], [*sounds]
+        self._unfinished |= {file for request, _ in sounds for file in request.files}
+        with replacing(self.folder / UNFINISHED) as temporary:
+            temporary.write_text("".join(f"{file}\n" for file in self._unfinished), "utf-8")
         for request, sound in sounds:
             try:
                 added.append((request, self._written(request, sound, files)))
@@ -118,6 +138,8 @@ class Manifest:
                 if error.errno in _NO_FILE_CAN_BE_WRITTEN:
                     raise
                 failures.append(Failure(request.job.where, f"{error.filename}: {error.strerror}"))
+            except ValueError as error:  # NaN from an engine, for example
+                failures.append(Failure(request.job.where, one_line(error)))
         records = [record for _, each in added for record in each]
         outdated = self._outdated
         # After an interrupt or an error of the disk, closing rewrites the manifest, with these lines.
@@ -212,7 +234,8 @@ def _line(record: Record) -> str:
 def _record(line: bytes) -> Record | None:
     try:
         record = json.loads(line)
-    except ValueError:
+        _line(record).encode()  # which lone surrogates prevent
+    except (ValueError, RecursionError):
         return None
     needed = ("file", "key", "sha256")
     if not isinstance(record, Mapping) or not all(isinstance(record.get(name), str) for name in needed):

@@ -14,10 +14,11 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any, NamedTuple
 
 from audioldm2 import __version__
-from audioldm2.arguments import GUIDANCE, check_choice, check_count
+from audioldm2.arguments import GUIDANCE, check_choice, check_count, check_flag
 from audioldm2.audio.file_types import FILE_FORMATS, sound_type
 from audioldm2.audio.sound_file import check_can_write
 from audioldm2.batch.jobs import Failure, Job
@@ -68,6 +69,8 @@ class FileOptions:
         check_choice("file_format", self.file_format, FILE_FORMATS)
         if self.sampling_rate is not None:
             check_count("sampling_rate", self.sampling_rate)
+            object.__setattr__(self, "sampling_rate", index(self.sampling_rate))
+        check_flag("keep_all", self.keep_all)
         sound_type(f"a.{self.file_format}", self.sample_format)
 
 

@@ -24,7 +24,7 @@ from audioldm2.batch.planning import (
     plan,
 )
 from audioldm2.pipeline import AudioLDM2Pipeline
-from audioldm2.quoting import one_line
+from audioldm2.quoting import one_line, quoted
 
 JobLike = Job | Mapping[str, Any] | str
 
@@ -120,10 +120,15 @@ def run(
     generated = 0
     with Manifest(folder) as manifest:
         records = _finished(planned, manifest, pipe)
-        groups = _unfinished(in_groups(planned, batch_size), records)
+        refused = {}
+        for request in planned.requests:
+            if request.index not in records and (path := manifest.foreign(request)):
+                refused[request.index] = path
+                failed(Failure(request.job.where, f"{path} is not a sound of this batch; move it away"))
+        groups = _unfinished(in_groups(planned, batch_size), {**records, **refused})
         total = sum(len(request.files) for request in planned.requests)
         there = sum(map(len, records.values()))
-        with pipe.progress("Sounds", total, initial=there, unit=" sound") as bar, _inner_bars(pipe):
+        with pipe.progress("Sounds", total, initial=there, unit="sound") as bar, _inner_bars(pipe):
             for result in (engine or local_engine(pipe))(groups) if groups else ():
                 requests = [planned.requests[sound.index] for sound in result.sounds]
                 added, unwritten = manifest.add(zip(requests, result.sounds, strict=True), files)
@@ -191,6 +196,8 @@ def _planned(
     files: FileOptions,
     failed: Callable[[Failure], object],
 ) -> Plan:
+    if isinstance(jobs, str | bytes | Mapping | Job) or not isinstance(jobs, Iterable):
+        raise TypeError(f"jobs must be a list of prompts, mappings or jobs, got {quoted(jobs)}")
     valid = []
     for number, job in enumerate(jobs, 1):
         where = f"job {number}"
@@ -228,11 +235,12 @@ def _unfinished(groups: Sequence[Group], records: Mapping[int, Any]) -> list[Gro
 
 
 @contextmanager
-def _inner_bars(pipe: AudioLDM2Pipeline) -> Iterator[None]:
-    """Show the bars of a generation only while it runs, and on a terminal."""
+def _inner_bars(pipe: AudioLDM2Pipeline, hidden: bool = False) -> Iterator[None]:
+    """Show the bars of a generation only while it runs, and on a terminal, unless they are `hidden`."""
     options = pipe.progress_bar_config
-    hidden = {} if getattr(options.get("file", sys.stderr), "isatty", lambda: False)() else {"disable": True}
-    pipe.set_progress_bar_config(**{**options, "leave": False, **hidden})
+    on_terminal = getattr(options.get("file", sys.stderr), "isatty", lambda: False)()
+    disabled = {"disable": True} if hidden or not on_terminal else {}
+    pipe.set_progress_bar_config(**{**options, "leave": False, **disabled})
     try:
         yield
     finally:
@@ -255,14 +263,15 @@ def _measured(pipe: AudioLDM2Pipeline, request: Request, sampling_rate: int) -> 
     """
     times = []
     few, more = 1, 3
-    for steps in (few, few, more):  # the first call is slower than others
-        job = dataclasses.replace(request.job, num_inference_steps=steps)
-        group = Group((dataclasses.replace(request, job=job),), sampling_rate)
-        start = time.perf_counter()
-        result = generate(pipe, group)
-        if result.failures:
-            raise RuntimeError(f"the time cannot be measured: {result.failures[0]}")
-        times.append(time.perf_counter() - start)
+    with _inner_bars(pipe, hidden=True):
+        for steps in (few, few, more):  # the first call is slower than others
+            job = dataclasses.replace(request.job, num_inference_steps=steps)
+            group = Group((dataclasses.replace(request, job=job),), sampling_rate)
+            start = time.perf_counter()
+            result = generate(pipe, group)
+            if result.failures:
+                raise RuntimeError(f"the time cannot be measured: {result.failures[0]}")
+            times.append(time.perf_counter() - start)
     per_step = max(0.0, (times[2] - times[1]) / (more - few))
     fixed = max(0.0, times[1] - few * per_step)
     return fixed / _length(request), per_step / _length(request)

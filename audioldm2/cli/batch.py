@@ -39,7 +39,7 @@ from audioldm2.quoting import shortened
 
 ENGINES = ("local", "ray")
 MAX_LISTED = 20  # failures at the end
-WHEN_STOPPED = "finished sounds stay; the same command goes on"
+WHEN_STOPPED = "finished sounds stay; run the same command again to continue"
 DESCRIPTION = """\
 Generate a sound for each prompt of a table, into a folder.
 
@@ -236,6 +236,7 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         pipe, engine = _pipeline_and_engine(parser, options, stack)
         if options.dry_run:
+            say("measuring this machine", options.quiet)
             found = batch.estimate(jobs, pipe, options.output, **how)
             for failure in found.failures:
                 failed(failure)
@@ -320,7 +321,7 @@ def _pipeline_and_engine(
 
 def _print_estimate(found: Any, options: argparse.Namespace, failures: Sequence[Failure]) -> int:
     lines = [
-        clean(f"{', '.join(request.files)}: {shortened(request.job.prompt, 100)}")
+        clean(f"{', '.join(request.files)}: {_described(request.job)}")
         for request in found.requests[:MAX_LISTED]
     ]
     if len(found.requests) > MAX_LISTED:
@@ -335,6 +336,11 @@ def _print_estimate(found: Any, options: argparse.Namespace, failures: Sequence[
         print_error(f"the estimate was not written to standard output: {unprinted}")
     _print_failures(failures)
     return 1 if failures or unprinted else 0
+
+
+def _described(job: Job) -> str:
+    settings = f"{job.audio_length_in_s:g} s, {job.num_inference_steps} steps, seed {job.seed}"
+    return f"{shortened(job.prompt, 100)} ({settings})"
 
 
 def _print_failures(failures: Sequence[Failure]) -> None:

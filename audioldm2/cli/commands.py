@@ -8,6 +8,7 @@ other word is the prompt of `generate`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import PurePath
 
 PROGRAM = "audioldm2"
 DEFAULT = "generate"
@@ -55,6 +56,11 @@ def hint(words: Sequence[str]) -> str | None:
         command = (nearest(command) if separator else nearest(others[0]) if others else None) or ""
         text = " ".join(filter(None, (PROGRAM, command, "--help")))
         return f'for help: {text}; for a sound: {PROGRAM} {DEFAULT} "{first}"'
+    table = PurePath(first).suffix.lower() in (".csv", ".tsv", ".jsonl", ".txt") and " " not in first
+    if table:
+        return (
+            f"{first} looks like a file: {PROGRAM} batch {first} -o FOLDER, or {PROGRAM} --from-file {first}"
+        )
     if first in COMMANDS:
         return f"the command comes first: {' '.join((PROGRAM, first, *more))}"
     if not others or others[0] not in more or (found := nearest(first)) is None:

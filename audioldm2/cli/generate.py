@@ -8,12 +8,12 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext, redirect_stdout
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 from audioldm2.arguments import as_texts
 from audioldm2.atomic import check_writable
-from audioldm2.audio.file_types import SAMPLE_FORMATS, image_type, sound_type
+from audioldm2.audio.file_types import FILE_FORMATS, SAMPLE_FORMATS, image_type, sound_type
 from audioldm2.cli.commands import PROGRAM, hint, overview
 from audioldm2.cli.loading import arguments_of, load_pipeline
 from audioldm2.cli.messages import clean, print_error, say
@@ -131,6 +131,9 @@ def parse(p: Parser, arguments: Sequence[str]) -> argparse.Namespace:
     Raises:
         SystemExit: with code 2 if one is invalid, and with code 0 for --help and --version.
     """
+    for option, value in pairwise(arguments):
+        if option == "--format" and value in FILE_FORMATS:
+            p.error(f"argument --format: the type of a file is the suffix of its name: -o sound.{value}")
     options, rest = parse_options(p, arguments)
     if rest:
         if text := hint([options.prompt, *rest]):

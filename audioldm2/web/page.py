@@ -61,7 +61,7 @@ def build_page(studio: Studio, folder: Path) -> Any:
         gr.api(endpoint(studio, folder), api_name="generate", concurrency_id=DEVICE, concurrency_limit=1)
         _connect(gr, studio, folder, form, results)
         page.load(new_seed, None, form.seed, **QUICK)
-    page.queue(max_size=studio.limits.queue, default_concurrency_limit=1)
+    page.queue(api_open=False, max_size=studio.limits.queue, default_concurrency_limit=1)
     return page
 
 

@@ -47,7 +47,7 @@ def test_the_other_formats() -> None:
 def test_bad_rows_are_reported_by_their_first_line_and_stop_no_other() -> None:
     jobs, failures = parsed(
         'prompt,duration,steps,seed\n"two\nlines",1,2,0\nRain,long,,\nRain,0,,\nRain,,2.5,\nRain,,,-1\n'
-        "Rain,1\n,1,,\nA bell,,,\n",
+        'Rain,1\n,1,,\n"Rain" now,1,,\nA bell,,,\n"Rain\n\n',
         "csv",
     )
     assert [job.prompt for job in jobs] == ["two\nlines", "A bell"]
@@ -58,6 +58,8 @@ def test_bad_rows_are_reported_by_their_first_line_and_stop_no_other() -> None:
         "table:7: seed must be an integer from 0 to 9223372036854775807, got -1",
         "table:8: the row has 2 cells, and the header 4",
         "table:9: the prompt is missing",
+        "table:10: ',' expected after '\"'",
+        "table:12: unexpected end of data",
     ]
     jobs, failures = parsed('{"prompt": "Rain", "sed": 1}\n{"prompt": 3}\n[1]\n{"prompt"\n"Rain"\n', "jsonl")
     assert jobs == [Job("Rain")]
@@ -73,7 +75,9 @@ def test_bad_rows_are_reported_by_their_first_line_and_stop_no_other() -> None:
         (b"text\nRain\n", "csv", "one of them prompt"),
         (b"prompt,sed\nRain,1\n", "csv", "unknown column 'sed'; did you mean seed?"),
         (b"prompt,steps,num_inference_steps\nRain,1,2\n", "csv", "two columns of the same setting"),
-        (b'prompt\n"Rain\n', "csv", "unexpected end of data"),
+        (b"Prompt;name\n", "csv", r"separated by commas"),
+        (b"prompt,name\nRain,\n", "txt", "looks like that of a csv table"),
+        (b'{"prompt": "Rain"}\n', "txt", "looks like that of a jsonl table"),
         (b"\n\n", "txt", "has no prompts"),
         (b"prompt\n\xff\xfe\n", "csv", "is not UTF-8 text"),
     ],
@@ -92,7 +96,8 @@ def test_jobs_are_checked_and_hold_pythons_numbers() -> None:
     job = Job.of({"prompt": "Rain", "steps": np.int64(3), "guidance": np.float32(2)})
     assert (type(job.num_inference_steps), type(job.guidance_scale)) == (int, float)
     for value, reason in [
-        ({"prompt": "Rain", "candidates": 0}, "candidates must be an integer of at least 1, got 0"),
+        ({"prompt": "Rain", "candidates": 0}, "candidates must be an integer from 1 to 1000, got 0"),
+        ({"prompt": "R\0a\0i\0n\0"}, "prompt has a NUL character; the text is perhaps UTF-16"),
         ({"prompt": "Rain", "guidance_scale": float("nan")}, "guidance_scale must be a finite number"),
         ({"prompt": "Rain", "scheduler": "euler"}, "scheduler must be one of ddim, dpmsolver"),
         ({"prompt": "Rain", "name": "x" * 1001}, "name has 1001 characters; at most 1000"),

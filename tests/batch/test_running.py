@@ -248,6 +248,22 @@ def test_a_file_that_cannot_be_written_fails_its_job_alone(tiny: AudioLDM2Pipeli
     assert [str(failure) for failure in report.failures] == [reason]
 
 
+def test_a_file_of_the_users_is_not_replaced(tiny: AudioLDM2Pipeline, tmp_path: Path) -> None:
+    (tmp_path / "Rain.wav").write_bytes(b"mine")
+    report = batch.run(["Rain", "Wind"], tiny, tmp_path, engine=fake_engine)
+    assert [sound["file"] for sound in report.sounds] == ["Wind.wav"]
+    (failure,) = report.failures
+    assert str(failure) == f"job 1: {tmp_path / 'Rain.wav'} is not a sound of this batch; move it away"
+    assert (tmp_path / "Rain.wav").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("jobs", ["Rain", {"prompt": "Rain"}, batch.Job("Rain"), None, 3])
+def test_what_is_not_a_list_of_jobs_is_refused(tiny: AudioLDM2Pipeline, tmp_path: Path, jobs: Any) -> None:
+    with pytest.raises(TypeError, match="jobs must be a list of prompts, mappings or jobs"):
+        batch.run(jobs, tiny, tmp_path / "none", engine=fake_engine)
+    assert not (tmp_path / "none").exists()
+
+
 def test_an_engine_must_return_every_job(tiny: AudioLDM2Pipeline, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="the engine gave no result for 1 jobs"):
         batch.run(JOBS[:1], tiny, tmp_path, engine=lambda groups: iter(()))
@@ -307,7 +323,7 @@ def test_the_command_reports_bad_rows_and_goes_on(
     assert capsys.readouterr().out == "a/b: 1 sound, 0 new, 1 already there\n"
     assert cli.main([*arguments, "--seed", "5", "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("Rain.wav: Rain\n1 row to generate, 1 s of sound, about ")
+    assert out.startswith("Rain.wav: Rain (0.64 s, 2 steps, seed 5)\n1 row to generate, 1 s of sound, about ")
     assert out.endswith(" with tiny on this machine; 0 rows already finished\n")
 
 

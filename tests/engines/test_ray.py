@@ -327,7 +327,9 @@ def test_a_batch_that_is_interrupted_or_killed_leaves_no_process_and_goes_on(tmp
 
     code, said = stop_after_a_sound(signal.SIGINT)
     assert code == 130, said
-    assert said.endswith("audioldm2: error: interrupted; finished sounds stay; the same command goes on\n")
+    assert said.endswith(
+        "audioldm2: error: interrupted; finished sounds stay; run the same command again to continue\n"
+    )
     assert "Traceback" not in said
     assert stop_after_a_sound(signal.SIGTERM)[0] == 143
     assert stop_after_a_sound(signal.SIGKILL)[0] == -signal.SIGKILL
