@@ -79,6 +79,7 @@ def test_the_captions_of_a_batch() -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIRST_LOSSES)
 def test_the_first_batch_of_a_stage(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses: dict[str, Tensor] = {}
