@@ -48,7 +48,7 @@ def test_python_snippets_and_audioldm2_commands_run(folder: Path, monkeypatch: p
     assert len(list((folder / "sounds").glob("*.wav"))) == 6
     assert len(list((folder / "sounds").glob("*.flac"))) == 6
     assert names["noise"].shape == (1, 4, 64, 16)
-    assert len(names["seen"]) == 5
+    assert len(names["seen"]) == 10
 
 
 def test_the_scripts_that_are_named_exist() -> None:

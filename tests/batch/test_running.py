@@ -240,12 +240,18 @@ def test_a_job_that_fails_stops_no_other(
 
 
 def test_a_file_that_cannot_be_written_fails_its_job_alone(tiny: AudioLDM2Pipeline, tmp_path: Path) -> None:
-    (tmp_path / "Rain.wav").mkdir()
-    jobs = [{"prompt": each, **SHORT} for each in ("Rain", "Wind")]
-    report = batch.run(jobs, tiny, tmp_path, engine=fake_engine)
+    def engine(groups: Sequence[Group]) -> Iterator[Result]:
+        (tmp_path / "Rain.wav").mkdir()
+        for result in fake_engine(groups):
+            for sound in result.sounds:
+                sound.waveforms[:] *= np.nan if sound.index == 2 else 1
+            yield result
+
+    report = batch.run(["Rain", "Wind", "Snow"], tiny, tmp_path, engine=engine)
     assert [sound["file"] for sound in report.sounds] == ["Wind.wav"]
-    reason = f"job 1: {tmp_path / 'Rain.wav'}: the output path is a folder; add a file name"
-    assert [str(failure) for failure in report.failures] == [reason]
+    reasons = [f"job 1: {tmp_path / 'Rain.wav'}: the output path is a folder", "job 3: 800 of 800 samples"]
+    for failure, reason in zip(report.failures, reasons, strict=True):
+        assert str(failure).startswith(reason)
 
 
 def test_a_file_of_the_users_is_not_replaced(tiny: AudioLDM2Pipeline, tmp_path: Path) -> None:
@@ -334,7 +340,8 @@ def test_the_command_reports_bad_rows_and_goes_on(
         (["-o", "a"], "the table is missing"),
         (["prompts.csv", "-o", "-"], "into a folder, not to standard output"),
         (["missing.csv", "-o", "a"], "missing.csv: No such file"),
-        (["prompts.xls", "-o", "a"], "unknown type of table; use .csv"),
+        (["prompts.xls", "-o", "a"], "prompts.xls: No such file"),
+        (["prompts", "-o", "a"], "unknown type of table; use .csv"),
         (["prompts.csv", "-o", "prompts.csv"], "the output path is not a folder"),
         (["prompts.csv", "-o", "a", "--format", "mp3", "--sample-format", "float32"], "lossy"),
         (["prompts.csv", "-o", "a", "--workers", "2"], "argument --workers: is for --engine ray"),
@@ -350,7 +357,8 @@ def test_mistakes_are_one_line(
     reason: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("prompts.csv").write_text("prompt\nRain\n")
+    for name in ("prompts.csv", "prompts"):
+        Path(name).write_text("prompt\nRain\n")
     try:
         code = cli.main(["batch", *arguments, "--model", "tiny", "--device", "cpu", "--quiet"])
     except SystemExit as stop:
@@ -360,4 +368,4 @@ def test_mistakes_are_one_line(
     assert out == ""
     assert err.count("\n") == 1
     assert reason in err
-    assert [path.name for path in tmp_path.iterdir()] == ["prompts.csv"]
+    assert {path.name for path in tmp_path.iterdir()} == {"prompts.csv", "prompts"}
