@@ -77,8 +77,8 @@ def run(
     """Generate the sounds of jobs that are not in a folder yet.
 
     A run that was stopped, at any moment, is resumed by the same call. A sound is generated again if one of
-    its settings or its file has changed. Files of jobs that are no longer in the list stay, and files that are
-    not of a batch are never replaced. Equal names are numbered in the order of the jobs, so a job that is
+    its settings or its file has changed. Files of jobs that are no longer in the list stay, and files that
+    are not of a batch are never replaced. Equal names are numbered in the order of the jobs, so a job that is
     inserted before others of its name renames them, and they are generated again.
 
     Args:
