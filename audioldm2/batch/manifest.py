@@ -53,7 +53,7 @@ class Manifest:
         self.folder = Path(folder)
         self.path = self.folder / MANIFEST
         self._records: dict[str, Record] = {}
-        self._unfinished: set[str] = set()  # files that an earlier run was writing
+        self._unfinished: set[str] = set()  # files without a line that this run or an earlier one wrote
         self._outdated = False
         self._lock: int | None = None
 
@@ -153,6 +153,7 @@ class Manifest:
         while lines:  # a disk that is nearly full takes a part, and raises at the next one
             lines = lines[self._file.write(lines) :]
         self._outdated = outdated
+        self._unfinished -= {record["file"] for record in records}  # so that it stays short
         return added, failures
 
     def arrange(self, files: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,12 +122,12 @@ def run(
     generated = 0
     with Manifest(folder) as manifest:
         records = _finished(planned, manifest, pipe)
-        refused = {}
+        done = {*records}
         for request in planned.requests:
             if request.index not in records and (path := manifest.foreign(request)):
-                refused[request.index] = path
+                done.add(request.index)
                 failed(Failure(request.job.where, f"{path} is not a sound of this batch; move it away"))
-        groups = _unfinished(in_groups(planned, batch_size), {**records, **refused})
+        groups = _without(in_groups(planned, batch_size), done)
         total = sum(len(request.files) for request in planned.requests)
         there = sum(map(len, records.values()))
         with pipe.progress("Sounds", total, initial=there, unit="sound") as bar, _inner_bars(pipe):
@@ -226,11 +226,11 @@ def _finished(planned: Plan, manifest: Manifest, pipe: AudioLDM2Pipeline) -> dic
     return found
 
 
-def _unfinished(groups: Sequence[Group], records: Mapping[int, Any]) -> list[Group]:
-    """Groups without the requests that are finished."""
+def _without(groups: Sequence[Group], done: Collection[int]) -> list[Group]:
+    """Groups without some requests, which are given by their indices."""
     left = []
     for group in groups:
-        requests = tuple(request for request in group.requests if request.index not in records)
+        requests = tuple(request for request in group.requests if request.index not in done)
         if requests:
             left.append(group._replace(requests=requests))
     return left
