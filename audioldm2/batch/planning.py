@@ -12,8 +12,9 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from operator import index
 from typing import Any, NamedTuple
 
@@ -135,16 +136,20 @@ def plan(jobs: Sequence[Job], pipe: AudioLDM2Pipeline, files: FileOptions) -> Pl
         ValueError: the type of file does not have the sampling rate or the sample format.
     """
     rate = files.sampling_rate or pipe.vocoder.config.sampling_rate
-    check_can_write(f"a.{files.file_format}", rate, files.sample_format)
+    # What many jobs share is checked once: an encoder, a sampler, its steps.
+    check_suffix = cache(lambda suffix: check_can_write(f"a{suffix}", rate, files.sample_format))
+    check_steps = cache(lambda name, steps: copy.deepcopy(sampler_of(name)).set_timesteps(steps))
+    sampler_of = cache(lambda name: pipe.scheduler if name is None else as_sampler(name, pipe.scheduler))
+    check_suffix(f".{files.file_format}")
     completed: list[tuple[Job, str, int]] = []
-    checked: set[tuple[str | None, int | None]] = set()
     failures = []
     with pipe.progress("Checking jobs", len(jobs), leave=False, delay=PROGRESS_DELAY_S) as bar:
         for job in jobs:
             try:
                 suffix = split_name(job.name or "")[1] or f".{files.file_format}"
-                check_can_write(f"a{suffix}", rate, files.sample_format)
-                completed.append((_completed(job, pipe, checked), suffix, _tokens(job, pipe)))
+                check_suffix(suffix)
+                whole = _completed(job, pipe, sampler_of(job.scheduler), check_steps)
+                completed.append((whole, suffix, _tokens(job, pipe)))
             except (ValueError, TypeError) as error:
                 failures.append(Failure(job.where, one_line(error)))
             bar.update()
@@ -153,7 +158,7 @@ def plan(jobs: Sequence[Job], pipe: AudioLDM2Pipeline, files: FileOptions) -> Pl
     names = iter(distinct(name for each in stems for name in each))
     requests: list[Request] = []
     for job, each, (_, suffix, tokens) in zip(seeded, stems, completed, strict=True):
-        sampler = scheduler_of(job, pipe)
+        sampler = sampler_of(job.scheduler)
         stored = {
             **{name: getattr(job, name) for name in SETTINGS},
             "scheduler": type(sampler).__name__,
@@ -184,18 +189,20 @@ def scheduler_of(job: Job, pipe: AudioLDM2Pipeline) -> Any:
     return pipe.scheduler if job.scheduler is None else as_sampler(job.scheduler, pipe.scheduler)
 
 
-def _completed(job: Job, pipe: AudioLDM2Pipeline, checked: set[tuple[str | None, int | None]]) -> Job:
+def _completed(
+    job: Job, pipe: AudioLDM2Pipeline, sampler: Any, check_steps: Callable[[str | None, int | None], object]
+) -> Job:
     """A job with the default of every setting but the seed.
 
     Args:
         job: what to complete.
         pipe: has the defaults.
-        checked: samplers and numbers of steps that go together; those of the job are added.
+        sampler: the job's.
+        check_steps: raises ValueError unless a sampler, given by its name, has this number of steps.
 
     Raises:
         ValueError: a setting is out of range for this checkpoint.
     """
-    sampler = scheduler_of(job, pipe)
     job = job.with_defaults(
         {
             **DEFAULTS,
@@ -204,9 +211,7 @@ def _completed(job: Job, pipe: AudioLDM2Pipeline, checked: set[tuple[str | None,
         }
     )
     check_transcription(job.transcription, speaks(pipe))
-    if (job.scheduler, job.num_inference_steps) not in checked:
-        copy.deepcopy(sampler).set_timesteps(job.num_inference_steps)
-        checked.add((job.scheduler, job.num_inference_steps))
+    check_steps(job.scheduler, job.num_inference_steps)
     frames, _ = frames_and_samples(pipe.unet, pipe.part("vae"), pipe.part("vocoder"), job.audio_length_in_s)
     vocoder = pipe.part("vocoder")
     length = frames * vocoder.hop_length / vocoder.config.sampling_rate
