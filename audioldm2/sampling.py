@@ -51,6 +51,8 @@ class Changes(NamedTuple):
     stop: bool = False
 
 
+# From latents (B, ...) and timestep to the UNet's output, with the conditioning's rows.
+Predict = Callable[[Tensor, Tensor], Tensor]
 # From step, timestep, latents, conditioning and guidance scale.
 AfterStep = Callable[[int, Tensor, Tensor, Conditioning, float], Changes | None]
 
@@ -100,13 +102,16 @@ def denoise(
     eta: float = 0.0,
     after_step: AfterStep | None = None,
     progress: Callable[[], object] = lambda: None,
+    begin: int = 0,
+    around: Callable[[Predict], Predict] | None = None,
+    after_update: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Run the sampler from noise to latents.
 
     Args:
         unet: predicts the noise: this package's, or any module that is called like diffusers'.
         scheduler: any sampler with diffusers' interface, after `set_timesteps`.
-        latents: noise, (B, channels, T/4, F/4).
+        latents: noise, or noisy latents at the level of the first step, (B, channels, T/4, F/4).
         conditioning: what the UNet attends to; with guidance, 2 B rows.
         guidance_scale: the weight w of guidance.
         num_inference_steps: what `set_timesteps` was called with, which is less than the number of timesteps
@@ -115,8 +120,15 @@ def denoise(
         eta: how much of it DDIM adds (Song et al. 2021, eq. 16); with other samplers it has no effect, and a
             warning says so.
         after_step: called as after_step(step, timestep, latents, conditioning, guidance_scale) after each
-            step; what it returns, if anything, replaces the last three, and may end the run.
+            step, counted from `begin`; what it returns, if anything, replaces the last three, and may end the
+            run.
         progress: called after each step.
+        begin: the step with which the run begins; 0 is pure noise.
+        around: wraps the UNet as a function of latents and timestep, to call it on parts of the latents, for
+            example.
+        after_update: called as after_update(index, latents) after each update of the sampler, with the index
+            of the next timestep, or the number of timesteps after the last; what it returns replaces the
+            latents.
 
     Returns:
         (B, channels, T/4, F/4).
@@ -131,23 +143,31 @@ def denoise(
     order = getattr(scheduler, "order", 1)
     # Evaluations with which a sampler starts and which are not steps of their own, as in diffusers.
     starting = len(timesteps) - (num_inference_steps or len(timesteps)) * order
-    predict = _predictor(unet, conditioning)
-    for i, t in enumerate(timesteps):
+
+    def predictor_of(conditioning: Conditioning) -> Predict:
+        predict = predictor(unet, conditioning)
+        return predict if around is None else around(predict)
+
+    predict = predictor_of(conditioning)
+    for i in range(begin * order, len(timesteps)):
+        t = timesteps[i]
         noise = predict(scheduler.scale_model_input(latents, t), t)
         if conditioning.guided:
             uncond, cond = noise.chunk(2)
             noise = uncond + guidance_scale * (cond - uncond)
         with recorded("scheduler"):
             latents = scheduler.step(noise, t, latents, **options).prev_sample
+        if after_update is not None:
+            latents = after_update(i + 1, latents)
         if i + 1 < len(timesteps) and (i < starting or (i + 1) % order):
             continue
         if after_step is not None:
-            changed = after_step(i // order, t, latents, conditioning, guidance_scale)
+            changed = after_step(i // order - begin, t, latents, conditioning, guidance_scale)
             if changed is not None:
                 latents, conditioning, guidance_scale, stop = changed
                 if stop:
                     return latents
-                predict = _predictor(unet, conditioning)
+                predict = predictor_of(conditioning)
         progress()
     return latents
 
@@ -280,11 +300,15 @@ class LatentRecorder:
         self(step, timestep, tensors["latents"])
 
 
-def _predictor(unet: nn.Module, conditioning: Conditioning) -> Callable[[Tensor, Tensor], Tensor]:
+def predictor(unet: nn.Module, conditioning: Conditioning) -> Predict:
     """The UNet as a function of latents (B, ...) and timestep alone; the result has the conditioning's rows.
 
     Our UNet computes the keys and values of the conditions once, here, and takes the latents once for both
     uncond and cond. Any other module is called as diffusers calls its UNet.
+
+    Args:
+        unet: this package's, or any module that is called like diffusers'.
+        conditioning: what it attends to, of B sounds, or with guidance of 2 B rows.
     """
     dtype = stage_dtype(unet)
     states, vectors = conditioning.t5_states.to(dtype), conditioning.gpt2_vectors.to(dtype)
