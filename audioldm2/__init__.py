@@ -37,6 +37,7 @@ _HOMES = {
     "UNet": "audioldm2.models.unet",
     "VAE": "audioldm2.models.vae",
     "VitsTextEncoder": "audioldm2.models.vits",
+    "read_sound": "audioldm2.audio.sound_file",
     "read_wav": "audioldm2.audio.wav",
     "record_attention": "audioldm2.attention",
     "resample": "audioldm2.audio.resample",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:  # `as` marks what is exported
     from audioldm2.audio.clap_features import ClapFeatureExtractor as ClapFeatureExtractor
     from audioldm2.audio.log_mel import LogMel as LogMel, LogMelConfig as LogMelConfig
     from audioldm2.audio.resample import resample as resample
+    from audioldm2.audio.sound_file import read_sound as read_sound
     from audioldm2.audio.wav import read_wav as read_wav, write_wav as write_wav
     from audioldm2.checkpoints.errors import (
         CheckpointError as CheckpointError,

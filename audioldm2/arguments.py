@@ -87,7 +87,7 @@ def check_count(name: str, value: Any, lowest: int = 1, highest: int | None = No
 
 def check_length(seconds: Any, shortest: float = 0.0) -> None:
     """Raise ValueError unless `seconds` is a number from `shortest` to MAX_LENGTH_IN_S, and positive."""
-    if not _is_finite(seconds):
+    if not is_finite(seconds):
         raise ValueError(f"audio_length_in_s must be a number of seconds, got {quoted(seconds)}")
     if not 0 < float(seconds) <= MAX_LENGTH_IN_S or float(seconds) < shortest:
         raise ValueError(
@@ -97,11 +97,12 @@ def check_length(seconds: Any, shortest: float = 0.0) -> None:
 
 def check_number(name: str, value: Any) -> None:
     """Raise ValueError unless `value` is a finite number."""
-    if not _is_finite(value):
+    if not is_finite(value):
         raise ValueError(f"{name} must be a finite number, got {quoted(value)}")
 
 
-def _is_finite(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
+    """Whether a value is a finite real number, and not a bool."""
     try:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an integer beyond the largest float

@@ -18,7 +18,7 @@ from audioldm2.runtime.device import named_device
 from audioldm2.runtime.precision import check_dtype, stage_device, stage_dtype
 from audioldm2.runtime.progress import notebook_screen, progress_bar, tqdm
 from audioldm2.runtime.stages import StageRunner
-from audioldm2.sampling import CALLBACK_TENSORS, initial_latents
+from audioldm2.sampling import CALLBACK_TENSORS, initial_noise
 from audioldm2.tensors import check_finite, check_tensor
 
 
@@ -200,7 +200,9 @@ class DiffusersMethods(StageRunner, ABC):
         shape = (batch_size, num_channels_latents, height // self.vae_scale_factor, bands)
         check_dtype(dtype)
         device = self.device if device is None else named_device(device)
-        return initial_latents(shape, self.scheduler, generator, device, dtype, latents)
+        noise = initial_noise(shape, generator, device, dtype, latents)
+        scaled: Tensor = noise * self.scheduler.init_noise_sigma
+        return scaled
 
     def mel_spectrogram_to_waveform(self, mel_spectrogram: Tensor) -> Tensor:
         """Turn log-mel spectrograms into waveforms; `vocode` under the name that it has in diffusers.

@@ -44,7 +44,9 @@ from audioldm2.checkpoints.recommended import RECOMMENDED, check_recommended
 from audioldm2.compatibility import DiffusersMethods
 from audioldm2.conditioning import PromptInputs, Text, condition
 from audioldm2.decoding import decode, frames_and_samples, vocode
-from audioldm2.editing import as_waveforms, encode
+from audioldm2.editing.edit import Start, begin_with, edit_of, for_each_waveform
+from audioldm2.editing.regions import Spans
+from audioldm2.editing.sound import Audio, as_waveforms, encode
 from audioldm2.frozen import FrozenMapping
 from audioldm2.models.clap import ClapModel
 from audioldm2.models.gpt2 import GPT2
@@ -67,7 +69,7 @@ from audioldm2.sampling import (
     check_callbacks,
     denoise,
     exclusive,
-    initial_latents,
+    initial_noise,
 )
 from audioldm2.schedulers.base import Scheduler
 from audioldm2.tensors import check_finite, check_tensor
@@ -411,11 +413,14 @@ class AudioLDM2Pipeline(DiffusersMethods):
         """
         waveforms = as_waveforms(audio)
         check_count("sampling_rate", sampling_rate)
+        with self.generation(), self.running("vae") as vae:
+            return encode(vae, LogMel(self._log_mel_config()), waveforms, sampling_rate)
+
+    def _log_mel_config(self) -> LogMelConfig:
+        """The settings of the spectrograms that fit the vocoder."""
         vocoder = self.part("vocoder")
         settings = {"hop_length": vocoder.hop_length, **self._settings.get("log_mel", {})}
-        log_mel = LogMel(LogMelConfig.for_vocoder(vocoder.config, **settings))
-        with self.generation(), self.running("vae") as vae:
-            return encode(vae, log_mel, waveforms, sampling_rate)
+        return LogMelConfig.for_vocoder(vocoder.config, **settings)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Decode latents into waveforms: `decode`, then `vocode`.
@@ -488,8 +493,15 @@ class AudioLDM2Pipeline(DiffusersMethods):
         output_type: str = "np",
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        *,
+        audio: Audio | None = None,
+        sampling_rate: int | None = None,
+        strength: float | None = None,
+        keep: Spans | None = None,
+        replace: Spans | None = None,
+        replace_band: Spans | None = None,
     ) -> AudioPipelineOutput:
-        """Generate sound from text.
+        """Generate sound from text, or from text and sound.
 
         Args:
             prompt: one or several descriptions, which may be empty; None if embeddings are given (see
@@ -529,6 +541,19 @@ class AudioLDM2Pipeline(DiffusersMethods):
                 `pipe._guidance_scale`, and `pipe._interrupt = True` to decode what there is.
             callback_on_step_end_tensor_inputs: the names of its tensors: "latents", "prompt_embeds",
                 "generated_prompt_embeds" or "attention_mask".
+            audio: a sound to begin with, which is resampled, and mixed if it has several channels: a waveform
+                in [-1, 1], (samples,) or (channels, samples); the path of a sound file; or a list with one
+                for each prompt. The result is as long, unless `audio_length_in_s` says otherwise: then the
+                sound is cut, or padded with silence.
+            sampling_rate: of the waveforms in `audio`, in Hz; files say their own.
+            strength: how much of `audio` is changed (Meng et al. 2022): 0 only encodes and decodes it, 1 is
+                the prompt alone. Of the steps, only this share is taken. By default 0.5, or 1 if a part is
+                replaced.
+            keep: spans of `audio` in seconds that are kept, as in [(0.0, 2.5)]; the rest is generated to fit
+                (see `audioldm2.editing.inpainting`). An end of None is the end of the sound.
+            replace: the opposite, spans that are generated.
+            replace_band: a band in Hz, as in (4000, 8000), or several; only these frequencies are generated,
+                in all of the sound or in the spans.
 
         Returns:
             `.audios`: B waveforms, those of one prompt together, the best of ranked candidates first.
@@ -536,7 +561,12 @@ class AudioLDM2Pipeline(DiffusersMethods):
 
         Raises:
             ValueError, TypeError: an argument that cannot be used; the message names it.
+            ImportError, OSError: a sound file cannot be read.
             NonFiniteError: a stage returned NaN or infinity; the message names the stage.
+
+        Example:
+            >>> keyboard = pipe("A piano", audio="guitar.wav", strength=0.6).audios[0]
+            >>> quiet = pipe("Rain", audio="rain.wav", replace=[(2.5, 4.0)]).audios[0]  # instead of a cough
         """
         check_choice("output_type", output_type, ("np", "pt", "latent"))
         for name, count in (
@@ -557,6 +587,9 @@ class AudioLDM2Pipeline(DiffusersMethods):
             )
         if latents is not None:
             check_tensor("latents", latents, "(B, channels, T/4, F/4)")
+        edit = edit_of(audio, sampling_rate, strength, keep, replace, replace_band)
+        if edit is not None and isinstance(prompt, str):
+            prompt = [prompt] * len(edit.sounds)
         cond = PromptInputs("prompt", prompt, prompt_embeds, generated_prompt_embeds, attention_mask)
         uncond = PromptInputs(
             "negative_prompt",
@@ -568,38 +601,48 @@ class AudioLDM2Pipeline(DiffusersMethods):
         with self.generation(), exclusive(self.scheduler) as scheduler:
             self.check_stages()
             vae, vocoder = self.part("vae"), self.part("vocoder")
-            rows = None if latents is None else latents.shape[2]
-            frames, samples = frames_and_samples(self.unet, vae, vocoder, audio_length_in_s, rows)
+            rate, latent = vocoder.config.sampling_rate, vae.downsampling * vocoder.hop_length  # samples
+            if edit is not None:
+                log_mel = self._log_mel_config()
+                originals = edit.waveforms(log_mel, audio_length_in_s, shortest=latent / rate)
+                samples = originals.shape[1]
+            else:
+                rows = None if latents is None else latents.shape[2]
+                frames, samples = frames_and_samples(self.unet, vae, vocoder, audio_length_in_s, rows)
             if num_inference_steps is None:
                 num_inference_steps = getattr(scheduler, "default_num_inference_steps", 200)
             steps = int(num_inference_steps)
             scheduler.set_timesteps(steps, device=self.device)
+            waveforms = int(num_waveforms_per_prompt)
             conditioning = condition(
-                self,
-                cond,
-                uncond,
-                guidance_scale > 1,
-                transcription,
-                max_new_tokens,
-                int(num_waveforms_per_prompt),
-            )
-            shape = (
-                conditioning.batch,
-                vae.config.latent_channels,
-                frames // vae.downsampling,
-                vocoder.config.model_in_dim // vae.downsampling,
+                self, cond, uncond, guidance_scale > 1, transcription, max_new_tokens, waveforms
             )
             dtype = conditioning.t5_states.dtype
-            latents = initial_latents(shape, scheduler, generator, self.device, dtype, latents)
+            if edit is not None:
+                originals = for_each_waveform(originals, conditioning.batch, waveforms)
+                clean = self.encode_audio(originals[::waveforms], rate).to(self.device, dtype)
+                clean = clean.repeat_interleave(waveforms, dim=0)
+                noise = initial_noise(clean.shape, generator, self.device, dtype, latents)
+                replaced = edit.replaced_latents(clean, latent, log_mel)
+                start = begin_with(scheduler, steps, clean, noise, edit.strength, replaced)
+            else:
+                shape = (
+                    conditioning.batch,
+                    vae.config.latent_channels,
+                    frames // vae.downsampling,
+                    vocoder.config.model_in_dim // vae.downsampling,
+                )
+                noise = initial_noise(shape, generator, self.device, dtype, latents)
+                start = Start(noise * scheduler.init_noise_sigma)
             with (
                 self._run_of(len(scheduler.timesteps), float(guidance_scale)),
                 self.running("unet") as unet,
-                self.progress("Denoising", steps, main=True) as bar,
+                self.progress("Denoising", steps - start.begin, main=True) as bar,
             ):
                 latents = denoise(
                     unet,
                     scheduler,
-                    latents,
+                    start.latents,
                     conditioning,
                     float(guidance_scale),
                     steps,
@@ -613,16 +656,20 @@ class AudioLDM2Pipeline(DiffusersMethods):
                         callback_on_step_end_tensor_inputs,
                     ),
                     progress=bar.update,
+                    begin=start.begin,
+                    after_update=start.after_update,
                 )
             check_finite("unet", latents, f"weights and guidance_scale = {guidance_scale:g}")
-            audio: Any = latents
+            result: Any = latents
             scores: Any = None
             if output_type != "latent":
                 mel = self.decode(latents)
-                audio = self.vocode(mel)[:, :samples]
-                if num_waveforms_per_prompt > 1 and conditioning.clap is not None:
-                    audio, scores = self.rank(audio, conditioning.clap, generator)
+                result = self.vocode(mel)[:, :samples]
+                if edit is not None:
+                    result = edit.mix(originals, result, rate)
+                if waveforms > 1 and conditioning.clap is not None:
+                    result, scores = self.rank(result, conditioning.clap, generator)
                     scores = scores.float().cpu()
         if output_type == "np":
-            audio, scores = audio.numpy(), None if scores is None else scores.numpy()
-        return AudioPipelineOutput(audio, vocoder.config.sampling_rate, scores)
+            result, scores = result.numpy(), None if scores is None else scores.numpy()
+        return AudioPipelineOutput(result, rate, scores)

@@ -57,22 +57,20 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 AfterStep = Callable[[int, Tensor, Tensor, Conditioning, float], Changes | None]
 
 
-def initial_latents(
-    shape: tuple[int, int, int, int],
-    scheduler: Any,
+def initial_noise(
+    shape: Sequence[int],
     generator: Generators,
     device: torch.device,
     dtype: torch.dtype,
     latents: Tensor | None = None,
 ) -> Tensor:
-    """The noise that denoising starts from, at the sampler's first noise level.
+    """The noise of a sampling run, before it is scaled to the sampler's first noise level.
 
     Args:
         shape: (B, channels, T/4, F/4).
-        scheduler: the sampler, after `set_timesteps`.
         generator: draws the noise; a list has one for each of the B sounds.
-        device: where the latents go.
-        dtype: their dtype.
+        device: where the noise goes.
+        dtype: its dtype.
         latents: noise to use instead, of that shape.
 
     Raises:
@@ -82,13 +80,11 @@ def initial_latents(
     """
     check_generators(generator, shape[0])
     if latents is None:
-        latents = randn(shape, generator, device, dtype)
-    else:
-        check_tensor("latents", latents, "(B, channels, T/4, F/4)")
-        if latents.shape != shape:
-            raise ValueError(f"latents have shape {tuple(latents.shape)}; here they must have {shape}")
-    scaled: Tensor = latents.to(device, dtype) * scheduler.init_noise_sigma
-    return scaled
+        return randn(shape, generator, device, dtype)
+    check_tensor("latents", latents, "(B, channels, T/4, F/4)")
+    if latents.shape != tuple(shape):
+        raise ValueError(f"latents have shape {tuple(latents.shape)}; here they must have {tuple(shape)}")
+    return latents.to(device, dtype)
 
 
 def denoise(

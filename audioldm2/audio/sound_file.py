@@ -1,7 +1,7 @@
-"""Writing sound files of any type: WAV by this package, others (FLAC, Ogg, MP3, ...) by soundfile.
+"""Sound files of any type: WAV by this package, others (FLAC, Ogg, MP3, ...) by soundfile.
 
-soundfile is an optional dependency, which the extra "sound" installs; it contains libsndfile. The suffix of
-the file's name decides the type (see `file_types`).
+soundfile is an optional dependency, which the extra "sound" installs; it contains libsndfile. In writing, the
+suffix of the file's name decides the type (see `file_types`); in reading, the file's content.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from einops import rearrange
 from torch import Tensor
 
-from audioldm2.arguments import check_count
+from audioldm2.arguments import MAX_LENGTH_IN_S, check_count
 from audioldm2.atomic import check_writable, replacing
 from audioldm2.audio.file_types import WAV, SoundType, sound_type
-from audioldm2.audio.wav import as_channels, as_int16, write_wav
+from audioldm2.audio.wav import WAV_IDS, as_channels, as_int16, read_wav, write_wav
+from audioldm2.audio.waveforms import check_finite_samples
 from audioldm2.extras import import_extra
 
 FRAMES_AT_ONCE = 2**16  # libsndfile's Vorbis encoder overflows its stack with minutes at once
@@ -74,6 +76,57 @@ def write_sound(
     _encode(content, channels, sampling_rate, kind, sample_format)
     with replacing(path) as temporary:
         temporary.write_bytes(content.getvalue())
+
+
+def read_sound(path: str | Path) -> tuple[Tensor, int]:
+    """Read a sound file.
+
+    Args:
+        path: path of the file. What does not begin as a WAV file does is read by soundfile.
+
+    Returns:
+        The waveform, float32 of shape (channels, samples) in [-1, 1]; and the sampling rate in Hz.
+
+    Raises:
+        ImportError: soundfile is needed and cannot be imported.
+        OSError: the file cannot be read.
+        ValueError: it is not a sound file, is damaged or longer than an hour, has no samples, or has NaN or
+            infinity.
+
+    Example:
+        >>> waveform, rate = read_sound("dog.flac")
+        >>> audio = pipe("A cat meows", audio=waveform, sampling_rate=rate).audios[0]
+    """
+    path = Path(path)
+    if not path.is_file() and path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is not a regular file")  # reading a pipe could block forever
+    with open(path, "rb") as file:
+        begin = file.read(12)
+    if begin[:4] in WAV_IDS and begin[8:] == b"WAVE":
+        waveform, rate = read_wav(path)
+    elif not begin:
+        raise ValueError(f"{path} is empty")
+    else:
+        waveform, rate = _decode(path)
+    if waveform.shape[1] == 0:
+        raise ValueError(f"{path} has no samples")
+    return waveform, rate
+
+
+def _decode(path: Path) -> tuple[Tensor, int]:
+    """Read a file with soundfile."""
+    soundfile: Any = import_extra("soundfile", "sound", f"reading {path}, which is not a WAV file,")
+    try:
+        with soundfile.SoundFile(path) as file:
+            if file.frames > MAX_LENGTH_IN_S * file.samplerate:
+                raise ValueError(f"{path} is longer than {MAX_LENGTH_IN_S:g} s")
+            frames, rate = file.read(dtype="float32", always_2d=True), file.samplerate
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{path} is not a sound file that can be read: {error.error_string}") from error
+    waveform = torch.from_numpy(np.ascontiguousarray(rearrange(frames, "n c -> c n")))
+    if waveform.numel():
+        check_finite_samples(str(path), waveform)
+    return waveform, rate
 
 
 def _encode(

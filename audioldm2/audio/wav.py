@@ -45,6 +45,7 @@ COMPRESSED = {
 }
 # A subformat of WAVE_FORMAT_EXTENSIBLE is a GUID: a format tag, followed by these bytes.
 SUBFORMAT_END = bytes.fromhex("0000 0000 1000 8000 00aa 0038 9b71")
+WAV_IDS = (b"RIFF", b"RF64", b"BW64")  # with which WAV files begin
 MAX_CHANNELS = 256  # in files that are written
 MAX_CHUNKS = 10_000  # before the audio; only a broken file has more
 # Sizes of the data in the header of a file that was written to a pipe: by FFmpeg and others, and by SoX.
@@ -221,7 +222,7 @@ def _read_chunks(file: BinaryIO) -> tuple[_Layout, bytes]:
     start = file.read(12)
     if start[:4] == b"RIFX" and start[8:] == b"WAVE":
         raise ValueError("is a big-endian WAV file (RIFX), which is not supported")
-    if start[:4] not in (b"RIFF", b"RF64", b"BW64") or start[8:] != b"WAVE":
+    if start[:4] not in WAV_IDS or start[8:] != b"WAVE":
         raise ValueError("is not a WAV file")
     layout: _Layout | None = None
     long_size: int | None = None  # of the audio, in an RF64 file

@@ -68,7 +68,7 @@ def test_latents_of_a_generation_decode_to_its_sound(pipe: AudioLDM2Pipeline) ->
 
 
 BAD: dict[str, tuple[Any, Any, str]] = {
-    "path": ("dog.wav", 16000, "got a path; read the file with read_wav"),
+    "path": ("dog.wav", 16000, "got a path; read the file with read_sound"),
     "channels last": (noise(900, 2), 16000, r"audio has shape \(900, 2\).*pass audio\.mean\(1\)"),
     "integers": (np.zeros(9, np.int16), 16000, "audio must be float32 .* got int16"),
     "three axes": (noise(1, 1, 9), 16000, r"audio has shape \(1, 1, 9\)"),
