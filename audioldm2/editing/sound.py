@@ -17,6 +17,7 @@ from audioldm2.audio.log_mel import LogMel
 from audioldm2.audio.resample import MAX_RATE, resample
 from audioldm2.audio.sound_file import read_sound
 from audioldm2.audio.waveforms import check_waveform
+from audioldm2.decoding import FRAMES_AT_ONCE
 from audioldm2.quoting import quoted
 from audioldm2.runtime.precision import stage_device, stage_dtype
 from audioldm2.tensors import check_finite
@@ -25,6 +26,7 @@ Sound = Tensor | np.ndarray | str | os.PathLike[str]
 Audio = Sound | Sequence[Sound]
 MAX_CHANNELS = 64  # of an array in soundfile's layout, (samples, channels)
 SILENCE = 1e-4  # a peak of -80 dB, above the noise of 16-bit samples
+CONTEXT_FRAMES = 256  # encoded on both sides of a piece of a long spectrogram, and discarded
 QUIET = 0.02  # a peak 28 dB below that of the clips in training
 AUDIO = "a waveform (tensor or array), the path of a sound file, or a list of these"
 
@@ -169,7 +171,9 @@ def _as_rows(name: str, audio: Any, rows: str, transposed: str) -> Tensor:
 def encode(vae: Any, log_mel: LogMel, waveforms: Tensor, sampling_rate: int) -> Tensor:
     """Encode sounds into latents.
 
-    A sound is resampled, and its end is padded with silence to a whole number of latents.
+    A sound is resampled, and its end is padded with silence to a whole number of latents. The spectrogram of
+    one of more than FRAMES_AT_ONCE frames (41 s in AudioLDM 2) is encoded in pieces with some context, to
+    bound the memory: each has statistics of its own in the VAE's norms, which changes the latents a little.
 
     Args:
         vae: its encoder is used.
@@ -193,6 +197,21 @@ def encode(vae: Any, log_mel: LogMel, waveforms: Tensor, sampling_rate: int) -> 
     samples = max(waveforms.shape[1], log_mel.config.n_fft)
     waveforms = F.pad(waveforms, (0, -(-samples // whole) * whole - waveforms.shape[1]))
     mel = log_mel(waveforms, rate).to(stage_dtype(vae))
-    latents: Tensor = vae.encode(mel).mode() * vae.config.scaling_factor
+    latents: Tensor = _encoded(vae, mel) * vae.config.scaling_factor
     check_finite("vae", latents)
     return latents
+
+
+def _encoded(vae: Any, mel: Tensor) -> Tensor:
+    """The VAE's most likely latents, (B, 8, T/4, F/4), of long spectrograms (B, 1, T, F) piece by piece."""
+    frames = mel.shape[2]
+    if frames <= FRAMES_AT_ONCE:
+        whole: Tensor = vae.encode(mel).mode()
+        return whole
+    pieces = []
+    for start in range(0, frames, FRAMES_AT_ONCE):
+        first = max(start - CONTEXT_FRAMES, 0)
+        part = vae.encode(mel[:, :, first : start + FRAMES_AT_ONCE + CONTEXT_FRAMES]).mode()
+        skipped = (start - first) // vae.downsampling
+        pieces.append(part[:, :, skipped : skipped + FRAMES_AT_ONCE // vae.downsampling])
+    return torch.cat(pieces, dim=2)

@@ -96,3 +96,18 @@ def test_sounds_are_resampled_to_the_checkpoints_rate(base: Both, rate: int) -> 
     wave = noise(1, rate) * 0.1
     expected = base.ours.encode_audio(resample(wave, rate, 16000), 16000)
     assert torch.equal(base.ours.encode_audio(wave, rate), expected)
+
+
+def test_a_long_sound_is_encoded_in_pieces(tiny: AudioLDM2Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    encode = tiny.vae.encode
+    monkeypatch.setattr(tiny.vae, "encode", lambda mel: seen.append(mel.shape[2]) or encode(mel))
+    wave = noise(1, 512 * 100) * 0.1
+    whole = tiny.encode_audio(wave, 16000)
+    monkeypatch.setattr("audioldm2.editing.sound.FRAMES_AT_ONCE", 48)
+    monkeypatch.setattr("audioldm2.editing.sound.CONTEXT_FRAMES", 24)
+    pieces = tiny.encode_audio(wave, 16000)
+    assert seen == [100, 72, 76, 28]
+    assert pieces.shape == whole.shape
+    # Not equal: each piece has statistics of its own in the norms.
+    assert 0 < float((pieces - whole).pow(2).mean().sqrt()) < 0.1 * float(whole.pow(2).mean().sqrt())
