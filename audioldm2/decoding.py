@@ -3,6 +3,12 @@
 The result is that of decoding at once, up to rounding (see `VAE.decode_in_chunks` and `HifiGan.in_chunks`).
 Of the VAE's feature maps, at most three have the full length at a time. Batches are decoded in groups of
 equal size.
+
+Decoding in windows needs memory for one window only, but is not exact: the decoder's GroupNorms and its
+attention extend over the whole length, and each window has statistics of its own. docs/long-sounds.md says
+what that costs.
+
+A loop is decoded on a circle: each stage sees what is before its first row and after its last one.
 """
 
 from __future__ import annotations
@@ -19,20 +25,30 @@ from audioldm2.arguments import check_length
 from audioldm2.runtime.foreign import setting
 from audioldm2.runtime.precision import stage_dtype
 from audioldm2.tensors import check_finite
+from audioldm2.windows import averaged
 
 # Mel frames (10 ms each in AudioLDM 2) that are decoded at once, in all sounds of a group together.
 FRAMES_AT_ONCE = 4096
+# Rows of latents in a window, and those that neighbors share: 10.24 s and 5.12 s in AudioLDM 2.
+WINDOW_ROWS, OVERLAP_ROWS = 256, 128
+# What a loop's stages see beyond its ends. The convolutions of AudioLDM 2's decoder reach over 17 rows, those
+# of its encoder over 13, and its vocoder over 25 frames.
+CONTEXT_ROWS, CONTEXT_FRAMES = 20, 32
 
 ProgressBar = Callable[[str, int], Any]  # from a description and a total to tqdm's bar
 
 
-def decode(vae: Any, latents: Tensor, progress: ProgressBar) -> Tensor:
+def decode(
+    vae: Any, latents: Tensor, progress: ProgressBar, exact: bool = True, loop: bool = False
+) -> Tensor:
     """Decode latents into log-mel spectrograms.
 
     Args:
         vae: its decoder is used.
         latents: as the UNet generates them, scaled by the VAE's scaling_factor, (B, 8, T/4, F/4).
         progress: makes the progress bar.
+        exact: False decodes in windows of WINDOW_ROWS.
+        loop: whether the first row follows the last one.
 
     Returns:
         (B, 1, T, F).
@@ -46,25 +62,44 @@ def decode(vae: Any, latents: Tensor, progress: ProgressBar) -> Tensor:
         raise ValueError(f"scaling_factor in the VAE's config is {factor}; it must be finite and not 0")
     latents = (latents / factor).to(stage_dtype(vae))
     rows = FRAMES_AT_ONCE // vae.downsampling
+    windowed = not exact and latents.shape[2] > WINDOW_ROWS
+    wrapped = loop and not windowed
+    if wrapped:
+        latents = wrap(latents, CONTEXT_ROWS, axis=2)
     groups = equal_groups(latents, rows, axis=2)
     mels = []
     with progress("Decoding", len(groups)) as bar:
         for group in groups:
-            long = group.shape[2] > rows
-            mels.append(vae.decode_in_chunks(group, rows) if long else vae.decode(group))
+            if windowed:
+                mels.append(averaged(vae.decode, group, WINDOW_ROWS, OVERLAP_ROWS, circular=loop))
+            else:
+                long = group.shape[2] > rows
+                mels.append(vae.decode_in_chunks(group, rows) if long else vae.decode(group))
             bar.update()
     mel = torch.cat(mels)
     check_finite("vae", mel)
-    return mel
+    return unwrap(mel, CONTEXT_ROWS * vae.downsampling, axis=2) if wrapped else mel
 
 
-def vocode(vocoder: Any, mel: Tensor, progress: ProgressBar) -> Tensor:
+def wrap(x: Tensor, context: int, axis: int) -> Tensor:
+    """Put what a circle has beyond its ends before and after it: `context` elements of an axis each."""
+    length = x.shape[axis]
+    return x.index_select(axis, torch.arange(-context, length + context, device=x.device) % length)
+
+
+def unwrap(x: Tensor, context: int, axis: int) -> Tensor:
+    """Remove what `wrap` added."""
+    return x.narrow(axis, context, x.shape[axis] - 2 * context)
+
+
+def vocode(vocoder: Any, mel: Tensor, progress: ProgressBar, loop: bool = False) -> Tensor:
     """Turn log-mel spectrograms into waveforms.
 
     Args:
         vocoder: from spectrograms to waveforms.
         mel: (B, 1, T, F).
         progress: makes the progress bar.
+        loop: whether the first frame follows the last one.
 
     Returns:
         (B, samples), float32, on the CPU.
@@ -75,6 +110,8 @@ def vocode(vocoder: Any, mel: Tensor, progress: ProgressBar) -> Tensor:
     if mel.shape[1] != 1:
         raise ValueError(f"mel has shape {tuple(mel.shape)}; a spectrogram has one channel, (B, 1, T, F)")
     mel = rearrange(mel, "b 1 t f -> b t f").to(stage_dtype(vocoder))
+    if loop:
+        mel = wrap(mel, CONTEXT_FRAMES, axis=1)
     groups = equal_groups(mel, FRAMES_AT_ONCE, axis=1)
     waveforms = []
     with progress("Vocoding", len(groups)) as bar:
@@ -86,6 +123,9 @@ def vocode(vocoder: Any, mel: Tensor, progress: ProgressBar) -> Tensor:
             bar.update()
     audio = torch.cat(waveforms)
     check_finite("vocoder", audio)
+    if loop:  # some vocoders return a few samples too many or too few, at the end
+        hop = vocoder.hop_length
+        audio = audio[:, CONTEXT_FRAMES * hop : (mel.shape[1] - CONTEXT_FRAMES) * hop]
     return audio
 
 

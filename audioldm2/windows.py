@@ -1,0 +1,125 @@
+"""Windows and circles of time: wrappers of what predicts the noise, for sounds of any length and for loops.
+
+A predictor maps latents (B, C, T, F) and a timestep to the noise in them. Each wrapper returns another
+predictor, so the sampler, guidance and callbacks are as without it.
+
+MultiDiffusion (Bar-Tal et al. 2023, eq. 5): latents longer than the window are predicted in overlapping
+windows of time, and each row is the mean of the predictions of all windows that contain it. The paper weighs
+all of them alike. Here a window's weight falls towards its ends, where it has the least context.
+
+Loops: the latents lie on a circle. At each evaluation they are cut at another point, so that what the network
+does at the ends of its input is nowhere the same twice.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Predict = Callable[[Tensor, Tensor], Tensor]  # latents (B, C, T, F) and a timestep to (k B, C', T, F)
+Around = Callable[[Predict], Predict]
+
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # its multiples modulo 1 are spread evenly over [0, 1)
+
+
+def window_starts(rows: int, window: int, overlap: int, circular: bool = False) -> list[int]:
+    """Where windows of equal length begin that cover all rows, spread evenly.
+
+    Args:
+        rows: length of what is covered, at least `window`.
+        window: rows of each window.
+        overlap: rows that neighbors share at least, less than `window`.
+        circular: whether row 0 follows the last row; windows then continue there.
+
+    Example:
+        >>> window_starts(100, 40, 20)
+        [0, 20, 40, 60]
+        >>> window_starts(100, 40, 20, circular=True)
+        [0, 20, 40, 60, 80]
+    """
+    if circular:
+        count = math.ceil(rows / (window - overlap))
+        return [i * rows // count for i in range(count)]
+    steps = math.ceil((rows - window) / (window - overlap))
+    return [i * (rows - window) // max(steps, 1) for i in range(steps + 1)]
+
+
+def fading_weights(window: int, overlap: int, device: torch.device | None = None) -> Tensor:
+    """Weights of a window's rows, (window,): 1 in its middle, rising and falling linearly over `overlap`."""
+    from_start = torch.arange(1, window + 1, dtype=torch.float32, device=device)
+    distance = torch.minimum(from_start, from_start.flip(0))
+    return (distance / (overlap + 1)).clamp(max=1.0)
+
+
+def averaged(
+    f: Callable[[Tensor], Tensor], x: Tensor, window: int, overlap: int, circular: bool = False
+) -> Tensor:
+    """Compute f(x) in overlapping windows of the time axis, one at a time, and average where they overlap.
+
+    All windows have the same shape, and beyond x and the result, memory does not grow with the length.
+
+    Args:
+        f: maps (B, C, h, W) to (B', C', k h, W') for any h.
+        x: (B, C, H, W). If it is no longer than a window, the result is f(x).
+        window: rows of a window.
+        overlap: rows that neighbors share at least, less than `window`.
+        circular: whether x's last row is followed by the first one.
+
+    Returns:
+        (B', C', k H, W').
+    """
+    rows = x.shape[2]
+    if rows <= window:
+        return f(x)
+    result, weight = torch.empty(0), torch.empty(0)
+    for start in window_starts(rows, window, overlap, circular):
+        part = f(x[:, :, torch.arange(start, start + window, device=x.device) % rows])
+        scale = part.shape[2] // window
+        if len(weight) == 0:
+            result = part.new_zeros((*part.shape[:2], rows * scale, part.shape[3]), dtype=torch.float32)
+            weight = result.new_zeros((rows * scale, 1))
+            weights = fading_weights(window * scale, overlap * scale, part.device)[:, None]
+        index = torch.arange(start * scale, (start + window) * scale, device=part.device) % len(weight)
+        result[:, :, index] += weights * part
+        weight[index] += weights
+    return result.div_(weight).to(part.dtype)
+
+
+def in_windows(window: int, overlap: int, circular: bool = False) -> Around:
+    """Predict long latents in overlapping windows; see `averaged` for the arguments.
+
+    Returns:
+        A wrapper of predictors.
+    """
+
+    def around(predict: Predict) -> Predict:
+        def windowed(latents: Tensor, t: Tensor) -> Tensor:
+            return averaged(lambda part: predict(part, t), latents, window, overlap, circular)
+
+        return windowed
+
+    return around
+
+
+def shifted() -> Around:
+    """Predict latents on a circle: each evaluation begins at another row.
+
+    The shifts are the multiples of the golden ratio, so a run needs no random numbers for them.
+
+    Returns:
+        A wrapper of predictors, for one run.
+    """
+    calls = itertools.count()
+
+    def around(predict: Predict) -> Predict:
+        def on_a_circle(latents: Tensor, t: Tensor) -> Tensor:
+            shift = int(next(calls) * GOLDEN_RATIO % 1 * latents.shape[2])
+            return predict(latents.roll(-shift, 2), t).roll(shift, 2)
+
+        return on_a_circle
+
+    return around
