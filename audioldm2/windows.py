@@ -20,7 +20,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Predict = Callable[[Tensor, Tensor], Tensor]  # latents (B, C, T, F) and a timestep to (k B, C', T, F)
+from audioldm2.sampling import Predict
+
 Around = Callable[[Predict], Predict]
 
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # its multiples modulo 1 are spread evenly over [0, 1)
