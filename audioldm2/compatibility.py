@@ -39,7 +39,7 @@ class DiffusersMethods(StageRunner, ABC):
     _variant: str | None
 
     @abstractmethod
-    def vocode(self, mel: Tensor) -> Tensor:
+    def vocode(self, mel: Tensor, loop: bool = False) -> Tensor:
         """Turn log-mel spectrograms into waveforms."""
 
     @abstractmethod

@@ -14,7 +14,7 @@ A loop is decoded on a circle: each stage sees what is before its first row and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,18 +22,17 @@ from einops import rearrange
 from torch import Tensor
 
 from audioldm2.arguments import check_length
-from audioldm2.runtime.foreign import setting
+from audioldm2.runtime.foreign import trained_rows
 from audioldm2.runtime.precision import stage_dtype
 from audioldm2.tensors import check_finite
-from audioldm2.windows import averaged
+from audioldm2.windows import CONTEXT_ROWS, averaged, unwrap, wrap
 
 # Mel frames (10 ms each in AudioLDM 2) that are decoded at once, in all sounds of a group together.
 FRAMES_AT_ONCE = 4096
-# Rows of latents in a window, and those that neighbors share: 10.24 s and 5.12 s in AudioLDM 2.
-WINDOW_ROWS, OVERLAP_ROWS = 256, 128
-# What a loop's stages see beyond its ends. The convolutions of AudioLDM 2's decoder reach over 17 rows, those
-# of its encoder over 13, and its vocoder over 25 frames.
-CONTEXT_ROWS, CONTEXT_FRAMES = 20, 32
+# Rows of latents in a window, and those that neighbors share: 10.24 s and 2.56 s in AudioLDM 2.
+WINDOW_ROWS, OVERLAP_ROWS = 256, 64
+# What the vocoder sees beyond the ends of a loop. AudioLDM 2's reaches over 25 frames.
+CONTEXT_FRAMES = 32
 
 ProgressBar = Callable[[str, int], Any]  # from a description and a total to tqdm's bar
 
@@ -79,17 +78,6 @@ def decode(
     mel = torch.cat(mels)
     check_finite("vae", mel)
     return unwrap(mel, CONTEXT_ROWS * vae.downsampling, axis=2) if wrapped else mel
-
-
-def wrap(x: Tensor, context: int, axis: int) -> Tensor:
-    """Put what a circle has beyond its ends before and after it: `context` elements of an axis each."""
-    length = x.shape[axis]
-    return x.index_select(axis, torch.arange(-context, length + context, device=x.device) % length)
-
-
-def unwrap(x: Tensor, context: int, axis: int) -> Tensor:
-    """Remove what `wrap` added."""
-    return x.narrow(axis, context, x.shape[axis] - 2 * context)
 
 
 def vocode(vocoder: Any, mel: Tensor, progress: ProgressBar, loop: bool = False) -> Tensor:
@@ -175,8 +163,7 @@ def frames_and_samples(
     frame = vocoder.hop_length / rate  # seconds
     given = audio_length_in_s is not None
     if not given:
-        size = setting(unet, "sample_size")
-        size = size[0] if isinstance(size, Sequence) else size
+        size = trained_rows(unet)
         if size is None and rows is None:
             raise ValueError("pass audio_length_in_s: this checkpoint does not say how long its sounds are")
         audio_length_in_s = max(size or 0, rows or 0) * scale * frame

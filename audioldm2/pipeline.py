@@ -45,6 +45,7 @@ from audioldm2.compatibility import DiffusersMethods
 from audioldm2.conditioning import PromptInputs, Text, condition
 from audioldm2.decoding import decode, frames_and_samples, vocode
 from audioldm2.editing.edit import Start, begin_with, edit_of, for_each_waveform
+from audioldm2.editing.extending import Extension
 from audioldm2.editing.regions import Spans
 from audioldm2.editing.sound import Audio, as_waveforms, encode
 from audioldm2.frozen import FrozenMapping
@@ -73,6 +74,7 @@ from audioldm2.sampling import (
 )
 from audioldm2.schedulers.base import Scheduler
 from audioldm2.tensors import check_finite, check_tensor
+from audioldm2.windows import around_predictor, window_rows
 
 
 class AudioLDM2Pipeline(DiffusersMethods):
@@ -355,11 +357,13 @@ class AudioLDM2Pipeline(DiffusersMethods):
         return found.t5_states.to(device), found.t5_mask.to(device), found.gpt2_vectors.to(device)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, exact: bool = True, loop: bool = False) -> Tensor:
         """Decode latents into log-mel spectrograms, long ones in chunks.
 
         Args:
             latents: as a generation with `output_type="latent"` returns them, (B, 8, T/4, F/4).
+            exact: False decodes long latents in windows, in less memory (see `exact_decoding`).
+            loop: whether the first row follows the last one.
 
         Returns:
             (B, 1, T, F), for T frames and F mel bands.
@@ -369,14 +373,15 @@ class AudioLDM2Pipeline(DiffusersMethods):
         """
         check_tensor("latents", latents, "(B, channels, T/4, F/4)")
         with self.generation(), self.running("vae") as vae:
-            return decode(vae, latents, self.progress)
+            return decode(vae, latents, self.progress, exact, loop)
 
     @torch.no_grad()
-    def vocode(self, mel: Tensor) -> Tensor:
+    def vocode(self, mel: Tensor, loop: bool = False) -> Tensor:
         """Turn log-mel spectrograms into waveforms, long ones in chunks.
 
         Args:
             mel: as `decode` returns them, (B, 1, T, F).
+            loop: whether the first frame follows the last one.
 
         Returns:
             (B, samples) in [-1, 1], float32, on the CPU.
@@ -386,10 +391,12 @@ class AudioLDM2Pipeline(DiffusersMethods):
         """
         check_tensor("mel", mel, "(B, 1, T, F)")
         with self.generation(), self.running("vocoder") as vocoder:
-            return vocode(vocoder, mel, self.progress)
+            return vocode(vocoder, mel, self.progress, loop)
 
     @torch.no_grad()
-    def encode_audio(self, audio: Tensor | np.ndarray[Any, Any], sampling_rate: int) -> Tensor:
+    def encode_audio(
+        self, audio: Tensor | np.ndarray[Any, Any], sampling_rate: int, loop: bool = False
+    ) -> Tensor:
         """Encode sounds into latents, as a generation with `output_type="latent"` returns them.
 
         The VAE was trained on clips that were centered and scaled to a peak of 0.5; it works best on sounds
@@ -398,6 +405,8 @@ class AudioLDM2Pipeline(DiffusersMethods):
         Args:
             audio: (samples,) or (B, samples) in [-1, 1], a tensor or an array.
             sampling_rate: of `audio`, in Hz; sounds are resampled to the checkpoint's rate.
+            loop: whether the first sample follows the last one. At the checkpoint's rate, a loop's length
+                must be a whole number of latents.
 
         Returns:
             (B, 8, T/4, F/4), on the VAE's device. The end of a sound is padded with silence to a whole number
@@ -414,7 +423,7 @@ class AudioLDM2Pipeline(DiffusersMethods):
         waveforms = as_waveforms(audio)
         check_count("sampling_rate", sampling_rate)
         with self.generation(), self.running("vae") as vae:
-            return encode(vae, LogMel(self._log_mel_config()), waveforms, sampling_rate)
+            return encode(vae, LogMel(self._log_mel_config()), waveforms, sampling_rate, loop)
 
     def _log_mel_config(self) -> LogMelConfig:
         """The settings of the spectrograms that fit the vocoder."""
@@ -422,12 +431,14 @@ class AudioLDM2Pipeline(DiffusersMethods):
         settings = {"hop_length": vocoder.hop_length, **self._settings.get("log_mel", {})}
         return LogMelConfig.for_vocoder(vocoder.config, **settings)
 
-    def decode_latents(self, latents: Tensor) -> Tensor:
+    def decode_latents(self, latents: Tensor, exact: bool = True, loop: bool = False) -> Tensor:
         """Decode latents into waveforms: `decode`, then `vocode`.
 
         Args:
             latents: as a generation with `output_type="latent"` or `encode_audio` returns them, (B, 8, T/4,
                 F/4).
+            exact: see `decode`.
+            loop: whether the sound repeats.
 
         Returns:
             (B, samples) in [-1, 1], float32, on the CPU.
@@ -436,7 +447,7 @@ class AudioLDM2Pipeline(DiffusersMethods):
             ValueError, TypeError: latents that cannot be used.
         """
         with self.generation():
-            return self.vocode(self.decode(latents))
+            return self.vocode(self.decode(latents, exact, loop), loop)
 
     @torch.no_grad()
     def rank(
@@ -500,6 +511,10 @@ class AudioLDM2Pipeline(DiffusersMethods):
         keep: Spans | None = None,
         replace: Spans | None = None,
         replace_band: Spans | None = None,
+        extend: float | None = None,
+        loop: bool = False,
+        window: float | None = None,
+        exact_decoding: bool = True,
     ) -> AudioPipelineOutput:
         """Generate sound from text, or from text and sound.
 
@@ -554,6 +569,17 @@ class AudioLDM2Pipeline(DiffusersMethods):
             replace: the opposite, spans that are generated.
             replace_band: a band in Hz, as in (4000, 8000), or several; only these frequencies are generated,
                 in all of the sound or in the spans.
+            extend: seconds to add to the end of `audio`, in windows of `window` seconds, each of which begins
+                with the second half of the one before (see `audioldm2.editing.extending`). `audio` itself is
+                kept. The steps that callbacks see begin anew in each window.
+            loop: make a sound that repeats without a seam. Its length is a whole number of latents: up to
+                0.13 s longer than asked for, or shorter than `audio`, with "tiny" (0.04 s in AudioLDM 2).
+                With `extend`, what is added leads back to the beginning of `audio`.
+            window: seconds; longer latents are denoised in windows of this length, which overlap by half (see
+                `audioldm2.windows`), in memory that does not grow with the length. By default they are
+                denoised at once, and with `extend` in windows as long as the sounds of the training.
+            exact_decoding: False decodes latents that are longer than 10.24 s (in AudioLDM 2) in windows,
+                which needs less memory but is not quite the same (see docs/long-sounds.md).
 
         Returns:
             `.audios`: B waveforms, those of one prompt together, the best of ranked candidates first.
@@ -567,6 +593,7 @@ class AudioLDM2Pipeline(DiffusersMethods):
         Example:
             >>> keyboard = pipe("A piano", audio="guitar.wav", strength=0.6).audios[0]
             >>> quiet = pipe("Rain", audio="rain.wav", replace=[(2.5, 4.0)]).audios[0]  # instead of a cough
+            >>> endless = pipe("Rain", audio="rain.wav", extend=20.0, loop=True).audios[0]
         """
         check_choice("output_type", output_type, ("np", "pt", "latent"))
         for name, count in (
@@ -587,7 +614,12 @@ class AudioLDM2Pipeline(DiffusersMethods):
             )
         if latents is not None:
             check_tensor("latents", latents, "(B, channels, T/4, F/4)")
-        edit = edit_of(audio, sampling_rate, strength, keep, replace, replace_band)
+        loop, exact = check_flag("loop", loop), check_flag("exact_decoding", exact_decoding)
+        edit = edit_of(audio, sampling_rate, strength, keep, replace, replace_band, extend, loop)
+        if edit is not None and edit.extend is not None:
+            for name, length in (("audio_length_in_s", audio_length_in_s), ("latents", latents)):
+                if length is not None:
+                    raise ValueError(f"extend says how long the sound becomes, so leave out {name}")
         if edit is not None and isinstance(prompt, str):
             prompt = [prompt] * len(edit.sounds)
         cond = PromptInputs("prompt", prompt, prompt_embeds, generated_prompt_embeds, attention_mask)
@@ -602,69 +634,97 @@ class AudioLDM2Pipeline(DiffusersMethods):
             self.check_stages()
             vae, vocoder = self.part("vae"), self.part("vocoder")
             rate, latent = vocoder.config.sampling_rate, vae.downsampling * vocoder.hop_length  # samples
+            width = None if window is None else window_rows(self.unet, window, latent / rate)
+            extension: Extension | None = None
             if edit is not None:
                 log_mel = self._log_mel_config()
                 originals = edit.waveforms(log_mel, audio_length_in_s, shortest=latent / rate)
-                samples = originals.shape[1]
+                samples = edit.samples(originals.shape[1], latent, rate)
+                originals = originals[:, :samples]
+                rows = -(-samples // latent)
+                if edit.extend is not None:
+                    width = width or window_rows(self.unet, None, latent / rate)
+                    extension = Extension(originals.shape[1] // latent, rows, width, loop)
             else:
-                rows = None if latents is None else latents.shape[2]
-                frames, samples = frames_and_samples(self.unet, vae, vocoder, audio_length_in_s, rows)
+                given = None if latents is None else latents.shape[2]
+                frames, samples = frames_and_samples(self.unet, vae, vocoder, audio_length_in_s, given)
+                rows = frames // vae.downsampling
+                samples = rows * latent if loop else samples
             if num_inference_steps is None:
                 num_inference_steps = getattr(scheduler, "default_num_inference_steps", 200)
             steps = int(num_inference_steps)
             scheduler.set_timesteps(steps, device=self.device)
             waveforms = int(num_waveforms_per_prompt)
+            after_step = callbacks(
+                self,
+                self.refreshing(callback),
+                callback_steps,
+                self.refreshing(callback_on_step_end),
+                callback_on_step_end_tensor_inputs,
+            )
             conditioning = condition(
                 self, cond, uncond, guidance_scale > 1, transcription, max_new_tokens, waveforms
             )
             dtype = conditioning.t5_states.dtype
-            if edit is not None:
-                originals = for_each_waveform(originals, conditioning.batch, waveforms)
-                clean = self.encode_audio(originals[::waveforms], rate).to(self.device, dtype)
-                clean = clean.repeat_interleave(waveforms, dim=0)
-                noise = initial_noise(clean.shape, generator, self.device, dtype, latents)
-                replaced = edit.replaced_latents(clean, latent, log_mel)
-                start = begin_with(scheduler, steps, clean, noise, edit.strength, replaced)
-            else:
+            around, runs = around_predictor(width, loop), 1
+            if edit is None:
                 shape = (
                     conditioning.batch,
                     vae.config.latent_channels,
-                    frames // vae.downsampling,
+                    rows,
                     vocoder.config.model_in_dim // vae.downsampling,
                 )
                 noise = initial_noise(shape, generator, self.device, dtype, latents)
                 start = Start(noise * scheduler.init_noise_sigma)
+            else:
+                originals = for_each_waveform(originals, conditioning.batch, waveforms)
+                clean = self.encode_audio(originals[::waveforms], rate, loop and extension is None)
+                clean = clean.to(self.device, dtype).repeat_interleave(waveforms, dim=0)
+                if extension is not None:
+                    around, runs = extension.around(), len(extension.starts)
+                    start = Start(clean[:, :, : extension.known])
+                else:
+                    noise = initial_noise(clean.shape, generator, self.device, dtype, latents)
+                    replaced = edit.replaced_latents(clean, latent, log_mel)
+                    start = begin_with(scheduler, steps, clean, noise, edit.strength, replaced)
             with (
                 self._run_of(len(scheduler.timesteps), float(guidance_scale)),
                 self.running("unet") as unet,
-                self.progress("Denoising", steps - start.begin, main=True) as bar,
+                self.progress("Denoising", runs * steps - start.begin, main=True) as bar,
             ):
-                latents = denoise(
-                    unet,
-                    scheduler,
-                    start.latents,
-                    conditioning,
-                    float(guidance_scale),
-                    steps,
-                    generator=generator,
-                    eta=float(eta),
-                    after_step=callbacks(
-                        self,
-                        self.refreshing(callback),
-                        callback_steps,
-                        self.refreshing(callback_on_step_end),
-                        callback_on_step_end_tensor_inputs,
-                    ),
-                    progress=bar.update,
-                    begin=start.begin,
-                    after_update=start.after_update,
-                )
+
+                def run(start: Start) -> Tensor:
+                    return denoise(
+                        unet,
+                        scheduler,
+                        start.latents,
+                        conditioning,
+                        float(guidance_scale),
+                        steps,
+                        generator=generator,
+                        eta=float(eta),
+                        after_step=after_step,
+                        progress=bar.update,
+                        begin=start.begin,
+                        around=around,
+                        after_update=start.after_update,
+                    )
+
+                def generate(clean: Tensor, replaced: Tensor) -> Tensor:
+                    scheduler.set_timesteps(steps, device=self.device)
+                    noise = initial_noise(clean.shape, generator, self.device, dtype)
+                    return run(begin_with(scheduler, steps, clean, noise, 1.0, replaced))
+
+                if extension is not None:
+                    latents = extension.run(start.latents, generate, lambda: self._interrupt)
+                else:
+                    latents = run(start)
             check_finite("unet", latents, f"weights and guidance_scale = {guidance_scale:g}")
             result: Any = latents
             scores: Any = None
             if output_type != "latent":
-                mel = self.decode(latents)
-                result = self.vocode(mel)[:, :samples]
+                mel = self.decode(latents, exact, loop)
+                result = self.vocode(mel, loop)[:, :samples]
                 if edit is not None:
                     result = edit.mix(originals, result, rate)
                 if waveforms > 1 and conditioning.clap is not None:

@@ -16,14 +16,21 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from audioldm2.arguments import MAX_LENGTH_IN_S, is_finite
+from audioldm2.quoting import quoted
+from audioldm2.runtime.foreign import setting, trained_rows
 from audioldm2.sampling import Predict
 
 Around = Callable[[Predict], Predict]
 
+# What the VAE sees beyond the ends of a loop. The convolutions of AudioLDM 2's decoder reach over 17 rows of
+# latents, those of its encoder over 13.
+CONTEXT_ROWS = 20
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # its multiples modulo 1 are spread evenly over [0, 1)
 
 
@@ -124,3 +131,54 @@ def shifted() -> Around:
         return on_a_circle
 
     return around
+
+
+def around_predictor(window: int | None, loop: bool) -> Around | None:
+    """What wraps the predictor of one run (see `denoise`); None if nothing does.
+
+    Args:
+        window: rows of the windows, which overlap by half, in which longer latents are denoised; None
+            denoises them at once.
+        loop: whether the last row is followed by the first one.
+    """
+    windows = None if window is None else in_windows(window, window // 2, circular=loop)
+    if not loop:
+        return windows
+    circle = shifted()
+    return circle if windows is None else lambda predict: circle(windows(predict))
+
+
+def window_rows(unet: Any, seconds: Any, row: float) -> int:
+    """The length of a window in rows of latents.
+
+    Args:
+        unet: the window is rounded to a multiple of its downsampling, so that all feature maps fit.
+        seconds: as the caller passes it; None is the length of the sounds that the UNet was trained on.
+        row: seconds of a row.
+
+    Raises:
+        ValueError: not a number of seconds, or out of range; or None, and the UNet does not state a length.
+    """
+    multiple: int = 2 ** (len(setting(unet, "block_out_channels", (1,))) - 1)
+    if seconds is None:
+        rows = trained_rows(unet)
+        if rows is None:
+            raise ValueError("pass window, in seconds: this checkpoint does not say how long its sounds are")
+        return rows
+    shortest = 2 * multiple * row
+    if not is_finite(seconds) or not shortest <= float(seconds) <= MAX_LENGTH_IN_S:
+        raise ValueError(
+            f"window must be from {shortest:g} to {MAX_LENGTH_IN_S:g} seconds, got {quoted(seconds)}"
+        )
+    return round(float(seconds) / (row * multiple)) * multiple
+
+
+def wrap(x: Tensor, context: int, axis: int) -> Tensor:
+    """Put what a circle has beyond its ends before and after it: `context` elements of an axis each."""
+    length = x.shape[axis]
+    return x.index_select(axis, torch.arange(-context, length + context, device=x.device) % length)
+
+
+def unwrap(x: Tensor, context: int, axis: int) -> Tensor:
+    """Remove what `wrap` added."""
+    return x.narrow(axis, context, x.shape[axis] - 2 * context)

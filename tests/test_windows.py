@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ def test_windows_cover_all_rows_and_overlap_enough(circular: bool) -> None:
         for rows in range(window + 1, 60):
             starts = window_starts(rows, window, overlap, circular)
             ends = [start + window for start in starts]
-            gaps = [after - before for before, after in zip(starts, starts[1:], strict=False)]
+            gaps = [after - before for before, after in pairwise(starts)]
             assert max(gaps, default=0) <= window - overlap
             assert max(gaps, default=0) - min(gaps, default=0) <= 1, "spread evenly"
             assert starts[0] == 0
@@ -87,7 +88,7 @@ def test_on_a_circle_the_cut_moves_from_call_to_call() -> None:
     cuts = sorted({*positions})
     assert positions[0] == 0
     assert len(cuts) >= 18
-    assert max(after - before for before, after in zip(cuts, cuts[1:], strict=False)) <= 4
+    assert max(after - before for before, after in pairwise(cuts)) <= 4
 
 
 def test_windows_on_a_circle_continue_at_its_beginning() -> None:

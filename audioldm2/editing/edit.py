@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor
 
-from audioldm2.arguments import check_number
+from audioldm2.arguments import MAX_LENGTH_IN_S, check_number, is_finite
 from audioldm2.audio.log_mel import LogMelConfig
 from audioldm2.editing.inpainting import keeping, mixed
 from audioldm2.editing.regions import Regions, check_bands, check_inside, regions
 from audioldm2.editing.sound import Recording, at_rate, recordings
 from audioldm2.editing.variation import first_step, noisy
+from audioldm2.quoting import quoted
 
 STRENGTH = 0.5  # of a variation, by default
 
@@ -27,12 +30,16 @@ class Edit:
         strength: from 0 (the sounds) to 1 (only the prompt).
         regions: what is replaced; None if nothing is kept.
         spans: the spans in seconds as they were given, with their argument's name; None if there are none.
+        extend: seconds to add at the end; None if the length stays.
+        loop: whether the result is to repeat without a seam.
     """
 
     sounds: Sequence[Recording]
     strength: float
     regions: Regions | None
     spans: tuple[str, Any] | None
+    extend: float | None = None
+    loop: bool = False
 
     def waveforms(self, log_mel: LogMelConfig, seconds: float | None, shortest: float) -> Tensor:
         """The sounds at the checkpoint's rate, (B, samples).
@@ -53,6 +60,27 @@ class Edit:
             check_bands(self.regions.bands, log_mel)
         return waveforms
 
+    def samples(self, known: int, samples_per_row: int, sampling_rate: int) -> int:
+        """The length of the result in samples; a loop's is a whole number of latents.
+
+        Args:
+            known: the length of the sounds, in samples.
+            samples_per_row: hop length times the VAE's factor.
+            sampling_rate: in Hz.
+
+        Raises:
+            ValueError: `extend` makes it too long.
+        """
+        if self.extend is None:
+            return known // samples_per_row * samples_per_row if self.loop else known
+        samples = known + max(int(self.extend * sampling_rate), 1)
+        if samples > MAX_LENGTH_IN_S * sampling_rate:
+            raise ValueError(
+                f"extend = {self.extend:g} makes a sound of {samples / sampling_rate:.5g} s; the limit is "
+                f"{MAX_LENGTH_IN_S:g} s"
+            )
+        return -(-samples // samples_per_row) * samples_per_row if self.loop else samples
+
     def replaced_latents(self, clean: Tensor, samples_per_row: int, log_mel: LogMelConfig) -> Tensor | None:
         """Which latents are generated, (T/4, F/4), bool; None if all are.
 
@@ -66,10 +94,20 @@ class Edit:
         return self.regions.latents(clean.shape[2], samples_per_row, log_mel, clean.shape[3]).to(clean.device)
 
     def mix(self, originals: Tensor, generated: Tensor, sampling_rate: int) -> Tensor:
-        """Put the originals back where they are kept; both are (B, samples)."""
-        if self.regions is None:
+        """Put the originals back where they are kept.
+
+        Args:
+            originals: (B, samples), without what is added at the end.
+            generated: (B, samples), with it.
+            sampling_rate: of both, in Hz.
+        """
+        known, regions = originals.shape[1], self.regions
+        if self.extend is not None:
+            regions = Regions(((known / sampling_rate, math.inf),))
+            originals = F.pad(originals, (0, generated.shape[1] - known))
+        if regions is None:
             return generated
-        return mixed(originals, generated, self.regions, sampling_rate)
+        return mixed(originals, generated, regions, sampling_rate, self.loop)
 
 
 class Start(NamedTuple):
@@ -87,7 +125,14 @@ class Start(NamedTuple):
 
 
 def edit_of(
-    audio: Any, sampling_rate: Any, strength: Any, keep: Any, replace: Any, replace_band: Any
+    audio: Any,
+    sampling_rate: Any,
+    strength: Any,
+    keep: Any,
+    replace: Any,
+    replace_band: Any,
+    extend: Any = None,
+    loop: bool = False,
 ) -> Edit | None:
     """Check the arguments of the pipeline that go with a sound; None if there is no sound.
 
@@ -102,6 +147,7 @@ def edit_of(
         "keep": keep,
         "replace": replace,
         "replace_band": replace_band,
+        "extend": extend,
     }
     if audio is None:
         for name, value in others.items():
@@ -109,13 +155,28 @@ def edit_of(
                 raise ValueError(f"{name} goes with audio, the sound to edit, which is missing")
         return None
     asked = regions(keep, replace, replace_band)
+    if extend is not None:
+        if not is_finite(extend) or not 0 < extend <= MAX_LENGTH_IN_S:
+            raise ValueError(
+                f"extend must be a number of seconds, more than 0 and at most {MAX_LENGTH_IN_S:g}, got "
+                f"{quoted(extend)}"
+            )
+        for name in ("strength", "keep", "replace", "replace_band"):
+            if others[name] is not None:
+                raise ValueError(f"extend keeps all of audio, so leave out {name}")
+    if loop and asked is not None:
+        raise ValueError(
+            "loop goes with audio and strength, or with extend; with keep, replace or replace_band, the seam "
+            "would be in what is kept"
+        )
     if strength is None:
         strength = STRENGTH if asked is None else 1.0
     check_number("strength", strength)
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must lie between 0 (the sound itself) and 1 (the prompt), got {strength}")
     spans = next(((name, others[name]) for name in ("keep", "replace") if others[name] is not None), None)
-    return Edit(recordings(audio, sampling_rate), float(strength), asked, spans)
+    extend = None if extend is None else float(extend)
+    return Edit(recordings(audio, sampling_rate), float(strength), asked, spans, extend, loop)
 
 
 def for_each_waveform(sounds: Tensor, batch: int, waveforms: int) -> Tensor:

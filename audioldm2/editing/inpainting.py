@@ -42,7 +42,9 @@ def keeping(
     return after_update
 
 
-def mixed(original: Tensor, generated: Tensor, regions: Regions, sampling_rate: int) -> Tensor:
+def mixed(
+    original: Tensor, generated: Tensor, regions: Regions, sampling_rate: int, loop: bool = False
+) -> Tensor:
     """The original waveform with the generated one in its regions.
 
     The crossfades lie in what is kept. A waveform that is kept at all frequencies is the original's, to the
@@ -53,6 +55,7 @@ def mixed(original: Tensor, generated: Tensor, regions: Regions, sampling_rate: 
         generated: (B, samples).
         regions: what is replaced.
         sampling_rate: of both, in Hz.
+        loop: whether the first sample follows the last one.
 
     Returns:
         (B, samples).
@@ -69,6 +72,8 @@ def mixed(original: Tensor, generated: Tensor, regions: Regions, sampling_rate: 
         before, after = weight[max(start - fade, 0) : start], weight[end : end + fade]
         before.copy_(torch.maximum(before, rising[fade - len(before) :]))
         after.copy_(torch.maximum(after, rising.flip(0)[: len(after)]))
+        if loop and end == samples:
+            weight[:fade] = torch.maximum(weight[:fade], rising.flip(0)[:samples])
     mix = original + weight * difference
     return torch.where(weight == 1, generated, mix) if regions.bands is None else mix
 

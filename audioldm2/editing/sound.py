@@ -21,6 +21,7 @@ from audioldm2.decoding import FRAMES_AT_ONCE
 from audioldm2.quoting import quoted
 from audioldm2.runtime.precision import stage_device, stage_dtype
 from audioldm2.tensors import check_finite
+from audioldm2.windows import CONTEXT_ROWS, unwrap, wrap
 
 Sound = Tensor | np.ndarray | str | os.PathLike[str]
 Audio = Sound | Sequence[Sound]
@@ -168,7 +169,7 @@ def _as_rows(name: str, audio: Any, rows: str, transposed: str) -> Tensor:
     return audio if audio.dim() == 2 else audio[None]
 
 
-def encode(vae: Any, log_mel: LogMel, waveforms: Tensor, sampling_rate: int) -> Tensor:
+def encode(vae: Any, log_mel: LogMel, waveforms: Tensor, sampling_rate: int, loop: bool = False) -> Tensor:
     """Encode sounds into latents.
 
     A sound is resampled, and its end is padded with silence to a whole number of latents. The spectrogram of
@@ -180,6 +181,8 @@ def encode(vae: Any, log_mel: LogMel, waveforms: Tensor, sampling_rate: int) -> 
         log_mel: the front end that fits the checkpoint.
         waveforms: (B, samples).
         sampling_rate: of `waveforms`, in Hz.
+        loop: whether the first sample follows the last one. A loop is not padded: its length, resampled,
+            must be a whole number of latents.
 
     Returns:
         The most likely latents, scaled by the VAE's scaling_factor as the UNet generates them, (B, 8, T/4,
@@ -193,13 +196,15 @@ def encode(vae: Any, log_mel: LogMel, waveforms: Tensor, sampling_rate: int) -> 
     waveforms = waveforms.to(stage_device(vae), torch.promote_types(waveforms.dtype, torch.float32))
     waveforms = resample(waveforms, sampling_rate, rate)
     whole = log_mel.config.hop_length * vae.downsampling  # samples per row of latents
+    if loop:
+        waveforms = wrap(waveforms, CONTEXT_ROWS * whole, axis=1)
     # The spectrogram is reflected at its ends, for which one row alone can be too short.
     samples = max(waveforms.shape[1], log_mel.config.n_fft)
     waveforms = F.pad(waveforms, (0, -(-samples // whole) * whole - waveforms.shape[1]))
     mel = log_mel(waveforms, rate).to(stage_dtype(vae))
     latents: Tensor = _encoded(vae, mel) * vae.config.scaling_factor
     check_finite("vae", latents)
-    return latents
+    return unwrap(latents, CONTEXT_ROWS, axis=2) if loop else latents
 
 
 def _encoded(vae: Any, mel: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,6 +89,13 @@ def config_of(part: Any) -> Any:
 def setting(part: Any, name: str, default: Any = None) -> Any:
     """An entry of a part's config, also if the part is wrapped; `default` if it has none."""
     return getattr(config_of(part), name, default)
+
+
+def trained_rows(unet: Any) -> int | None:
+    """The length of the latents that a UNet was trained on, in rows (T/4); None if it does not say."""
+    size = setting(unet, "sample_size")
+    rows: int | None = size[0] if isinstance(size, Sequence) else size
+    return rows
 
 
 def _is_from_transformers(part: Any) -> bool:
