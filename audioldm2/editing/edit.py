@@ -53,7 +53,10 @@ class Edit:
             ValueError: a sound is too short or too long, lengths differ, or a region lies outside.
         """
         rate = log_mel.sampling_rate
-        waveforms = at_rate(self.sounds, rate, seconds, shortest)
+        if self.extend is None:
+            waveforms = at_rate(self.sounds, rate, seconds, shortest)
+        else:
+            waveforms = at_rate(self.sounds, rate, None, shortest, "extend them one by one")
         if self.spans is not None:
             check_inside(*self.spans, waveforms.shape[1] / rate)
         if self.regions is not None:

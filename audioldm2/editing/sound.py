@@ -110,7 +110,13 @@ def _recording(name: str, audio: Any, sampling_rate: Any) -> Recording:
     return Recording(name, mixed, rate)
 
 
-def at_rate(sounds: Sequence[Recording], rate: int, seconds: float | None, shortest: float) -> Tensor:
+def at_rate(
+    sounds: Sequence[Recording],
+    rate: int,
+    seconds: float | None,
+    shortest: float,
+    hint: str = "pass audio_length_in_s to cut them or to pad them with silence",
+) -> Tensor:
     """Sounds at one sampling rate and of one length.
 
     Args:
@@ -118,6 +124,7 @@ def at_rate(sounds: Sequence[Recording], rate: int, seconds: float | None, short
         rate: in Hz.
         seconds: the length to which they are cut, or padded with silence; None is their own.
         shortest: the length in seconds that a sound must have.
+        hint: what to do if their lengths differ, for the error message.
 
     Returns:
         (B, samples), float32.
@@ -138,10 +145,7 @@ def at_rate(sounds: Sequence[Recording], rate: int, seconds: float | None, short
     lengths = {len(waveform) for waveform in waveforms}
     if seconds is None and len(lengths) > 1:
         listed = ", ".join(f"{len(waveform) / rate:.3g}" for waveform in waveforms)
-        raise ValueError(
-            f"the sounds in audio have different lengths ({listed} s); pass audio_length_in_s to cut them or "
-            "to pad them with silence"
-        )
+        raise ValueError(f"the sounds in audio have different lengths ({listed} s); {hint}")
     samples = lengths.pop() if seconds is None else int(seconds * rate)
     return torch.stack([F.pad(waveform, (0, samples - len(waveform))) for waveform in waveforms])
 
