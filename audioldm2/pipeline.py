@@ -681,7 +681,7 @@ class AudioLDM2Pipeline(DiffusersMethods):
                 clean = self.encode_audio(originals[::waveforms], rate, loop and extension is None)
                 clean = clean.to(self.device, dtype).repeat_interleave(waveforms, dim=0)
                 if extension is not None:
-                    around, runs = extension.around(), len(extension.starts)
+                    around, runs = extension.around(), len(extension.windows)
                     start = Start(clean[:, :, : extension.known])
                 else:
                     noise = initial_noise(clean.shape, generator, self.device, dtype, latents)

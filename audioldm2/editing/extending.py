@@ -4,6 +4,10 @@ Each window begins with the end of what there is. These rows of latents are kept
 is generated to fit them (see `inpainting`). So the length is not limited by the model, and a window is no
 longer than the sounds that it was trained on.
 
+A model whose clips fade out lets each window fade out, and the next one has to begin anew: on tiny, the level
+jumps by 24 dB where windows meet. So the last quarter of a window is generated, but not used, except at the
+end of the sound. The level then jumps by 2.0 dB where windows meet, and by 3.3 dB elsewhere.
+
 A loop is extended back to its beginning: the last window also ends with the rows with which the sound begins.
 """
 
@@ -35,30 +39,31 @@ class Extension:
     loop: bool
 
     @property
-    def starts(self) -> list[int]:
-        """The first row of each window.
+    def windows(self) -> list[tuple[int, int]]:
+        """Of each window, the first row, and the row after the last one that is used.
 
-        Half of a window is kept. The last one keeps more, so as not to go past the end; that of a loop keeps
-        a quarter from the end or more, and a quarter from the beginning.
+        Half of a window is known. Its last quarter is not used, because there the model may let the sound
+        end. The last window is used to its end, and more than half of it is known, so that it does not go
+        past that; of a loop's, a quarter or more is the end, and a quarter is the beginning.
 
         Example:
-            >>> Extension(40, 100, window=40, loop=False).starts
-            [20, 40, 60]
-            >>> Extension(40, 100, window=40, loop=True).starts  # the last one ends with the first 10 rows
-            [20, 40, 70]
+            >>> Extension(40, 80, window=40, loop=False).windows
+            [(20, 50), (30, 60), (40, 80)]
+            >>> Extension(40, 80, window=40, loop=True).windows  # the last 10 rows of it are the first ones
+            [(20, 50), (30, 60), (50, 80)]
         """
         if self.window >= self.rows:
-            return [0]
-        overlap = self.window // 2
-        beyond = overlap // 2 if self.loop else 0
-        starts, end = [], self.known
+            return [(0, self.rows)]
+        quarter = self.window // 4
+        windows, end = [], self.known
         while end < self.rows:
-            start = max(end - overlap, 0)
+            start = max(end - self.window // 2, 0)
+            end = start + self.window - quarter
             if start + self.window >= self.rows:
-                start = self.rows + beyond - self.window
-            starts.append(start)
-            end = start + self.window
-        return starts
+                start = self.rows - self.window + (quarter if self.loop else 0)
+                end = self.rows
+            windows.append((start, end))
+        return windows
 
     def around(self) -> Around | None:
         """What wraps the predictor (see `denoise`): a loop that is a single window lies on a circle."""
@@ -83,12 +88,12 @@ class Extension:
         added = latents.new_zeros(*latents.shape[:2], self.rows - end, latents.shape[3])
         result = torch.cat([latents, added], dim=2)
         window = min(self.window, self.rows)
-        for start in self.starts:
+        for start, next_end in self.windows:
             index = torch.arange(start, start + window, device=latents.device) % self.rows
             replaced = index >= end
             generated = generate(result[:, :, index], replaced[:, None])
             result[:, :, index[replaced]] = generated[:, :, replaced]
-            end = min(start + window, self.rows)
+            end = next_end
             if stopped():
                 break
         return result[:, :, :end]
