@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 import audioldm2.decoding
-from audioldm2 import AudioLDM2Pipeline, DDIMScheduler, DPMSolverMultistepScheduler
+from audioldm2 import AudioLDM2Pipeline, DPMSolverMultistepScheduler
 from audioldm2.windows import CONTEXT_ROWS, window_rows
 from tests.helpers import HAMMER, RAIN, load_pipeline, noise, run_python, seeded, sound
 
-SAMPLERS = (DDIMScheduler, DPMSolverMultistepScheduler, diffusers.HeunDiscreteScheduler,
+SAMPLERS = (DPMSolverMultistepScheduler, diffusers.HeunDiscreteScheduler,
             diffusers.EulerAncestralDiscreteScheduler)  # fmt: skip
 ROW = 640  # samples of a row of latents in the random checkpoint, 0.04 s
 
@@ -188,28 +188,24 @@ def seam(audio: np.ndarray, at: int, length: int = 800) -> np.ndarray:
     )
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [{}, {"window": 1.28}, {"audio": (0.1 * noise(42000, seed=2)).numpy(), "strength": 0.6}],
-    ids=["text", "windows", "audio"],
-)
-def test_the_seam_of_a_loop_is_like_the_rest_of_it(tiny: AudioLDM2Pipeline, arguments: dict) -> None:
-    prompts = ["Rain", "White noise", "An engine"]
-    if "audio" in arguments:
-        arguments = {**arguments, "sampling_rate": 16000}
-    else:
-        arguments = {**arguments, "audio_length_in_s": 2.5}
+@pytest.mark.parametrize("kind", ["text", "windows", "audio"])
+def test_the_seam_of_a_loop_is_like_the_rest_of_it(tiny: AudioLDM2Pipeline, kind: str) -> None:
+    arguments: dict[str, Any] = {
+        "text": {"audio_length_in_s": 2.5},
+        "windows": {"audio_length_in_s": 2.5, "window": 1.536},
+        "audio": {"audio": 0.1 * noise(33000, seed=2), "sampling_rate": 16000, "strength": 0.6},
+    }[kind]
     change = {}
-    for loop in (False, True):
+    for loop in (True, False) if kind == "text" else (True,):
         audios = tiny(
-            prompts, loop=loop, num_inference_steps=8, guidance_scale=2, generator=seeded(), **arguments
+            ["Rain", "White noise"], loop=loop, num_inference_steps=6, generator=seeded(), **arguments
         ).audios
         assert len(audios[0]) % 2048 == 0 or not loop
         at_seam = np.mean([seam(audio, 0) for audio in audios], axis=0)
         elsewhere = [[seam(audio, at) for at in range(4000, len(audio) - 4000, 997)] for audio in audios]
         change[loop] = at_seam / np.mean(elsewhere, axis=(0, 1))
     assert change[True].max() < 2.0, change
-    assert change[False][1:].max() > 2.0, change
+    assert loop or change[False].max() > 2.0, "the ends of a sound that is not a loop do not fit"
 
 
 def test_a_loop_needs_a_flag_and_no_spans(tiny: AudioLDM2Pipeline) -> None:

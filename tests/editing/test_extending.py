@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from audioldm2 import AudioLDM2Pipeline, DDIMScheduler, DPMSolverMultistepScheduler
+from audioldm2 import AudioLDM2Pipeline, DPMSolverMultistepScheduler
 from audioldm2.editing.extending import Extension
 from audioldm2.editing.inpainting import FADE_S
 from tests.helpers import load_pipeline, noise, seeded
@@ -75,7 +75,7 @@ def test_each_window_is_generated_from_what_there_is() -> None:
 
 @pytest.mark.parametrize(
     "sampler",
-    [DDIMScheduler, DPMSolverMultistepScheduler, diffusers.HeunDiscreteScheduler,
+    [DPMSolverMultistepScheduler, diffusers.HeunDiscreteScheduler,
      diffusers.EulerAncestralDiscreteScheduler],
 )  # fmt: skip
 def test_the_input_is_kept_and_the_rest_is_new(tiny: AudioLDM2Pipeline, sampler: Any) -> None:
