@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from audioldm2.adapters.methods import AdapterMethods
 from audioldm2.arguments import (
     GUIDANCE,
     check_choice,
@@ -59,7 +60,6 @@ from audioldm2.models.vae import VAE
 from audioldm2.models.vits import VitsTextEncoder
 from audioldm2.noise import Generators
 from audioldm2.output import AudioPipelineOutput
-from audioldm2.quoting import quoted
 from audioldm2.ranking import best_first, score
 from audioldm2.runtime.device import named_device
 from audioldm2.runtime.profiling import recorded
@@ -77,7 +77,7 @@ from audioldm2.tensors import check_finite, check_tensor
 from audioldm2.windows import around_predictor, window_rows
 
 
-class AudioLDM2Pipeline(DiffusersMethods):
+class AudioLDM2Pipeline(AdapterMethods, DiffusersMethods):
     """The seven stages of AudioLDM 2 and what joins them.
 
     Any part can be replaced, as in `pipe.unet = mine`: with one of this package's interface, or with one of
@@ -277,7 +277,7 @@ class AudioLDM2Pipeline(DiffusersMethods):
             max_shard_size=max_shard_size,
             **others,
         )
-        with self.generation():
+        with self.generation(), self._without_adapters():
             save_parts(
                 vars(self),
                 path,
@@ -515,6 +515,7 @@ class AudioLDM2Pipeline(DiffusersMethods):
         loop: bool = False,
         window: float | None = None,
         exact_decoding: bool = True,
+        adapters: Mapping[str, float] | None = None,
     ) -> AudioPipelineOutput:
         """Generate sound from text, or from text and sound.
 
@@ -547,8 +548,8 @@ class AudioLDM2Pipeline(DiffusersMethods):
             callback: called as callback(step, timestep, latents) after steps 0, `callback_steps`,
                 2 `callback_steps` and so on.
             callback_steps: see `callback`.
-            cross_attention_kwargs: accepted if it is empty, for diffusers: there are no attention processors
-                to pass it to.
+            cross_attention_kwargs: {"scale": 0.5}, as in diffusers: a factor for the adapters that are on.
+                Nothing else, as there are no attention processors to pass it to.
             output_type: "np" or "pt" for waveforms, (B, samples), 16 kHz, float32, on the CPU; "latent" for
                 the latents before decoding.
             callback_on_step_end: called as callback_on_step_end(pipe, step, timestep, tensors) after every
@@ -580,6 +581,8 @@ class AudioLDM2Pipeline(DiffusersMethods):
                 denoised at once, and with `extend` in windows as long as the sounds of the training.
             exact_decoding: False decodes latents that are longer than 10.24 s (in AudioLDM 2) in windows,
                 which needs less memory but is not quite the same (see docs/long-sounds.md).
+            adapters: weights of adapters by name, such as {"dog": 0.8}, for this call in place of those of
+                `set_adapters`; {} is the base.
 
         Returns:
             `.audios`: B waveforms, those of one prompt together, the best of ranked candidates first.
@@ -607,11 +610,6 @@ class AudioLDM2Pipeline(DiffusersMethods):
         check_number("guidance_scale", guidance_scale)
         check_number("eta", eta)
         check_callbacks(callback, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        if cross_attention_kwargs:
-            raise ValueError(
-                f"cross_attention_kwargs = {quoted(cross_attention_kwargs)} is not supported: there are no "
-                "attention processors; leave it out"
-            )
         if latents is not None:
             check_tensor("latents", latents, "(B, channels, T/4, F/4)")
         loop, exact = check_flag("loop", loop), check_flag("exact_decoding", exact_decoding)
@@ -630,7 +628,11 @@ class AudioLDM2Pipeline(DiffusersMethods):
             negative_generated_prompt_embeds,
             negative_attention_mask,
         )
-        with self.generation(), exclusive(self.scheduler) as scheduler:
+        with (
+            self.generation(),
+            self._adapters_of_call(adapters, cross_attention_kwargs),
+            exclusive(self.scheduler) as scheduler,
+        ):
             self.check_stages()
             vae, vocoder = self.part("vae"), self.part("vocoder")
             rate, latent = vocoder.config.sampling_rate, vae.downsampling * vocoder.hop_length  # samples

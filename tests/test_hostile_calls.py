@@ -91,7 +91,8 @@ ARGUMENTS: dict[str, st.SearchStrategy[Any]] = {
     "max_new_tokens": COUNTS,
     "callback": st.sampled_from([None, 3, "x", lambda *step: None]),
     "callback_steps": COUNTS,
-    "cross_attention_kwargs": st.sampled_from([None, {}, {"scale": 0.5}, 3]),
+    "cross_attention_kwargs": st.sampled_from([None, {}, {"scale": 0.5}, {"scale": None}, {"x": 1}, 3]),
+    "adapters": st.sampled_from([None, {}, {"dog": 0.5}, {3: 1}, ["dog"], "dog", 3]),
     "output_type": st.sampled_from(["np", "pt", "latent", "pil", None, 3, ["np"]]),
     "callback_on_step_end": st.sampled_from([None, 3, lambda *step: None, lambda *step: {"latents": 3}]),
     "callback_on_step_end_tensor_inputs": st.sampled_from(["latents", ["latents"], [], ["x"], None, 3, [[]]]),
@@ -209,7 +210,10 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "array": ({"latents": noise(1, 4, 8, 4).numpy()}, TypeError, "latents must be a torch.Tensor"),
     "seed": ({"generator": 3}, TypeError, r"generator must be .* got 3; for a seed pass torch\.Generator"),
     "callback": ({"callback": 3}, TypeError, "callback must be a function, got 3"),
-    "attention": ({"cross_attention_kwargs": {"scale": 0.5}}, ValueError, "no attention processors"),
+    "attention": ({"cross_attention_kwargs": {"gligen": 0.5}}, ValueError, "no attention processors"),
+    "attention's scale": ({"cross_attention_kwargs": {"scale": "x"}}, ValueError, "must be a finite number"),
+    "adapters": ({"adapters": {"dog": 0.5}}, ValueError, "there is no adapter 'dog'; none is loaded"),
+    "adapters' type": ({"adapters": ["dog"]}, TypeError, r"adapters must be a dict such as .* got \['dog'\]"),
     "vectors": (
         {
             "prompt": None,

@@ -256,7 +256,12 @@ class WeightMap:
         self.ignored = parser.ignored
         self.prefix = parser.prefix
 
-    def _recipes(self, target: str) -> tuple[Recipe, ...]:
+    def recipes(self, target: str) -> tuple[Recipe, ...]:
+        """The alternatives for a parameter, the current spelling first.
+
+        Raises:
+            ValueError: no line of the map matches the parameter.
+        """
         for rule in self.rules:
             recipes = rule.recipes(target)
             if recipes is not None:
@@ -287,7 +292,7 @@ class WeightMap:
         plan: dict[str, Recipe] = {}
         used: set[str] = set()
         for target, expected in targets.items():
-            alternatives = self._recipes(target)
+            alternatives = self.recipes(target)
             recipe = next((r for r in alternatives if all(s in spelling for s in r.sources)), None)
             if recipe is None:
                 # Report the alternative with the largest share of its tensors present.
@@ -334,7 +339,7 @@ class WeightMap:
         """
         saved: dict[str, Tensor] = {}
         for target, tensor in state.items():
-            recipe = self._recipes(target)[0]
+            recipe = self.recipes(target)[0]
             parts = OPERATIONS[recipe.operation].invert(tensor, len(recipe.sources))
             for name, part in zip(recipe.sources, parts, strict=True):
                 saved[name] = part.contiguous()
