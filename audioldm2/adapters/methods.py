@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,243 +14,107 @@ import torch
 from torch import Tensor, nn
 
 from audioldm2.adapters import writing
+from audioldm2.adapters.config import scaling
 from audioldm2.adapters.layers import LowRank
+from audioldm2.adapters.reading import open_adapter, read_adapter
 from audioldm2.adapters.state import Adapter, Adapters, adapters_of, layers_for
+from audioldm2.adapters.switches import AdapterSwitches
 from audioldm2.adapters.targets import chosen, targets
-from audioldm2.arguments import check_count, check_flag, check_number
-from audioldm2.models.unet import UNet
-from audioldm2.quoting import listed, quoted
-from audioldm2.runtime.foreign import unwrapped
+from audioldm2.arguments import check_count, check_flag, check_number, naming_unknown
+from audioldm2.checkpoints.hub import check_subfolder
+from audioldm2.checkpoints.options import load_options
+from audioldm2.quoting import quoted
 from audioldm2.runtime.precision import check_dtype
-from audioldm2.runtime.stages import StageRunner
 
 # Of the attention, as in diffusers' and PEFT's examples.
 TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-class AdapterMethods(StageRunner):
-    """Loading, combining, fusing, training and saving adapters of `self.unet`."""
+class AdapterMethods(AdapterSwitches):
+    """Loading, switching, fusing, training and saving the adapters of `self.unet`."""
 
-    unet: Any
     _name_or_path: str
 
-    # --- which are active
+    # --- loading
 
-    def set_adapters(
+    @naming_unknown(
+        "load_lora_weights",
+        {
+            "hotswap": "delete_adapters(name), then load_lora_weights",
+            "network_alphas": "alphas into the state dict, as LAYER.alpha",
+            "use_auth_token": "token",
+            "proxies": "the environment variable HTTPS_PROXY",
+        },
+    )
+    def load_lora_weights(
         self,
-        adapter_names: str | Sequence[str],
-        adapter_weights: float | Sequence[float | None] | None = None,
+        pretrained_model_name_or_path_or_dict: str | Path | Mapping[str, Tensor],
+        *,
+        weight_name: str | None = None,
+        adapter_name: str | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        low_cpu_mem_usage: bool = True,
     ) -> None:
-        """Have these adapters on, and all others off.
+        """Load an adapter (LoRA) of PEFT, diffusers or this package, and have it alone on.
+
+        It is converted to the UNet's dtype. If anything in it does not fit, nothing is changed.
 
         Args:
-            adapter_names: one or several; [] has all off, so that the UNet is bitwise the base.
-            adapter_weights: how strongly, one number for all or one for each; 1 by default. 0 is off, and
-                negative weights go the opposite way.
+            pretrained_model_name_or_path_or_dict: a folder, a file, "owner/name" on the Hub, or a state dict.
+                In a folder or a repository, PEFT's adapter_model.safetensors (with adapter_config.json) is
+                looked for first, then diffusers' pytorch_lora_weights.safetensors, then any other single
+                file.
+            weight_name: the weight file, if there are several.
+            adapter_name: what to call it here; "default_0", "default_1" and so on by default.
+            subfolder: of the folder or repository.
+            revision: branch, tag or commit on the Hub.
+            cache_dir: where downloads are stored; the Hub client's default if None.
+            token: for private repositories; None uses the stored login.
+            local_files_only: use an earlier download, without asking the Hub.
+            force_download: download again what was downloaded earlier.
+            low_cpu_mem_usage: has no effect, as loading never needs more memory than the weights.
 
         Raises:
-            ValueError, TypeError: a name or a weight that cannot be used.
+            CheckpointError: the adapter cannot be found or read, is of a kind that is not supported (DoRA,
+                LoHa, trained biases, weights of a text encoder), or does not fit the UNet; the message lists
+                what.
+            ValueError, TypeError: an argument that cannot be used.
 
         Example:
-            >>> pipe.set_adapters(["dog", "rain"], [0.8, 0.3])
+            >>> pipe.load_lora_weights("telephone-lora", adapter_name="telephone")
+            >>> audio = pipe("A telephone rings twice").audios[0]
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        if not isinstance(names, list | tuple):
-            raise TypeError(f"adapter_names must be a list of names, got {quoted(adapter_names)}")
-        weights = adapter_weights
-        if not isinstance(weights, list | tuple):
-            weights = [weights] * len(names)  # type: ignore[list-item]
-        if len(weights) != len(names):
-            raise ValueError(f"there are {len(weights)} adapter_weights for {len(names)} adapter_names")
-        pairs = zip(names, weights, strict=True)
-        by_name = {name: 1.0 if weight is None else weight for name, weight in pairs}
-        if len(by_name) < len(names):
-            raise ValueError(f"adapter_names has a name twice: {quoted(list(names))}")
-        with self._changing() as (_, state):
-            state.weights, state.enabled = _checked(by_name, state, "adapter_weights"), True
-
-    def get_active_adapters(self) -> list[str]:
-        """The names of the adapters that are on."""
-        _, state = adapters_of(self.unet)
-        return [*state.weights] if state.enabled else []
-
-    def get_list_adapters(self) -> dict[str, list[str]]:
-        """The names of all adapters, by the name of their stage, as in diffusers: {"unet": [...]}."""
-        _, state = adapters_of(self.unet)
-        return {"unet": [*state.known]}
-
-    @property
-    def fused_loras(self) -> set[str]:
-        """The names of the adapters that are fused into the UNet's weights."""
-        _, state = adapters_of(self.unet)
-        return {*state.fused}
-
-    def disable_lora(self) -> None:
-        """Have all adapters off, until `enable_lora` or `set_adapters`; the UNet is then bitwise the base.
-
-        Raises:
-            ValueError: adapters are fused.
-        """
-        self._set_enabled(False)
-
-    def enable_lora(self) -> None:
-        """Have the adapters on again that were on before `disable_lora`."""
-        self._set_enabled(True)
-
-    def _set_enabled(self, enabled: bool) -> None:
-        with self._changing() as (_, state):
-            if state.fused and not enabled:
-                raise ValueError("adapters are fused into the UNet's weights; call unfuse_lora() instead")
-            state.enabled = enabled
-
-    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """Forget adapters.
-
-        Args:
-            adapter_names: one or several.
-
-        Raises:
-            ValueError: there is no adapter of that name, or it is fused; nothing is deleted then.
-        """
-        names = [adapter_names] if isinstance(adapter_names, str) else [*dict.fromkeys(adapter_names)]
-        with self._changing() as (unet, state):
-            state.check_names(names)
-            state.remove(unet, names)
-
-    def unload_lora_weights(self) -> None:
-        """Forget all adapters. As in diffusers, what is fused stays in the weights, from now on for good."""
-        with self._changing() as (unet, state):
-            state.forget(unet)
-
-    # --- fusing
-
-    def fuse_lora(
-        self,
-        lora_scale: float = 1.0,
-        adapter_names: Sequence[str] | None = None,
-        *,
-        components: Sequence[str] = ("unet",),
-        safe_fusing: bool = True,
-    ) -> None:
-        """Add adapters to the UNet's weights, which takes no time at each step and saves as a checkpoint.
-
-        Copies of the weights from before are kept, so that `unfuse_lora` restores them exactly; they take as
-        much memory as the weights that are updated. `unload_lora_weights` frees them and keeps what is fused.
-
-        Args:
-            lora_scale: a factor for all of them, besides their own weights.
-            adapter_names: which ones; those that are on by default.
-            components: accepted for diffusers: ["unet"].
-            safe_fusing: accepted for diffusers: numbers that are not finite are always refused.
-
-        Raises:
-            ValueError, TypeError: an argument that cannot be used, or there is nothing to fuse.
-        """
-        check_number("lora_scale", lora_scale)
-        check_flag("safe_fusing", safe_fusing)
-        _check_components(components)
-        with self._changing() as (unet, state):
-            names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-            active = [*state.weights] if state.enabled else []
-            names = active if names is None else [*dict.fromkeys(names)]
-            state.check_names(names)
-            if not names:
-                raise ValueError(
-                    "there is nothing to fuse: no adapter is on; choose some with set_adapters()"
-                )
-            state.fuse(unet, names, float(lora_scale))
-
-    def unfuse_lora(self, components: Sequence[str] = ("unet",)) -> None:
-        """Give the UNet's weights their values from before `fuse_lora`, bitwise.
-
-        The adapters are on again, as they were before they were fused.
-
-        Args:
-            components: accepted for diffusers: ["unet"].
-
-        Raises:
-            ValueError: nothing is fused; or weights have changed since, so that the old values do not fit.
-        """
-        _check_components(components)
-        with self._changing() as (unet, state):
-            if not state.fused:
-                raise ValueError("no adapter is fused")
-            state.unfuse(unet)
-
-    # --- for the pipeline
-
-    @contextmanager
-    def _changing(self) -> Iterator[tuple[UNet, Adapters]]:
-        """The UNet and its adapters, to be changed in the block; layers are arranged at its end."""
-        with self.generation():
-            unet, state = adapters_of(self.unet)
-            self._bring_home()
-            yield unet, state
-            state.arrange(unet)
-
-    def _bring_home(self) -> None:
-        """With offload, have no stage on the device: parameters that come and go must not be left there."""
-        if self._offload is not None:
-            self._offload.release()
-
-    @contextmanager
-    def _adapters_of_call(
-        self, weights: Mapping[str, float] | None, cross_attention_kwargs: Mapping[str, Any] | None
-    ) -> Iterator[None]:
-        """Have the adapters of one generation active in the block, and those from before afterwards.
-
-        Args:
-            weights: the pipeline's argument `adapters`.
-            cross_attention_kwargs: the pipeline's argument.
-        """
-        scale = _scale_of(cross_attention_kwargs)
-        if weights is None and scale is None:
-            yield
-            return
-        unet, state = adapters_of(self.unet)
-        if weights is None:
-            chosen_weights = dict(state.weights) if state.enabled else {}
-        elif not isinstance(weights, Mapping):
+        given = pretrained_model_name_or_path_or_dict
+        folder_in_it = check_subfolder(subfolder)
+        if weight_name is not None and not isinstance(weight_name, str):
+            raise TypeError(f"weight_name must be text, got {quoted(weight_name)}")
+        check_flag("low_cpu_mem_usage", low_cpu_mem_usage)
+        if not isinstance(given, str | os.PathLike | Mapping) or not given:
             raise TypeError(
-                f'adapters must be weights by name, such as {{"dog": 0.8}}, got {quoted(weights)}'
+                f"an adapter must be a folder, a file, a repository or a state dict, got {quoted(given)}"
             )
-        elif state.fused:
-            raise ValueError(
-                f"adapters cannot be chosen for one call while {listed(map(quoted, state.fused))} is fused "
-                "into the UNet's weights; call unfuse_lora() first"
-            )
-        else:
-            chosen_weights = _checked(weights, state, "adapters")
-        if scale is not None and not chosen_weights:
-            warnings.warn(
-                f"cross_attention_kwargs: scale = {scale} has no effect, as no adapter is on", stacklevel=6
-            )
-        scaled = {name: weight * (1.0 if scale is None else scale) for name, weight in chosen_weights.items()}
-        with state.using(unet, scaled):
-            try:
-                yield
-            finally:
-                self._bring_home()
-
-    @contextmanager
-    def _without_adapters(self) -> Iterator[None]:
-        """Have the UNet as a checkpoint has it in the block, with a warning if adapters are left out."""
-        inner = unwrapped(self.unet)
-        if not isinstance(inner, UNet):
-            yield
-            return
-        unet, state = adapters_of(inner)
-        left_out = [name for name in state.known if name not in state.fused]
-        if not left_out:
-            yield
-            return
-        warnings.warn(
-            f"the adapters {listed(map(quoted, left_out))} are not saved with the checkpoint: write them "
-            "with save_lora_weights(), or add them to the weights with fuse_lora() first",
-            stacklevel=4,
+        options = load_options(
+            "" if isinstance(given, Mapping) else given,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            force_download=force_download,
         )
-        with state.using(unet, {}):
-            yield
+        source = dataclasses.replace(options.source, hint="")
+        adapters_of(self.unet)  # an error about the UNet comes before a download
+        opened = open_adapter(given, source, folder_in_it, weight_name)
+        with self._changing() as (unet, state):
+            if adapter_name is None:
+                adapter_name = next(n for n in map("default_{}".format, count()) if n not in state.known)
+            _check_new(adapter_name, state)
+            state.known[adapter_name] = read_adapter(opened, unet)
+            state.weights, state.enabled = {adapter_name: 1.0}, True
 
     # --- training
 
@@ -317,7 +181,7 @@ class AdapterMethods(StageRunner):
                     b.to(weight.device, dtype or weight.dtype),
                     target.first_row,
                     alpha,
-                    alpha / (math.sqrt(rank) if stable else rank),
+                    scaling(alpha, rank, stable),
                     float(dropout),
                     weight.dtype,
                 )
@@ -381,11 +245,6 @@ class AdapterMethods(StageRunner):
             writing.write(state.known[adapter_name], targets(unet), path, self._name_or_path, metadata)
 
 
-def _check_components(components: Any) -> None:
-    if components not in ("unet", ["unet"], ("unet",)):
-        raise ValueError(f'components = {quoted(components)} is not supported; it may be ["unet"]')
-
-
 def _check_new(name: Any, state: Adapters) -> None:
     """Raise ValueError unless an adapter can have this name."""
     if not isinstance(name, str) or not name.strip():
@@ -394,32 +253,3 @@ def _check_new(name: Any, state: Adapters) -> None:
         raise ValueError(
             f"there is an adapter {quoted(name)} already; choose another name, or call delete_adapters first"
         )
-
-
-def _checked(weights: Mapping[Any, Any], state: Adapters, argument: str) -> dict[str, float]:
-    """Weights by the names of adapters.
-
-    Raises:
-        ValueError: there is no adapter of that name, or a weight is not a finite number.
-    """
-    state.check_names(weights)
-    for name, weight in weights.items():
-        check_number(f"{argument} ({quoted(name)})", weight)
-    return {name: float(weight) for name, weight in weights.items()}
-
-
-def _scale_of(cross_attention_kwargs: Mapping[str, Any] | None) -> float | None:
-    """The `scale` of diffusers' `cross_attention_kwargs`, the only entry that has a meaning here.
-
-    Raises:
-        ValueError: another entry, or a scale that is not a finite number.
-    """
-    if not cross_attention_kwargs:
-        return None
-    if not isinstance(cross_attention_kwargs, Mapping) or [*cross_attention_kwargs] != ["scale"]:
-        raise ValueError(
-            f"cross_attention_kwargs = {quoted(cross_attention_kwargs)} is not supported: there are no "
-            'attention processors; it may be {"scale": 0.5}, a factor for adapters'
-        )
-    check_number('cross_attention_kwargs["scale"]', cross_attention_kwargs["scale"])
-    return float(cross_attention_kwargs["scale"])

@@ -54,6 +54,7 @@ class Source:
         local_files_only: use an earlier download, without asking the Hub.
         use_safetensors: True for weights in safetensors files only, False for `.bin` files only.
         force_download: download again what was downloaded earlier.
+        hint: the end of an error about a checkpoint that is not there.
     """
 
     repo_or_folder: str | Path
@@ -64,6 +65,7 @@ class Source:
     local_files_only: bool = False
     use_safetensors: bool | None = None
     force_download: bool = False
+    hint: str = _TINY_HINT
 
     @property
     def name(self) -> str:
@@ -184,26 +186,88 @@ def checkpoint_folder(
         raise CheckpointError(f"{name} is a file; pass the folder that contains it")
     if not _REPOSITORY.fullmatch(name):
         raise MissingCheckpointError(f"{_not_found(name)}{_TINY_HINT}")
+    return _from_hub(
+        source,
+        lambda: _download(source, folders, first, check, weights),
+        lambda: _downloaded(source, first),
+    )
 
+
+def repository_folder(
+    source: Source, choose: Callable[[Collection[str]], list[str]], candidates: Sequence[str]
+) -> Path:
+    """The local folder of a repository that is not a checkpoint, of which only some files are downloaded.
+
+    If the Hub cannot be reached, an earlier download is used, with a warning, unless `force_download` is set.
+
+    Args:
+        source: a repository on the Hub.
+        choose: from the paths of all its files to those that are needed; it may raise an error.
+        candidates: files of which an earlier download has at least one.
+
+    Raises:
+        CheckpointError: as from `checkpoint_folder`.
+    """
+    if not isinstance(source.repo_or_folder, str) or not _REPOSITORY.fullmatch(source.name):
+        raise MissingCheckpointError(f"{_not_found(source.repo_or_folder)}{source.hint}")
+
+    def earlier() -> Path | None:
+        found = (_downloaded(source, PurePosixPath(file)) for file in candidates)
+        return next((folder for folder in found if folder is not None), None)
+
+    return _from_hub(source, lambda: _snapshot(source, choose(_listing(source)[1])), earlier)
+
+
+def _from_hub(source: Source, download: Callable[[], Path], earlier: Callable[[], Path | None]) -> Path:
+    """The folder of a download, or of an earlier one where that has to do."""
+    name = source.name
     if source.local_files_only:
         with _client_errors(source):
-            folder = _downloaded(source, first)
+            folder = earlier()
         if folder is None:
             raise MissingCheckpointError(
-                f"{name} has not been downloaded; run once without local_files_only{_TINY_HINT}"
+                f"{name} has not been downloaded; run once without local_files_only{source.hint}"
             )
         return folder
     try:
-        return _download(source, folders, first, check, weights)
+        return download()
     except _HubError as error:
-        folder = None if source.force_download else _downloaded(source, first)
+        folder = None if source.force_download else earlier()
         if folder is not None:
-            warnings.warn(f"the Hub cannot be reached; using an earlier download of {name}", stacklevel=3)
+            warnings.warn(f"the Hub cannot be reached; using an earlier download of {name}", stacklevel=4)
             return folder
         raise MissingCheckpointError(
             f"{name} is not a local folder, and the Hub cannot be reached ({error}); "
-            f"pass the path of a folder with the checkpoint{_TINY_HINT}"
+            f"pass the path of a folder with the checkpoint{source.hint}"
         ) from error.__cause__
+
+
+def _listing(source: Source) -> tuple[Any, list[str]]:
+    """What the Hub says about a repository, and the paths of its files."""
+    # The Hub's client is slow to import, and local folders do not need it.
+    from huggingface_hub import HfApi
+
+    with _client_errors(source):
+        info = HfApi(token=source.access).model_info(source.name, revision=source.revision)
+    return info, [entry.rfilename for entry in info.siblings or []]
+
+
+def _snapshot(source: Source, files: Sequence[str]) -> Path:
+    """Download files of a repository; returns their folder."""
+    from huggingface_hub import snapshot_download
+
+    with _client_errors(source):
+        # Pass the branch and not its commit: the client then records which commit the branch was at, and
+        # finds the snapshot again when the Hub cannot be reached.
+        folder = snapshot_download(
+            source.name,
+            revision=source.revision,
+            cache_dir=source.cache,
+            token=source.access,
+            allow_patterns=[glob.escape(file) for file in files],
+            force_download=source.force_download,
+        )
+    return Path(folder)
 
 
 def _download(
@@ -219,12 +283,10 @@ def _download(
         CheckpointError: the Hub does not give access to the checkpoint, or it cannot be saved to the disk.
         _HubError: the Hub did not answer as it should.
     """
-    # The Hub's client is slow to import, and local folders do not need it.
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub import hf_hub_download
 
     name, cache, token = source.name, source.cache, source.access
-    with _client_errors(source):
-        info = HfApi(token=token).model_info(name, revision=source.revision)
+    info, names = _listing(source)
 
     def fetch(file: str) -> Path:
         with _client_errors(source):
@@ -238,7 +300,6 @@ def _download(
             )
             return Path(path)
 
-    names = [entry.rfilename for entry in info.siblings or []]
     if str(first) not in names and (original := [n for n in names if n.endswith(ORIGINAL_SUFFIXES)]):
         raise MissingCheckpointError(original_format(f"{name}/{printable(original[0])}"))
     files = needed_files(names, folders, source.variant, source.use_safetensors, weights)
@@ -248,19 +309,7 @@ def _download(
     for index in filter(_SHARD_INDEX.fullmatch, list(files)):
         parent = PurePosixPath(index).parent
         files += sorted({str(parent / shard) for shard in shard_names(fetch(index)).values()})
-    patterns = [glob.escape(file) for file in files]
-    with _client_errors(source):
-        # Pass the branch and not its commit: the client then records which commit the branch was at, and
-        # finds the snapshot again when the Hub cannot be reached.
-        folder = snapshot_download(
-            name,
-            revision=source.revision,
-            cache_dir=cache,
-            token=token,
-            allow_patterns=patterns,
-            force_download=source.force_download,
-        )
-    return Path(folder)
+    return _snapshot(source, files)
 
 
 class _HubError(Exception):
@@ -284,13 +333,13 @@ def _client_errors(source: Source) -> Iterator[None]:
     try:
         yield
     except HFValidationError as error:
-        raise MissingCheckpointError(f"{_not_found(name)}{_TINY_HINT}") from error
+        raise MissingCheckpointError(f"{_not_found(name)}{source.hint}") from error
     except GatedRepoError as error:
         raise MissingCheckpointError(
             f"{name} is gated on the Hub; request access there and log in (hf auth login)"
         ) from error
     except RepositoryNotFoundError as error:
-        raise MissingCheckpointError(f"{_not_found(name)}; private ones need a token{_TINY_HINT}") from error
+        raise MissingCheckpointError(f"{_not_found(name)}; private ones need a token{source.hint}") from error
     except RevisionNotFoundError as error:
         raise MissingCheckpointError(
             f"{name} has no revision {quoted(source.revision)} on the Hub"

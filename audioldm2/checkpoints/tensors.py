@@ -172,6 +172,7 @@ class WeightFiles:
         shapes: from each tensor's name to its shape.
         types: from each tensor's name to its dtype, or to safetensors' name of it if it is not one of FLOATS.
         nbytes: the size of the files.
+        metadata: the texts in the headers of safetensors files.
 
     Raises:
         CheckpointError: there are no weights, a file is truncated or not a weight file, a `.bin` file
@@ -220,6 +221,17 @@ class WeightFiles:
                 )
         else:
             files = [name]
+        self._open([folder / file for file in files])
+
+    @classmethod
+    def of(cls, path: Path) -> WeightFiles:
+        """The tensors in one file, whatever its name; it is a `.bin` file unless it ends in .safetensors."""
+        files = cls.__new__(cls)
+        files._open([path])
+        return files
+
+    def _open(self, paths: Sequence[Path]) -> None:
+        self.metadata: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.types: dict[str, torch.dtype | str] = {}
         self.nbytes = 0
@@ -228,12 +240,13 @@ class WeightFiles:
         self._mapped: dict[Path, Any] = {}  # safetensors files that stay open, for `map`
         self._window: dict[Path, Any] = {}  # safetensors files that are closed again, for `read`
         self._window_read = 0
-        for path in (folder / file for file in files):
+        for path in paths:
             self.nbytes += check_file(path)
             if path.suffix == ".safetensors":
                 _check_header(path)
                 with _naming_file(path):
                     handle = self._mapped[path] = _safe_open(path)
+                    self.metadata |= handle.metadata() or {}
                     for key in _at_most(path, handle.keys()):
                         part = handle.get_slice(key)
                         self._add(path, key, part.get_shape(), FLOATS.get(part.get_dtype(), part.get_dtype()))

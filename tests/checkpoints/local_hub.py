@@ -84,7 +84,11 @@ def load_all(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                if part is None:
+                if step.get("adapter"):
+                    pipe = AudioLDM2Pipeline.from_pretrained(step["parts_of"])
+                    pipe.load_lora_weights(name, adapter_name="a", **options)
+                    result["stages"] = {"a": f"{pipe.adapter_parameters('a')[0].mean():.1f}"}
+                elif part is None:
                     pipe = AudioLDM2Pipeline.from_pretrained(name, **options)
                     result["stages"] = {name: digest(stage) for name, stage in pipe.stages.items()}
                 else:
@@ -273,6 +277,17 @@ def publish(checkpoint: Path, root: Path) -> dict[tuple[str, str], Path]:
     outside = {**shard_of, "conv_in.bias": "../model_index.json"}
     (evil / index.relative_to(sharded)).write_text(json.dumps({"weight_map": outside}))
 
+    adapter = root / "adapter"
+    for number, (subfolder, prefix, stem) in enumerate(
+        (("", "base_model.model.", "adapter_model"), ("other", "unet.", "pytorch_lora_weights"))
+    ):
+        a, b = torch.full((1, 4, 3, 3), float(number)), torch.ones(8, 1, 1, 1)
+        tensors = {f"{prefix}conv_in.lora_A.weight": a, f"{prefix}conv_in.lora_B.weight": b}
+        (adapter / subfolder).mkdir(exist_ok=True)
+        save_file(tensors, adapter / subfolder / f"{stem}.safetensors")
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 1}')
+    (adapter / "optimizer.bin").write_bytes(b"not needed")
+
     foreign = Path(shutil.copytree(checkpoint, root / "foreign"))
     entries = json.loads((foreign / "model_index.json").read_text())
     entries["_class_name"] = "StableDiffusionPipeline"
@@ -283,6 +298,7 @@ def publish(checkpoint: Path, root: Path) -> dict[tuple[str, str], Path]:
         (WHOLE, EVIL): evil,
         (BINARY, MAIN): binary.parent,
         ("owner/gated", MAIN): whole,
+        ("owner/adapter", MAIN): adapter,
         ("owner/foreign", MAIN): foreign,
     }
 

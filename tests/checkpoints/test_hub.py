@@ -56,6 +56,11 @@ REACHED: dict[str, dict[str, Any]] = {
     "gated": {"load": "owner/gated"},
     "another pipeline": {"load": "owner/foreign"},
     "broken": {"load": "owner/broken"},
+    "adapter before": {"load": "owner/adapter", "adapter": True, "options": {"local_files_only": True}},
+    "adapter": {"load": "owner/adapter", "adapter": True, "options": {"revision": "v1"}},
+    "other adapter": {"load": "owner/adapter", "adapter": True, "options": {"subfolder": "other"}},
+    "no adapter": {"load": BINARY, "adapter": True},
+    "no such adapter": {"load": "owner/unknown", "adapter": True},
 }
 UNREACHED: dict[str, dict[str, Any]] = {
     "pipeline": {"load": WHOLE},
@@ -66,6 +71,7 @@ UNREACHED: dict[str, dict[str, Any]] = {
     "again": {"load": WHOLE, "options": {"force_download": True}},
     "never downloaded": {"load": "owner/unknown"},
     "only in part downloaded": {"load": BINARY},
+    "adapter": {"load": "owner/adapter", "adapter": True, "options": {"revision": "v1"}},
 }
 
 
@@ -82,7 +88,8 @@ def outcomes(
         reached = hub.outcomes(steps, root / "home")
     finally:
         hub.stop()
-    return reached, hub.outcomes(UNREACHED, root / "home")
+    steps = {name: {**step, "parts_of": str(random_checkpoint)} for name, step in UNREACHED.items()}
+    return reached, hub.outcomes(steps, root / "home")
 
 
 @pytest.fixture
@@ -332,3 +339,24 @@ def test_real_checkpoints(name, steps, start, samples):
         guidance_scale=2.5,
     ).audios[0]
     assert np.abs(audio[start : start + 10] - np.array(samples)).max() < 1e-3
+
+
+def test_adapters_are_found_downloaded_and_found_again(
+    outcomes: tuple[dict[str, Outcome], dict[str, Outcome]],
+) -> None:
+    reached, unreached = outcomes
+    assert reached["adapter"].stages == {"a": "0.0"}
+    assert {*reached["adapter"].downloads} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert reached["other adapter"].stages == {"a": "1.0"}
+    assert {*reached["other adapter"].downloads} == {"other/pytorch_lora_weights.safetensors"}
+    assert unreached["adapter"].stages == {"a": "0.0"}
+    assert unreached["adapter"].warnings
+    for name, message in (
+        ("adapter before", "owner/adapter has not been downloaded; run once without local_files_only"),
+        ("no adapter", "owner/binary has no adapter (looked for adapter_model.safetensors, pytorch_lora"),
+        ("no such adapter", "'owner/unknown' is neither a local folder nor a repository"),
+    ):
+        error = reached[name].error
+        assert error is not None
+        assert error.startswith(message)
+        assert "tiny" not in error
