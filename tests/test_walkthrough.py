@@ -1,4 +1,4 @@
-"""docs/walkthrough.md, docs/research.md and docs/adapters.md: their cells run and print what the pages say."""
+"""docs/walkthrough.md, docs/research.md and docs/adapters.md: cells run and print what the pages say."""
 
 from __future__ import annotations
 

@@ -55,10 +55,10 @@ _OTHER_KINDS = {
     r"lora_magnitude_vector|dora_scale": "is a DoRA adapter",
     r"hada_w": "is a LoHa adapter",
     r"lokr_w": "is a LoKr adapter",
-    r"^lora_(unet|te\d?)_": "has kohya's names of layers; convert it to diffusers' first: it",
-    r"^(base_model\.model\.)?text_encoder": "has weights of a text encoder, which are not the UNet's: it",
-    r"modules_to_save": "has whole layers besides LoRA: it",
-    r"\.bias$": "has trained biases: it",
+    r"^lora_(unet|te\d?)_": "has kohya's names of layers",
+    r"^(base_model\.model\.)?text_encoder": "has weights of a text encoder",
+    r"modules_to_save": "has whole layers besides LoRA",
+    r"\.bias$": "has trained biases",
 }
 
 
@@ -184,7 +184,7 @@ def _sorted_out(given: Given) -> _Names:
     for name, shape in given.tensors.shapes.items():
         for pattern, kind in _OTHER_KINDS.items():
             if re.search(pattern, name):
-                raise CheckpointError(f"{given.where} {kind} is not supported ({printable(name)})")
+                raise CheckpointError(f"{given.where} {kind}, which is not supported ({printable(name)})")
         plain = name.removeprefix(PEFT_PREFIX).removeprefix(DIFFUSERS_PREFIX).replace(".processor.", ".")
         if match := _TENSOR.fullmatch(plain):
             side = match["letter"] or {"down": "A", "up": "B"}[match["way"]]
@@ -226,9 +226,8 @@ def read_adapter(given: Given, unet: UNet) -> Adapter:
         elif source.shapes[name] not in ((), (1,)) or source.types[name] not in FLOATS.values():
             wrong.append(f"wrong shape or type: {printable(name)} must be one number")
     if wrong:
-        raise CheckpointError(
-            f"{given.where} does not fit this UNet: {len(wrong)} misfits: {listed(wrong, '; ')}"
-        )
+        count = f"{len(wrong)} problem{'s' * (len(wrong) > 1)}"
+        raise CheckpointError(f"{given.where} does not fit this UNet ({count}): {listed(wrong, '; ')}")
     if not names.matrices:
         raise CheckpointError(f"{given.where} has no weights of an adapter")
     if isinstance(source, WeightFiles):

@@ -30,12 +30,12 @@ STATES: dict[str, tuple[dict[str, Any], str]] = {
             A.replace("mid_block.", "transformer."): noise(2, 12),
             B.replace("mid_block.", "transformer."): noise(12, 2),
         },
-        r"the state dict does not fit this UNet: 1 misfits: the UNet has no layer transformer\.attentions",
+        r"the state dict does not fit this UNet \(1 problem\): the UNet has no layer transformer\.attentions",
     ),
-    "A alone": ({A: noise(2, 12)}, rf"1 misfits: missing: B of {re.escape(LAYER)}"),
+    "A alone": ({A: noise(2, 12)}, rf"\(1 problem\): missing: B of {re.escape(LAYER)}"),
     "wrong widths": (
         {A: noise(2, 13), B: noise(12, 3)},
-        r"2 misfits: wrong shape: .*lora_A\.weight has \(2, 13\), the UNet needs \(2, 12\); .*\(12, 3\)",
+        r"\(2 problems\): wrong shape: .*lora_A\.weight has \(2, 13\), the UNet needs \(2, 12\); .*\(12, 3\)",
     ),
     "a convolution": ({A: noise(2, 12, 3, 3), B: noise(12, 2, 1, 1)}, r"has \(2, 12, 3, 3\), the UNet needs"),
     "no rank": ({A: noise(0, 12), B: noise(12, 0)}, "wrong shape"),
@@ -47,7 +47,10 @@ STATES: dict[str, tuple[dict[str, Any], str]] = {
     "stray alpha": ({**GOOD, "conv_in.alpha": torch.tensor(1.0)}, "the alpha of a layer that is not there"),
     "long alpha": ({**GOOD, f"{LAYER}.alpha": noise(2)}, "must be one number"),
     "infinite alpha": ({**GOOD, f"{LAYER}.alpha": noise(1)[0] / 0}, "alpha is not a finite number"),
-    "DoRA": ({**GOOD, f"{LAYER}.lora_magnitude_vector": noise(12)}, "is a DoRA adapter is not supported"),
+    "DoRA": (
+        {**GOOD, f"{LAYER}.lora_magnitude_vector": noise(12)},
+        "is a DoRA adapter, which is not supported",
+    ),
     "LoHa": ({f"{LAYER}.hada_w1_a": noise(2, 12)}, "LoHa"),
     "LoKr": ({f"{LAYER}.lokr_w1": noise(2, 12)}, "LoKr"),
     "bias": ({**GOOD, f"{LAYER}.lora_B.bias": noise(12)}, "trained biases"),
@@ -161,7 +164,11 @@ FILES: dict[str, tuple[list[Callable[[Path], Any]], dict[str, Any], str]] = {
         "must contain a JSON object",
     ),
     "metadata's rank": ([write("a.safetensors", lora_adapter_metadata='{"unet.r": 7}')], {}, "wrong rank"),
-    "nothing": ([write("a.safetensors", {})], {}, "has no weights of an adapter"),
+    "nothing": (
+        [write("a.safetensors", {"conv_in.alpha": noise(1)})],
+        {},
+        "the alpha of a layer that is not there",
+    ),
     "shared memory": (
         [
             lambda f: torch.save(

@@ -293,6 +293,27 @@ def test_compiled_layers_notice_every_switch() -> None:
     assert all(not torch.equal(one, other) for one, other in pairwise(seen))
 
 
+@pytest.mark.slow
+def test_a_compiled_unet_notices_every_switch(
+    adapted: AudioLDM2Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, compiler, graphs = copy.deepcopy(adapted), torch.compile, []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(
+        torch, "compile", lambda target, **_: compiler(target, backend=backend, fullgraph=True, dynamic=False)
+    )
+    adapted.compile(stages=["unet"])
+    for weights in ({}, {"dog": 1.0}, {"dog": 0.5}, {"rain": 1.0}, {}):
+        found = sound(adapted, adapters=weights, output_type="latent")
+        assert torch.allclose(found, sound(plain, adapters=weights, output_type="latent"), atol=1e-4)
+    assert len(graphs) >= 3
+    torch._dynamo.reset()
+
+
 # --- what is refused
 
 
