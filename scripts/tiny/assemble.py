@@ -13,7 +13,7 @@ from audioldm2.audio.clap_features import ClapFeatureExtractorConfig
 from audioldm2.checkpoints.formats import PARTS, TOKENIZERS
 from audioldm2.frozen import FrozenMapping
 from scripts.tiny.data.tokenizers import read_tokenizers
-from scripts.tiny.loop import Run
+from scripts.tiny.run import Run
 from scripts.tiny.sizes import FEATURE_EXTRACTOR, RECOMMENDED, SCHEDULER, TINY
 
 

@@ -28,9 +28,10 @@ from audioldm2 import CheckpointError
 from audioldm2.checkpoints.formats import PARTS
 from audioldm2.plots import check_can_draw
 from audioldm2.runtime.device import available_device
+from audioldm2.training.loop import RunMismatchError
 from scripts.tiny.assemble import assemble, parts_in, take_parts
 from scripts.tiny.data.library import LIBRARY_SIZE, load_library
-from scripts.tiny.loop import Run, RunMismatchError
+from scripts.tiny.run import Run
 from scripts.tiny.stages import STAGES, TrainingStage
 
 ROOT = Path(__file__).resolve().parents[2]

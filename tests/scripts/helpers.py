@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
-from scripts.tiny.loop import Run
+from scripts.tiny.run import Run
 from tests.helpers import HANGS_AFTER, ROOT
 
 SHIPPED = ROOT / "audioldm2" / "tiny"

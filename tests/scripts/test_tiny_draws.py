@@ -19,7 +19,7 @@ from scripts.tiny.data.library import Library, make_library
 from scripts.tiny.data.sounds import draw_scene, loudest_level
 from scripts.tiny.data.tokenizers import vary_caption
 from scripts.tiny.evaluate.prompts import draw_prompts
-from scripts.tiny.loop import Run
+from scripts.tiny.run import Run
 from scripts.tiny.stages import STAGES, clap, ranking
 from tests.scripts.helpers import SHIPPED
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from scripts.tiny.loop import Run, RunMismatchError, learning_rate_factor, train
+from audioldm2.training.loop import Run, RunMismatchError, learning_rate_factor, train
 
 
 def learn(run: Run, **options: float) -> nn.Module:
@@ -37,9 +37,7 @@ def test_the_loop_learns_and_a_finished_stage_is_not_trained_again(tmp_path: Pat
 
 def test_the_state_of_another_seed_is_refused(tmp_path: Path) -> None:
     learn(Run(tmp_path))
-    with pytest.raises(
-        RunMismatchError, match="seed 0 and 300 steps, this run has seed 1 and 300 steps; remove"
-    ):
+    with pytest.raises(RunMismatchError, match="run with seed 0, and this run has seed 1; remove the file"):
         learn(Run(tmp_path, seed=1))
 
 

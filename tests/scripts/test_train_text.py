@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 
 from audioldm2.checkpoints.formats import PARTS, ClapModel
 from audioldm2.models.clap import ClapConfig
-from scripts.tiny import loop
+from audioldm2.training import loop
 from scripts.tiny.data.captions import caption
 from scripts.tiny.data.library import Library, make_library
 from scripts.tiny.data.sounds import ALL_SOUNDS, Scene, Sound, draw_scene
 from scripts.tiny.data.tokenizers import FUNCTION_WORDS, read_tokenizers, vary_caption, write_tokenizers
-from scripts.tiny.loop import Run
+from scripts.tiny.run import Run
 from scripts.tiny.sizes import TINY
 from scripts.tiny.stages import STAGES, clap, language, ranking, t5
 

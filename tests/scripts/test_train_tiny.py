@@ -12,9 +12,10 @@ import torch
 
 from audioldm2 import VAE, AudioLDM2Pipeline
 from audioldm2.checkpoints.formats import PARTS, TOKENIZERS
-from scripts.tiny import loop, train_command
+from audioldm2.training import loop
+from scripts.tiny import train_command
 from scripts.tiny.assemble import assemble, pipeline, take_parts
-from scripts.tiny.loop import Run
+from scripts.tiny.run import Run
 from scripts.tiny.sizes import TINY
 from scripts.tiny.stages import STAGES
 from tests.helpers import ROOT

@@ -11,10 +11,10 @@ import torch
 
 from audioldm2 import AudioLDM2Pipeline, UNet
 from audioldm2.models.unet import UNetConfig
-from scripts.tiny import loop
+from audioldm2.training import loop
 from scripts.tiny.data.library import Library
 from scripts.tiny.data.sounds import Scene, Sound
-from scripts.tiny.loop import Run
+from scripts.tiny.run import Run
 from scripts.tiny.sizes import TINY
 from scripts.tiny.stages import unet as unet_module
 from scripts.tiny.stages.unet import (

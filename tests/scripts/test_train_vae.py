@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from audioldm2 import VAE
 from audioldm2.models.vae import VAEConfig
 from scripts.tiny.data.library import Library, make_library
-from scripts.tiny.loop import Run
+from scripts.tiny.run import Run
 from scripts.tiny.sizes import TINY
 from scripts.tiny.stages import decoder as decoder_module, vae as vae_module
 from scripts.tiny.stages.decoder import segment_levels, train_decoder
@@ -132,9 +132,9 @@ def test_latents_are_cached_until_the_vae_or_the_library_changes(
 ) -> None:
     run = run_without(parts, tmp_path)
     first = library_latents(library, run)
-    written = tmp_path.joinpath("latents.pt").stat().st_mtime_ns
+    written = tmp_path.joinpath("latents.safetensors").stat().st_mtime_ns
     assert torch.equal(library_latents(library, run), first)
-    assert tmp_path.joinpath("latents.pt").stat().st_mtime_ns == written
+    assert tmp_path.joinpath("latents.safetensors").stat().st_mtime_ns == written
     assert not torch.equal(library_latents(make_library(8, seed=2), run), first)
     library_latents(library, run)
     VAE(VAEConfig.from_dict(TINY["vae"])).save_pretrained(run.checkpoint / "vae")

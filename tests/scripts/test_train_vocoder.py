@@ -12,11 +12,11 @@ import torch
 from audioldm2.audio.log_mel import LogMel, LogMelConfig
 from audioldm2.models.hifigan import HifiGan, HifiGanConfig
 from audioldm2.models.vae import VAE, VAEConfig
-from scripts.tiny import loop
+from audioldm2.training import loop
 from scripts.tiny.data.library import Library
 from scripts.tiny.data.sounds import KINDS, SAMPLING_RATE, Scene, Sound, loudest_level, render
 from scripts.tiny.evaluate.criteria import matches
-from scripts.tiny.loop import Run
+from scripts.tiny.run import Run
 from scripts.tiny.sizes import HOP_LENGTH, TINY
 from scripts.tiny.stages import vocoder as vocoder_module
 from scripts.tiny.stages.oscillators import set_oscillator_weights

@@ -18,7 +18,7 @@ from audioldm2.checkpoints.folder import load_tokenizer
 from audioldm2.checkpoints.formats import TOKENIZERS
 from scripts.random_tokenizers import write_roberta_tokenizer, write_t5_tokenizer
 from scripts.tiny.data.library import Library
-from scripts.tiny.loop import Run
+from scripts.tiny.run import Run
 from scripts.tiny.sizes import MAX_TOKENS, VOCABULARY_SIZES
 
 # Words without which a caption means the same.

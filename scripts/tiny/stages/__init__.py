@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from audioldm2.checkpoints.formats import TOKENIZERS
 from scripts.tiny.data.library import Library
 from scripts.tiny.data.tokenizers import write_tokenizers
-from scripts.tiny.loop import Run
+from scripts.tiny.run import Run
 from scripts.tiny.stages import clap, decoder, language, ranking, t5, unet, vae, vocoder
 
 

@@ -30,6 +30,7 @@ from audioldm2.atomic import replacing
 from audioldm2.audio.clap_features import ClapFeatureExtractor, ClapFeatureExtractorConfig
 from audioldm2.models import ClapModel
 from audioldm2.models.clap import ClapConfig
+from audioldm2.training.loop import train
 from scripts.tiny.data.captions import caption
 from scripts.tiny.data.library import Library
 from scripts.tiny.data.sounds import (
@@ -43,7 +44,7 @@ from scripts.tiny.data.sounds import (
     render,
 )
 from scripts.tiny.data.tokenizers import read_tokenizers, tokenize, vary_caption
-from scripts.tiny.loop import Run, train
+from scripts.tiny.run import Run
 from scripts.tiny.sizes import FEATURE_EXTRACTOR, TINY
 
 TRAINING_STEPS, BATCH_SIZE, LEARNING_RATE = 2000, 32, 1e-3

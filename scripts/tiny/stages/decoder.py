@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from audioldm2 import VAE
+from audioldm2.training.loop import train
 from scripts.tiny.data.library import Library
-from scripts.tiny.loop import Run, train
+from scripts.tiny.run import Run
 from scripts.tiny.stages.vae import AUDIBLE_LOG_MEL, INAUDIBLE_WEIGHT, draw_segments, spectrogram_errors
 
 TRAINING_STEPS, LEARNING_RATE = 16000, 2e-3

@@ -29,11 +29,12 @@ from audioldm2.audio.log_mel import LogMel, LogMelConfig
 from audioldm2.models import GPT2, VAE, ClapModel, ProjectionModel, T5Encoder
 from audioldm2.models.gpt2 import GPT2Config
 from audioldm2.models.projection import ProjectionConfig
+from audioldm2.training.loop import train
 from scripts.tiny.data.captions import caption
 from scripts.tiny.data.library import Library
 from scripts.tiny.data.sounds import SAMPLING_RATE, draw_scene, render
 from scripts.tiny.data.tokenizers import read_tokenizers, tokenize, vary_caption
-from scripts.tiny.loop import Run, train
+from scripts.tiny.run import Run
 from scripts.tiny.sizes import HOP_LENGTH, TINY
 from scripts.tiny.stages.latents import channel_weights, library_latents
 

@@ -7,8 +7,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from audioldm2 import VAE
+from audioldm2.training.cache import cached
 from scripts.tiny.data.library import Library
-from scripts.tiny.loop import Run, cached
+from scripts.tiny.run import Run
 
 PREDICTION_VARIANCE = 0.05  # rough variance of the error of a predicted latent
 
@@ -34,7 +35,7 @@ def library_latents(library: Library, run: Run) -> Tensor:
 
     files = [path.read_bytes() for path in sorted(folder.iterdir())]
     mels = library.mels(torch.arange(len(library))).numpy()
-    return cached(run.folder / "latents.pt", [*files, mels.tobytes()], encode)["latents"]
+    return cached(run.folder / "latents.safetensors", [*files, mels.tobytes()], encode)["latents"]
 
 
 @torch.no_grad()

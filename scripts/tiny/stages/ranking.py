@@ -25,6 +25,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from audioldm2 import AudioLDM2Pipeline, DPMSolverMultistepScheduler
+from audioldm2.training.cache import cached
+from audioldm2.training.loop import train
 from scripts.tiny.assemble import pipeline
 from scripts.tiny.data.captions import caption
 from scripts.tiny.data.library import Library, make_library
@@ -32,7 +34,7 @@ from scripts.tiny.data.sounds import CLIP_SAMPLES, KINDS, SAMPLING_RATE
 from scripts.tiny.data.tokenizers import tokenize
 from scripts.tiny.evaluate.generation import generate
 from scripts.tiny.evaluate.prompts import Prompt
-from scripts.tiny.loop import Run, cached, train
+from scripts.tiny.run import Run
 from scripts.tiny.stages.clap import (
     RETRIEVAL_ROUNDS,
     captions_with_negatives,
@@ -60,7 +62,9 @@ def train_ranking(library: Library, run: Run) -> None:
     rows = torch.multinomial(sampling_weights(library), count, generator=run.generator(0))
     sources = [path.read_bytes() for path in sorted(run.checkpoint.glob("*/*.safetensors"))]
     sources.append(json.dumps([library.captions[i] for i in rows]).encode())
-    pairs = cached(run.folder / "ranking_sounds.pt", sources, partial(make_pairs, pipe, library, rows, run))
+    pairs = cached(
+        run.folder / "ranking_sounds.safetensors", sources, partial(make_pairs, pipe, library, rows, run)
+    )
     real, generated = pairs["real"], pairs["generated"]
 
     def encode(texts: list[str], spectrograms: Tensor) -> tuple[Tensor, Tensor]:

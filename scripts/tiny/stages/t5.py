@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from audioldm2.models import T5Encoder
 from audioldm2.models.t5 import T5Config
+from audioldm2.training.loop import train
 from scripts.tiny.data.captions import caption
 from scripts.tiny.data.library import Library
 from scripts.tiny.data.sounds import ALL_SOUNDS, KINDS, Scene, draw_scene
 from scripts.tiny.data.tokenizers import read_tokenizers, tokenize, vary_caption
-from scripts.tiny.loop import Run, train
+from scripts.tiny.run import Run
 from scripts.tiny.sizes import TINY
 
 TRAINING_STEPS, BATCH_SIZE, LEARNING_RATE = 1500, 48, 3e-3

@@ -31,9 +31,10 @@ from tqdm.auto import tqdm
 
 from audioldm2 import AudioLDM2Pipeline, DDIMScheduler, UNet
 from audioldm2.models.unet import UNetConfig
+from audioldm2.training.loop import train
 from scripts.tiny.assemble import pipeline
 from scripts.tiny.data.library import Library
-from scripts.tiny.loop import Run, train
+from scripts.tiny.run import Run
 from scripts.tiny.sizes import SCHEDULER, TINY
 from scripts.tiny.stages.latents import channel_weights, library_latents
 

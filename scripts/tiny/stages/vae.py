@@ -17,8 +17,9 @@ from torch import Tensor
 
 from audioldm2 import VAE
 from audioldm2.models.vae import VAEConfig
+from audioldm2.training.loop import train
 from scripts.tiny.data.library import Library
-from scripts.tiny.loop import Run, train
+from scripts.tiny.run import Run
 from scripts.tiny.sizes import TINY
 from scripts.tiny.stages.latents import encode_modes
 

@@ -34,9 +34,10 @@ from torch import Tensor, nn
 from audioldm2.audio.log_mel import LogMel, LogMelConfig
 from audioldm2.models.hifigan import HifiGan, HifiGanConfig
 from audioldm2.models.vae import VAE
+from audioldm2.training.loop import train
 from scripts.tiny.data.library import Library, make_library
 from scripts.tiny.data.sounds import loudest_level
-from scripts.tiny.loop import Run, train
+from scripts.tiny.run import Run
 from scripts.tiny.sizes import HOP_LENGTH, TINY
 from scripts.tiny.stages.oscillators import set_oscillator_weights
 

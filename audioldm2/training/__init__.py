@@ -1,0 +1,1 @@
+"""Training: the loop, the losses and the data that every training shares."""
