@@ -70,7 +70,7 @@ class Watch:
     """What is done now and then with the averaged weights: a validation, a sample.
 
     Args:
-        every: number of steps between two looks; the last step has one, too.
+        every: number of steps between two looks; there is one before the first step and after the last, too.
         look: called with the number of steps done, while the module holds the averaged weights and is in
             evaluation mode. What it returns is added to the curves.
     """
@@ -89,11 +89,13 @@ class Processes:
 
     Args:
         index: of this process; process 0 writes the files.
+        count: number of processes.
         average: replaces gradients by their means over all processes.
         wait: returns when all processes have called it.
     """
 
     index: int = 0
+    count: int = 1
     average: Callable[[Sequence[Tensor]], None] = lambda gradients: None
     wait: Callable[[], None] = lambda: None
 
@@ -127,7 +129,8 @@ def train(
     watches: Sequence[Watch] = (),
     settings: Mapping[str, str | int | float | bool] | None = None,
     processes: Processes | None = None,
-) -> None:
+    save_interval: float | None = None,
+) -> Points:
     """Train a module, resume a training that was killed, or load the result of one that is finished.
 
     Afterwards the module holds the averaged weights and is in evaluation mode. Optimized with AdamW
@@ -151,6 +154,10 @@ def train(
         watches: what is done now and then with the averaged weights.
         settings: what else decides the result; a run with other settings is not resumed.
         processes: those that share the run; each computes `loss` of its share of a batch.
+        save_interval: seconds from one saved state to the next; None is `SAVE_INTERVAL`.
+
+    Returns:
+        What the watches returned: for each name, the steps and the numbers.
 
     Raises:
         RunMismatchError: the folder holds the state of a run with another seed, number of steps or setting.
@@ -177,7 +184,7 @@ def train(
     path = run.folder / f"{name}.pt"
     if path.is_file():
         state = torch.load(path, map_location=run.device, weights_only=True)
-        _check_settings(path, state["settings"], settings)
+        check_settings(path, state["settings"], settings)
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
         averaged, curves, points, done = state["averaged"], state["curves"], state["points"], state["done"]
@@ -193,6 +200,15 @@ def train(
         write_losses(curves, points, run.folder / "plots" / f"{name}.csv")
         plot_losses(name, curves, points, run.folder / "plots" / f"{name}.png")
 
+    def look() -> None:
+        for watch in watches:
+            if processes.is_main and watch.due(done, steps):
+                with holding(module, averaged):
+                    for key, number in watch.look(done).items():
+                        points.setdefault(key, []).append((done, number))
+
+    if done == 0:
+        look()
     saved = time.monotonic()
     hidden = None if processes.is_main else True
     with tqdm(total=steps, initial=done, desc=f"Training {name}", disable=hidden, mininterval=1.0) as bar:
@@ -207,7 +223,9 @@ def train(
                 for key, value in losses.items():
                     means[key] = means.get(key, 0.0) + value.item() / accumulate
                 if not math.isfinite(means["loss"]):
-                    raise FloatingPointError(f"{name}: the loss is {means['loss']} at step {done + 1}")
+                    raise FloatingPointError(
+                        f"{name}: the loss is {means['loss']} at step {done + 1}; try a lower learning rate"
+                    )
                 (losses["loss"] / accumulate).backward()
             processes.average([p.grad for p in parameters if p.grad is not None])
             nn.utils.clip_grad_norm_(parameters, clip)
@@ -218,21 +236,18 @@ def train(
                 curves.setdefault(key, []).append(mean)
             bar.update()
             bar.set_postfix({key: f"{sum(c[-50:]) / len(c[-50:]):.4f}" for key, c in curves.items()})
-            for watch in watches:
-                if processes.is_main and watch.due(done, steps):
-                    with holding(module, averaged):
-                        for key, number in watch.look(done).items():
-                            points.setdefault(key, []).append((done, number))
-            if time.monotonic() - saved > SAVE_INTERVAL:
+            look()
+            if time.monotonic() - saved > (SAVE_INTERVAL if save_interval is None else save_interval):
                 save()
                 saved = time.monotonic()
     save()
     processes.wait()
     module.load_state_dict(averaged)
     module.eval()
+    return points
 
 
-def _check_settings(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def check_settings(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Raise RunMismatchError, which names the differences, unless a saved run has the same settings."""
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     if names:
@@ -240,8 +255,8 @@ def _check_settings(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) 
             ", ".join(f"{name} {values.get(name, 'unset')}" for name in names) for values in (old, new)
         )
         raise RunMismatchError(
-            f"{path} belongs to a run with {kept}, and this run has {asked}; remove the file to train from "
-            "the beginning"
+            f"{path} belongs to a run with {kept}, and this run has {asked}; remove it to train from the "
+            "beginning"
         )
 
 
@@ -277,8 +292,10 @@ def write_losses(curves: Curves, points: Points, path: Path) -> None:
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["step", *curves, *found])
-        for step, values in enumerate(zip(*curves.values(), strict=True), 1):
-            writer.writerow([step, *values, *(pairs.get(step, "") for pairs in found.values())])
+        before = [""] * len(curves)  # the first step
+        for step, values in enumerate([before, *zip(*curves.values(), strict=True)]):
+            if step or found:
+                writer.writerow([step, *values, *(pairs.get(step, "") for pairs in found.values())])
 
 
 def plot_losses(name: str, curves: Curves, points: Points, path: Path) -> None:

@@ -37,7 +37,7 @@ def test_the_loop_learns_and_a_finished_stage_is_not_trained_again(tmp_path: Pat
 
 def test_the_state_of_another_seed_is_refused(tmp_path: Path) -> None:
     learn(Run(tmp_path))
-    with pytest.raises(RunMismatchError, match="run with seed 0, and this run has seed 1; remove the file"):
+    with pytest.raises(RunMismatchError, match="run with seed 0, and this run has seed 1; remove it"):
         learn(Run(tmp_path, seed=1))
 
 

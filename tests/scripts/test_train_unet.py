@@ -12,6 +12,7 @@ import torch
 from audioldm2 import AudioLDM2Pipeline, UNet
 from audioldm2.models.unet import UNetConfig
 from audioldm2.training import loop
+from audioldm2.training.conditions import encode_texts
 from scripts.tiny.data.library import Library
 from scripts.tiny.data.sounds import Scene, Sound
 from scripts.tiny.run import Run
@@ -22,7 +23,6 @@ from scripts.tiny.stages.unet import (
     OVERSAMPLED_KINDS,
     PURE_NOISE_EVERY,
     TWO_SOUND_SHARE,
-    encode_texts,
     multiscale_loss,
     sampling_weights,
     scene_means,

@@ -132,12 +132,12 @@ def misses(scene: Scene, waveform: np.ndarray) -> dict[str, list[str]]:
         measured = measure(waveform, DEPTH_OVER_BACKGROUND, ATTACK_OVER_BACKGROUND)
     else:
         measured = measure(waveform)
-    found = {"kind": _outside(measured, KIND_BOUNDS[sound.kind])}
+    found = {"kind": outside(measured, KIND_BOUNDS[sound.kind])}
     if measured.level < SILENCE_LEVEL:
         found["kind"] = ["silence"]
     if sound.trait:
         quantity, by_trait = TRAIT_BOUNDS[sound.kind]
-        found[quantity] = _outside(measured, {quantity: by_trait[sound.trait]})
+        found[quantity] = outside(measured, {quantity: by_trait[sound.trait]})
     if over_background:
         wrong = _background_misses(scene.sounds[1], sound, waveform)
         if wrong is not None:
@@ -145,11 +145,11 @@ def misses(scene: Scene, waveform: np.ndarray) -> dict[str, list[str]]:
     if scene.loudness:
         bounds = {"level": LOUDNESS_BOUNDS[scene.loudness]}
         loud_peak = scene.loudness == "loud" and np.abs(waveform).max() >= LOUD_PEAK
-        found["loudness"] = [] if loud_peak else _outside(measured, bounds)
+        found["loudness"] = [] if loud_peak else outside(measured, bounds)
     return found
 
 
-def _outside(measured: Measured, bounds: Bounds) -> list[str]:
+def outside(measured: Measured, bounds: Bounds) -> list[str]:
     """The quantities outside their bounds, in words."""
     values = {name: (getattr(measured, name), *limits) for name, limits in bounds.items()}
     return [f"{n} {v:.3g}, not {a:g} to {b:g}" for n, (v, a, b) in values.items() if not a <= v <= b]

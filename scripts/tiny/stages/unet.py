@@ -22,16 +22,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from audioldm2 import AudioLDM2Pipeline, DDIMScheduler, UNet
+from audioldm2 import DDIMScheduler, UNet
 from audioldm2.models.unet import UNetConfig
+from audioldm2.schedulers.noise_schedule import mix_noise
+from audioldm2.training.conditions import encode_texts
 from audioldm2.training.loop import train
+from audioldm2.training.losses import diffusion_target, drop_conditions
 from scripts.tiny.assemble import pipeline
 from scripts.tiny.data.library import Library
 from scripts.tiny.run import Run
@@ -45,60 +46,6 @@ PURE_NOISE_EVERY = 8  # one example in this many is pure noise
 TWO_SOUND_SHARE = 0.3  # of the examples
 OVERSAMPLED_KINDS = {"engine": 3, "struck": 3}  # came out worst, and are drawn this many times as often
 LOW_NOISE_TIMESTEPS = 250  # half of the examples that are not pure noise are drawn below this timestep
-
-
-@dataclass(frozen=True)
-class EncodedTexts:
-    """What the encoders make of n texts.
-
-    Attributes:
-        states: T5's states, (n, M, 96).
-        mask: their mask, (n, M).
-        vectors: GPT-2's vectors, (n, 8, 128).
-        uncond: (n,), the row, after the texts' own, of an empty prompt padded to the text's length.
-    """
-
-    states: Tensor
-    mask: Tensor
-    vectors: Tensor
-    uncond: Tensor
-
-    def select(self, rows: Tensor, device: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Vectors, states and mask of some rows, in the order of the UNet's arguments.
-
-        They are as long as the longest text of all, not of these rows: with one shape, a UNet is compiled
-        once.
-        """
-        return self.vectors[rows].to(device), self.states[rows].float().to(device), self.mask[rows].to(device)
-
-
-@torch.no_grad()
-def encode_texts(pipe: AudioLDM2Pipeline, texts: list[str]) -> EncodedTexts:
-    """Encode texts, and empty prompts to go with them, as the pipeline does for guidance.
-
-    Only texts of the same length are encoded together. Padding a text to a longer one would shift the
-    positions of the vectors that GPT-2 generates.
-    """
-    text_lengths = [len(ids) for ids in pipe.tokenizer_2(texts, truncation=True).input_ids]
-    pipe.set_progress_bar_config(disable=True)
-    width, longest = TINY["text_encoder_2"]["d_model"], max(text_lengths)
-    lengths = sorted(set(text_lengths))
-    count = len(texts) + len(lengths)
-    states = torch.zeros(count, longest, width, dtype=torch.float16)
-    mask = torch.zeros(count, longest, dtype=torch.long)
-    gpt2 = pipe.language_model.config
-    vectors = torch.zeros(count, gpt2.max_new_tokens, gpt2.n_embd)
-    uncond = torch.tensor([len(texts) + lengths.index(length) for length in text_lengths])
-    with tqdm(total=len(texts), desc="Encoding captions", disable=None) as bar:
-        for length in lengths:
-            for rows in torch.tensor([i for i, n in enumerate(text_lengths) if n == length]).split(256):
-                batch = [texts[i] for i in rows]
-                encoded = pipe.encode_prompt(batch, pipe.device, 1, True, negative_prompt="")
-                both_rows = torch.cat([uncond[rows], rows])  # the pipeline puts the negative prompts first
-                for target, values in zip((states, mask, vectors), encoded, strict=True):
-                    target[:, : values.shape[1]][both_rows] = values.to("cpu", target.dtype)
-                bar.update(len(rows))
-    return EncodedTexts(states, mask, vectors, uncond)
 
 
 def scene_means(library: Library, latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,9 +118,9 @@ def train_unet(library: Library, run: Run) -> None:
         batch = run.batch_or(BATCH_SIZE)
         rows = torch.multinomial(sound_weights, batch, replacement=True, generator=generator)
         column = torch.randint(caption_rows.shape[1], (batch,), generator=generator)
-        text_rows = caption_rows[rows, column]
-        uncond = torch.rand(batch, generator=generator) < UNCOND_PROBABILITY
-        text_rows = torch.where(uncond, conditions.uncond[text_rows], text_rows)
+        captions = caption_rows[rows, column]
+        text_rows = drop_conditions(captions, conditions.uncond, UNCOND_PROBABILITY, generator)
+        uncond = text_rows != captions
         # Timesteps are spread evenly, so every step has all levels of noise (Kingma et al. 2021,
         # appendix I.1). `spread` runs from 0 to 1 over the low-noise examples and from 1 to 2 over the
         # others; the rest are pure noise.
@@ -183,13 +130,11 @@ def train_unet(library: Library, run: Run) -> None:
         timesteps = timesteps.long().clamp(max=len(abar) - 1)
         clean = latents[rows]  # (B, C, T, F), x_0
         clean[noisy_count:] = means[torch.where(uncond, 0, mean_rows[rows])[noisy_count:]]
-        level = abar[timesteps].view(-1, 1, 1, 1)
-        signal_scale, noise_scale = level.sqrt(), (1 - level).sqrt()
         noise = torch.randn(clean.shape, generator=generator)
-        noisy = signal_scale * clean + noise_scale * noise
+        noisy = mix_noise(clean, noise, abar[timesteps])
         vectors, states, mask = conditions.select(text_rows, run.device)
         predicted = predict(noisy.to(run.device), timesteps.to(run.device), vectors, states, mask)
-        target = signal_scale * noise - noise_scale * clean  # v
+        target = diffusion_target(SCHEDULER["prediction_type"], clean, noise, abar[timesteps])
         return multiscale_loss(predicted, target.to(run.device), weights)
 
     rate = CONTINUED_LEARNING_RATE if run.begin else LEARNING_RATE

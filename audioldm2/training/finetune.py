@@ -1,0 +1,414 @@
+"""Fine-tuning: teach a checkpoint's UNet new sounds, from a table of files and captions.
+
+    pipe = AudioLDM2Pipeline.from_pretrained("cvssp/audioldm2", device="cuda")
+    result = finetune(pipe, "data.csv", "my-sounds", FinetuneOptions(steps=2000, rank=16))
+    audio = pipe("the sound of my door").audios[0]  # the pipeline has the adapter now
+
+Only the UNet is trained, or an adapter in it (LoRA: Hu et al. 2022); the text encoders and the VAE stay as
+they are, so latents and conditions are computed once. The loss is that of `losses`, the loop that of `loop`:
+a run that was killed is resumed by starting it again with the same arguments.
+
+The output folder holds the result, an adapter or a whole checkpoint, and `training/`, the files of the run:
+its settings and state, the latents, plots of the losses, and samples.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from audioldm2.atomic import check_folder_writable, replacing
+from audioldm2.audio.wav import write_wav
+from audioldm2.checkpoints.recommended import recommended_for
+from audioldm2.conditioning import speaks
+from audioldm2.models.unet import UNet
+from audioldm2.pipeline import AudioLDM2Pipeline
+from audioldm2.plots import plot_sound, save_figure
+from audioldm2.runtime.precision import stage_device, stage_dtype
+from audioldm2.schedulers import as_sampler
+from audioldm2.schedulers.noise_schedule import mix_noise
+from audioldm2.training.data import (
+    EncodedData,
+    Excerpting,
+    Item,
+    encode_items,
+    hold_out,
+    read_table,
+    training_samples,
+    weights_digest,
+)
+from audioldm2.training.loop import Processes, Run, RunMismatchError, Watch, check_settings, train
+from audioldm2.training.losses import (
+    diffusion_target,
+    drop_conditions,
+    min_snr_weights,
+    prediction_type,
+    spread_timesteps,
+    weighted_mse,
+)
+from audioldm2.training.options import FinetuneOptions
+from audioldm2.training.processes import start_processes
+
+ADAPTER = "finetuned"  # the adapter's name in the pipeline
+FOLDER = "training"  # of the run's files, in the output folder
+SETTINGS = "settings.json"
+NAME = "finetune"  # of the state and the plots
+VALIDATION_TIMESTEPS = 8  # of each held-out example
+VALIDATION = "validation"  # the name of that loss
+DIGITS = 16  # of a digest, in the settings
+VALIDATION_SEED = 0  # of their noise, whatever the run's seed is
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a fine-tune made.
+
+    Attributes:
+        folder: with the adapter, or with the checkpoint.
+        parameters: number of trained numbers.
+        examples: that it was trained on.
+        seconds: that this call took.
+        validation: the loss on held-out files before and after; None without a validation.
+    """
+
+    folder: Path
+    parameters: int
+    examples: int
+    seconds: float
+    validation: tuple[float, float] | None
+
+
+def finetune(
+    pipe: AudioLDM2Pipeline,
+    table: str | Path,
+    output: str | Path,
+    options: FinetuneOptions | None = None,
+) -> FinetuneResult:
+    """Fine-tune a pipeline's UNet on sound files and captions, or resume a fine-tune that was stopped.
+
+    Afterwards the pipeline holds what was trained: an adapter named "finetuned", or the new weights.
+
+    Args:
+        pipe: on the device to train on, its UNet in float32.
+        table: of the files and captions; see `data.read_table`.
+        output: the folder for the result. With the output of the same run, the run is resumed.
+        options: how; all defaults if None.
+
+    Returns:
+        Where the result is, and what it cost.
+
+    Raises:
+        OSError, ValueError: a table, file or folder that cannot be used; the message names it.
+        TypeError: the pipeline's UNet is not this package's.
+        RunMismatchError: the folder holds another run.
+        FloatingPointError: the loss is not finite.
+
+    Example:
+        >>> pipe = AudioLDM2Pipeline.from_pretrained("tiny")
+        >>> result = finetune(pipe, "data.csv", "my-sounds", FinetuneOptions(steps=500, rate=1e-3))
+        >>> pipe = AudioLDM2Pipeline.from_pretrained("tiny")
+        >>> pipe.load_lora_weights("my-sounds")
+    """
+    start = time.monotonic()
+    options = options or FinetuneOptions()
+    output = Path(output).expanduser()
+    _check_pipeline(pipe)
+    processes = start_processes(pipe.device)
+    if options.batch_size % processes.count:
+        raise ValueError(
+            f"batch_size = {options.batch_size} cannot be divided among {processes.count} processes"
+        )
+    items = _Items.read(table, options)
+    how = Excerpting(
+        pipe.part("vocoder").config.sampling_rate,
+        training_samples(pipe, options.duration),
+        options.excerpts,
+        options.keep_level,
+    )
+    folder = output / FOLDER
+    if processes.is_main:
+        _check_output(output)
+    else:
+        processes.wait()  # until the first process has written the cache
+    show = None if processes.is_main else False
+    data = encode_items(pipe, items.all, how, folder / "data.safetensors", show=show)
+    settings = {
+        **options.settings(),
+        "rehearsed": len(items.rehearse),
+        "held out": len(items.validation),
+        "model": weights_digest(pipe.unet)[:DIGITS],
+        "data": data.digest[:DIGITS],
+    }
+    if processes.is_main:
+        _check_same_run(folder, settings)
+        processes.wait()
+    task = _Task(pipe, data, items, options, processes)
+    watches = []
+    if items.validation:
+        watches.append(Watch(options.validate_every, task.validate))
+    if options.sample_every is not None:
+        watches.append(Watch(options.sample_every, _Sampler(pipe, options, folder / "samples")))
+    with _trained_part(pipe, options) as trained:
+        points = train(
+            NAME,
+            trained,
+            task.loss,
+            Run(folder, str(pipe.device), options.seed),
+            steps=options.steps,
+            rate=options.learning_rate,
+            warmup=options.warmup,
+            average=options.ema,
+            accumulate=options.accumulate,
+            watches=watches,
+            settings=settings,
+            processes=processes,
+            save_interval=options.save_every,
+        )
+        if processes.is_main:
+            if options.full:
+                pipe.save_pretrained(output)
+            else:
+                pipe.save_lora_weights(output, ADAPTER)
+        processes.wait()
+    seen = [value for _, value in points.get(VALIDATION, [])]
+    return FinetuneResult(
+        output,
+        sum(p.numel() for p in trained.parameters()),
+        len(task.train),
+        time.monotonic() - start,
+        (seen[0], seen[-1]) if seen else None,
+    )
+
+
+# --- what is trained, and on what
+
+
+def _check_pipeline(pipe: AudioLDM2Pipeline) -> None:
+    """Raise TypeError or ValueError unless a pipeline's UNet can be trained."""
+    if not isinstance(pipe.unet, UNet):
+        raise TypeError(
+            f"pipe.unet is a {type(pipe.unet).__name__}; finetune trains this package's UNet, as "
+            "from_pretrained loads it"
+        )
+    if stage_dtype(pipe.unet) != torch.float32:
+        raise ValueError(
+            f"the UNet's weights are {str(stage_dtype(pipe.unet)).removeprefix('torch.')}; load the "
+            "checkpoint with torch_dtype=torch.float32, and compute in bfloat16 with precision='bf16'"
+        )
+    if stage_device(pipe.unet) != pipe.device:
+        raise ValueError("finetune keeps the UNet on its device; leave out enable_model_cpu_offload()")
+    if speaks(pipe):
+        raise ValueError("finetune has no transcriptions; speech checkpoints cannot be trained with it")
+
+
+def _check_output(output: Path) -> None:
+    """Raise OSError or ValueError unless a folder is new, empty or that of a fine-tune."""
+    check_folder_writable(output)
+    if output.is_dir() and any(output.iterdir()) and not (output / FOLDER).is_dir():
+        raise ValueError(f"{output} is not empty and not the output of a fine-tune; name another folder")
+
+
+def _check_same_run(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write a run's settings, or raise RunMismatchError if the folder is that of another run."""
+    path = folder / SETTINGS
+    if path.is_file():
+        try:
+            old = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunMismatchError(
+                f"{path} is broken; remove {folder} to train from the beginning"
+            ) from error
+        check_settings(folder, old, settings)
+        return
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class _Items:
+    """The rows of all tables: to train on, to rehearse, and held out."""
+
+    train: list[Item]
+    rehearse: list[Item]
+    validation: list[Item]
+
+    @classmethod
+    def read(cls, table: str | Path, options: FinetuneOptions) -> _Items:
+        rows = read_table(table)
+        rehearse = [] if options.rehearse is None else read_table(options.rehearse)
+        if isinstance(options.validation, str | Path):
+            return cls(rows, rehearse, read_table(options.validation))
+        kept, held = hold_out(rows, options.validation, options.seed)
+        return cls(kept, rehearse, held)
+
+    @property
+    def all(self) -> list[Item]:
+        return [*self.train, *self.rehearse, *self.validation]
+
+
+@contextmanager
+def _trained_part(pipe: AudioLDM2Pipeline, options: FinetuneOptions) -> Iterator[nn.Module]:
+    """The UNet or a new adapter in it, to be trained in the block; after an error it is as it was."""
+    unet = pipe.unet
+    required = {p: p.requires_grad for p in unet.parameters()}
+    before = {k: v.cpu().clone() for k, v in unet.state_dict().items()} if options.full else {}
+    unet.requires_grad_(options.full)
+    if options.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    try:
+        if options.full:
+            yield unet
+        else:
+            pipe.add_adapter(
+                ADAPTER,
+                options.rank,
+                options.alpha,
+                options.targets,
+                generator=torch.Generator().manual_seed(options.seed),
+            )
+            try:
+                yield nn.ParameterList(pipe.adapter_parameters(ADAPTER))
+            except BaseException:
+                pipe.delete_adapters(ADAPTER)
+                raise
+    except BaseException:
+        if options.full:
+            unet.load_state_dict(before)
+        raise
+    finally:
+        unet.disable_gradient_checkpointing()
+        for parameter in unet.parameters():
+            parameter.requires_grad_(required.get(parameter, True))
+        unet.eval()
+
+
+class _Task:
+    """The losses of a fine-tune.
+
+    Args:
+        pipe: its UNet is trained, on the targets that its scheduler's config says.
+        data: of all items.
+        items: which of them are for what.
+        options: of the fine-tune.
+        processes: each computes the loss of its share of a batch, all of which draw the whole batch: so the
+            result is the same for any number of processes, up to rounding.
+    """
+
+    def __init__(
+        self,
+        pipe: AudioLDM2Pipeline,
+        data: EncodedData,
+        items: _Items,
+        options: FinetuneOptions,
+        processes: Processes,
+    ):
+        self.pipe, self.data, self.options, self.processes = pipe, data, options, processes
+        self.kind = prediction_type(pipe.scheduler.config)
+        self.abar = pipe.scheduler.alphas_cumprod.float().cpu()  # (T,)
+        self.weights = torch.ones_like(self.abar)
+        if options.min_snr is not None:
+            self.weights = min_snr_weights(self.kind, self.abar, options.min_snr)
+        ends = [len(items.train), len(items.train) + len(items.rehearse)]
+        self.train = torch.nonzero(data.items < ends[0])[:, 0]
+        self.rehearse = torch.nonzero((data.items >= ends[0]) & (data.items < ends[1]))[:, 0]
+        self.validation = torch.nonzero(data.items >= ends[1])[:, 0]
+
+    def loss(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """The losses of one batch: "loss", weighted by timestep, and "mse", not weighted."""
+        options, batch = self.options, self.options.batch_size
+        rehearsed = round(options.rehearse_share * batch) if len(self.rehearse) else 0
+        rows = torch.cat(
+            [
+                part[torch.randint(len(part), (count,), generator=generator)]
+                for part, count in ((self.train, batch - rehearsed), (self.rehearse, rehearsed))
+                if count
+            ]
+        )
+        texts = drop_conditions(self.data.items[rows], self.data.texts.uncond, options.dropout, generator)
+        timesteps = spread_timesteps(batch, len(self.abar), generator)
+        timesteps = timesteps[torch.randperm(batch, generator=generator)]
+        clean = self.data.means[rows]
+        if options.latents == "sampled":
+            clean = clean + self.data.spreads[rows] * torch.randn(clean.shape, generator=generator)
+        noise = torch.randn(clean.shape, generator=generator)
+        own = slice(self.processes.index, None, self.processes.count)
+        predicted, target = self._predict(clean[own], noise[own], timesteps[own], texts[own])
+        weights = self.weights[timesteps[own]].to(predicted.device)
+        with torch.no_grad():
+            mse = F.mse_loss(predicted, target)
+        return {"loss": weighted_mse(predicted, target, weights), "mse": mse}
+
+    def validate(self, done: int) -> dict[str, float]:
+        """The mean squared error on the held-out examples, always with the same noise and timesteps."""
+        generator = torch.Generator().manual_seed(VALIDATION_SEED)
+        middle = (torch.arange(VALIDATION_TIMESTEPS) + 0.5) / VALIDATION_TIMESTEPS
+        timesteps = (middle * len(self.abar)).long()
+        total = 0.0
+        for rows in self.validation.split(self.options.batch_size):
+            for timestep in timesteps:
+                clean = self.data.means[rows]
+                noise = torch.randn(clean.shape, generator=generator)
+                same = timestep.expand(len(rows))
+                predicted, target = self._predict(clean, noise, same, self.data.items[rows])
+                total += len(rows) * F.mse_loss(predicted, target).item()
+        return {VALIDATION: total / (len(self.validation) * len(timesteps))}
+
+    def _predict(
+        self, clean: Tensor, noise: Tensor, timesteps: Tensor, texts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What the UNet predicts of noisy latents, and what it should, both (B, C, T, F) float32."""
+        device = self.pipe.device
+        abar = self.abar[timesteps]
+        noisy = mix_noise(clean, noise, abar).to(device)
+        conditions = self.data.texts.select(texts, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
+            predicted = self.pipe.unet(noisy, timesteps.to(device), *conditions)
+        return predicted.float(), diffusion_target(self.kind, clean, noise, abar).to(device)
+
+
+class _Sampler:
+    """Writes sounds of the options' prompts, and pictures of them if matplotlib is installed."""
+
+    def __init__(self, pipe: AudioLDM2Pipeline, options: FinetuneOptions, folder: Path):
+        self.pipe, self.options, self.folder = pipe, options, folder
+
+    def __call__(self, done: int) -> dict[str, float]:
+        pipe, scheduler, bars = self.pipe, self.pipe.scheduler, self.pipe.progress_bar_config
+        pipe.scheduler = as_sampler("dpmsolver++", scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            for number, prompt in enumerate(self.options.sample_prompts, 1):
+                output = pipe(
+                    prompt,
+                    generator=torch.Generator().manual_seed(self.options.seed),
+                    **{
+                        **recommended_for(pipe.recommended, type(pipe.scheduler).__name__),
+                        **(
+                            {}
+                            if self.options.duration is None
+                            else {"audio_length_in_s": self.options.duration}
+                        ),
+                    },
+                )
+                path = self.folder / f"step-{done:06}-{number}.wav"
+                write_wav(path, output.audios[0], output.sampling_rate)
+                if importlib.util.find_spec("matplotlib") is not None:
+                    figure = plot_sound(
+                        output.audios[0], output.sampling_rate, title=f"{prompt} ({done} steps)"
+                    )
+                    save_figure(path.with_suffix(".png"), figure)
+        finally:
+            pipe.scheduler = scheduler
+            pipe.set_progress_bar_config(**bars)
+        return {}
