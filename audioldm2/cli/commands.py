@@ -16,6 +16,7 @@ DEFAULT = "generate"
 COMMANDS = {
     "generate": "one sound from its description; the default",
     "batch": "a sound for each prompt of a table, into a folder",
+    "finetune": "teach a checkpoint your own sounds",
     "serve": "a web page for generating sounds",
     "completion": "Tab completion for bash, zsh and fish",
 }

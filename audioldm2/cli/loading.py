@@ -29,7 +29,7 @@ class Loader:
         model: the checkpoint.
         dtype: the name of a dtype.
         device: of the stages.
-        scheduler: the name of a sampler in `SAMPLERS`.
+        scheduler: the name of a sampler in `SAMPLERS`; None is the checkpoint's own.
         compile: whether to compile the stages.
         variant: weights of a variant, such as "fp16".
         revision: branch, tag or commit on the Hub.
@@ -38,7 +38,7 @@ class Loader:
     model: str
     dtype: str
     device: str
-    scheduler: str
+    scheduler: str | None
     compile: bool = False
     variant: str | None = None
     revision: str | None = None
@@ -60,7 +60,8 @@ class Loader:
             variant=self.variant,
             revision=self.revision,
         )
-        pipe.scheduler = as_sampler(self.scheduler, pipe.scheduler)
+        if self.scheduler is not None:
+            pipe.scheduler = as_sampler(self.scheduler, pipe.scheduler)
         if self.compile:
             pipe.compile()
         return pipe

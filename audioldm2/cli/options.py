@@ -141,7 +141,9 @@ def add_model_options(p: argparse.ArgumentParser, several: bool = False) -> None
         "--revision", metavar="NAME", help="branch, tag or commit of a repository on the Hub (default: main)"
     )
     machine.add_argument(
-        "--device", type=_device, help="cpu, cuda, cuda:1, mps or xpu (default: cuda if available, or cpu)"
+        "--device",
+        type=device_name,
+        help="cpu, cuda, cuda:1, mps or xpu (default: cuda if available, or cpu)",
     )
     machine.add_argument(
         "--dtype",
@@ -206,7 +208,8 @@ def seconds(text: str) -> float:
     return length
 
 
-def _device(text: str) -> str:
+def device_name(text: str) -> str:
+    """An argparse type: the name of a device, which need not be available."""
     if re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d{1,3})?", text) is None:
         hint = f"; the GPU of that number is cuda:{text}" if text.isdecimal() else ""
         raise argparse.ArgumentTypeError(f"unknown device {text!r}; use cpu, cuda, cuda:1, mps or xpu{hint}")

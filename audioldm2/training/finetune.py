@@ -40,10 +40,7 @@ from audioldm2.schedulers.noise_schedule import mix_noise
 from audioldm2.training.data import (
     EncodedData,
     Excerpting,
-    Item,
     encode_items,
-    hold_out,
-    read_table,
     training_samples,
     weights_digest,
 )
@@ -58,6 +55,7 @@ from audioldm2.training.losses import (
 )
 from audioldm2.training.options import FinetuneOptions
 from audioldm2.training.processes import start_processes
+from audioldm2.training.table import Item, hold_out, read_table
 
 ADAPTER = "finetuned"  # the adapter's name in the pipeline
 FOLDER = "training"  # of the run's files, in the output folder
@@ -93,6 +91,8 @@ def finetune(
     table: str | Path,
     output: str | Path,
     options: FinetuneOptions | None = None,
+    *,
+    progress: bool | None = None,
 ) -> FinetuneResult:
     """Fine-tune a pipeline's UNet on sound files and captions, or resume a fine-tune that was stopped.
 
@@ -103,6 +103,7 @@ def finetune(
         table: of the files and captions; see `data.read_table`.
         output: the folder for the result. With the output of the same run, the run is resumed.
         options: how; all defaults if None.
+        progress: whether to show progress bars; by default on a terminal or in a notebook.
 
     Returns:
         Where the result is, and what it cost.
@@ -140,7 +141,7 @@ def finetune(
         _check_output(output)
     else:
         processes.wait()  # until the first process has written the cache
-    show = None if processes.is_main else False
+    show = progress if processes.is_main else False
     data = encode_items(pipe, items.all, how, folder / "data.safetensors", show=show)
     settings = {
         **options.settings(),
@@ -173,6 +174,7 @@ def finetune(
             settings=settings,
             processes=processes,
             save_interval=options.save_every,
+            show=progress,
         )
         if processes.is_main:
             if options.full:

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from audioldm2.atomic import replacing
 from audioldm2.figures import new_figure
+from audioldm2.training.options import STEP_SEEDS
 
 SAVE_INTERVAL = 60.0  # s
 Loss = Callable[[torch.Generator], dict[str, Tensor]]
@@ -62,7 +63,7 @@ class Run:
 
     def generator(self, step: int) -> torch.Generator:
         """The random generator of a step, on the CPU; it depends on the seed and the step alone."""
-        return torch.Generator().manual_seed(1_000_003 * self.seed + step)
+        return torch.Generator().manual_seed(STEP_SEEDS * self.seed + step)
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ def train(
     settings: Mapping[str, str | int | float | bool] | None = None,
     processes: Processes | None = None,
     save_interval: float | None = None,
+    show: bool | None = None,
 ) -> Points:
     """Train a module, resume a training that was killed, or load the result of one that is finished.
 
@@ -155,6 +157,7 @@ def train(
         settings: what else decides the result; a run with other settings is not resumed.
         processes: those that share the run; each computes `loss` of its share of a batch.
         save_interval: seconds from one saved state to the next; None is `SAVE_INTERVAL`.
+        show: whether to show a progress bar; None is on a terminal or in a notebook.
 
     Returns:
         What the watches returned: for each name, the steps and the numbers.
@@ -210,7 +213,7 @@ def train(
     if done == 0:
         look()
     saved = time.monotonic()
-    hidden = None if processes.is_main else True
+    hidden = None if show is None and processes.is_main else not (show and processes.is_main)
     with tqdm(total=steps, initial=done, desc=f"Training {name}", disable=hidden, mininterval=1.0) as bar:
         while done < steps:
             for group in optimizer.param_groups:

@@ -22,6 +22,7 @@ from audioldm2.quoting import quoted
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 PRECISIONS = ("float32", "bf16")
 LATENTS = ("sampled", "mean")
+STEP_SEEDS = 1_000_003  # between the seeds of the first steps of two runs with successive seeds
 LORA_RATE, FULL_RATE = 1e-4, 1e-5  # learning rates by default
 # They decide what is shown and when, not what is trained.
 WITHOUT_EFFECT = ("sample_every", "sample_prompts", "save_every", "validate_every")
@@ -97,7 +98,7 @@ class FinetuneOptions:
         for name in ("rank", "steps", "batch_size", "accumulate", "excerpts", "validate_every"):
             check_count(name, getattr(self, name))
         check_count("warmup", self.warmup, lowest=0)
-        check_count("seed", self.seed, lowest=0, highest=MAX_SEED // 1_000_003 - self.steps)
+        check_count("seed", self.seed, lowest=0, highest=MAX_SEED // STEP_SEEDS - self.steps)
         for name in ("full", "gradient_checkpointing", "keep_level"):
             check_flag(name, getattr(self, name))
         check_choice("precision", self.precision, PRECISIONS)

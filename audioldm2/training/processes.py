@@ -12,6 +12,11 @@ from audioldm2.extras import import_extra
 from audioldm2.training.loop import Processes
 
 
+def own_device() -> str:
+    """The device of this process by default: its own GPU, or the CPU if there is none."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
 def start_processes(device: torch.device) -> Processes:
     """Join the processes that `accelerate launch` has started, or be the only one.
 

@@ -1,10 +1,10 @@
 """A ringing telephone: its sound, captions of it, a table to train on, and a judge of it.
 
     write_table(folder, clips=40, seed=0)   # folder/data.csv and the clips
-    misses(waveform)                        # [] if a waveform is a ringing telephone, or what speaks against it
+    misses(waveform)                        # what speaks against a ringing telephone; [] if nothing does
 
-It rings as British telephones do: two tones together, twice for 0.4 s with 0.2 s between, then a pause. None of
-the seventeen kinds that the checkpoint knows (`data/sounds.py`) has such a rhythm, and no caption of theirs
+It rings as British telephones do: two tones together, twice for 0.4 s with 0.2 s between, then a pause. None
+of the seventeen kinds that the checkpoint knows (`data/sounds.py`) has such a rhythm, and no caption of theirs
 names a telephone.
 """
 
