@@ -289,6 +289,7 @@ def _trained_part(pipe: AudioLDM2Pipeline, options: FinetuneOptions) -> Iterator
         raise
     finally:
         unet.disable_gradient_checkpointing()
+        unet.to(memory_format=torch.contiguous_format)  # the loop prefers channels last
         for parameter in unet.parameters():
             parameter.requires_grad_(required.get(parameter, True))
         unet.eval()
