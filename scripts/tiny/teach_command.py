@@ -1,11 +1,12 @@
 """Teach the tiny checkpoint a sound that it does not know, a ringing telephone, and measure what that costs.
 
-Forty clips are synthesized with captions, and `audioldm2 finetune` trains an adapter on them, and with --full
-all weights of the UNet. Both are scored on held-out captions of telephones, judged by their rhythm and pitch,
-and on the prompts of `scripts/evaluate_tiny`: what was learned, and what was forgotten. With the adapter off,
-sounds are compared with the base's bit by bit. The output is Markdown.
+Forty clips are synthesized with captions, and `audioldm2 finetune` trains an adapter on them, while sounds of
+the kinds that tiny knows are rehearsed; with --all, also without these, and all weights of the UNet. Each is
+scored on held-out captions of telephones, judged by their rhythm and pitch, and on the prompts of
+`scripts/evaluate_tiny`: what was learned, and what was forgotten. With an adapter off, sounds are compared
+with those of tiny bit by bit. The output is Markdown.
 
-The trainings are resumed if the folder holds them.
+Trainings that the folder holds are not run again, and one that was stopped is resumed.
 """
 
 from __future__ import annotations
@@ -31,23 +32,43 @@ from scripts.tiny.evaluate.generation import generate
 from scripts.tiny.evaluate.prompts import HELD_OUT_SEED, Prompt, draw_prompts
 from scripts.tiny.evaluate.report import replace_block
 from scripts.tiny.teach import telephone
+from scripts.tiny.teach.rehearsal import write_rehearsal
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = Path("docs/finetuning.md")
 CLIPS = 40
 DATA_SEED = 0
 SAMPLING: dict[str, Any] = {"steps": 20, "guidance": 2.0, "batch": 16}
-# What the two trainings have in common, and what each has of its own. tiny was trained on the means of the
-# latents, and its captions speak of the level.
-SHARED = ("--keep-level", "--latents", "mean", "--validation", "0.1", "--batch-size", "16", "--warmup", "20")
-TRAININGS = {
-    "adapter": ("--steps", "300", "--rate", "2e-3", "--rank", "8"),
-    "full": ("--full", "--steps", "300", "--rate", "3e-4"),
-}
+REHEARSED = 204  # clips of the kinds that it knows
+# tiny was trained on the means of the latents, and its captions speak of the level.
+SHARED = ("--keep-level", "--latents", "mean", "--batch-size", "16", "--warmup", "20")
+# The attention of so small a UNet is on its lowest level alone; the rest needs updates, too.
+WIDE = (
+    *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
+    *("proj_in", "proj_out", "conv1", "conv2"),
+)
+LORA = ("--steps", "300", "--rate", "2e-3", "--rank", "16", "--targets", *WIDE)
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training to compare: its row of the table, its arguments, and whether it rehearses."""
+
+    name: str
+    arguments: tuple[str, ...]
+    rehearses: bool
+
+
+ADAPTER = Training("adapter", LORA, True)
+OTHERS = (
+    Training("adapter without rehearsal", LORA, False),
+    Training("all weights", ("--full", "--steps", "300", "--rate", "1e-3"), True),
+    Training("all weights without rehearsal", ("--full", "--steps", "300", "--rate", "1e-3"), False),
+)
 EXAMPLES = """\
 examples:
   .venv/bin/python scripts/teach_tiny                # about half an hour on two cores
-  .venv/bin/python scripts/teach_tiny --full --write # everything that docs/finetuning.md shows
+  .venv/bin/python scripts/teach_tiny --all --write  # everything that docs/finetuning.md shows
   .venv/bin/python scripts/teach_tiny --prompts 8 --clips 1 --real 1"""
 
 
@@ -80,7 +101,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--folder", type=Path, default=ROOT / "out" / "teach-tiny", help="where to work (default %(default)s)"
     )
-    parser.add_argument("--full", action="store_true", help="also train all weights of the UNet")
+    parser.add_argument(
+        "--all", action="store_true", help="also train without rehearsal, and all weights of the UNet"
+    )
     parser.add_argument(
         "--prompts", type=int, default=100, help="held-out prompts of telephones (default %(default)s)"
     )
@@ -162,12 +185,17 @@ def score(name: str, pipe: AudioLDM2Pipeline, options: argparse.Namespace) -> Sc
     )
 
 
-def finetune(table: Path, output: Path, kind: str, threads: int) -> dict[str, float]:
+def finetune(training: Training, folder: Path, threads: int) -> dict[str, float]:
     """Run `scripts/finetune` in a process of its own; what it cost. A finished one is not run again."""
+    output = folder / training.name.replace(" ", "-")
     costs = output / "costs.json"
     if not costs.is_file():
+        table = telephone.write_table(folder / "telephones", CLIPS, DATA_SEED)
         command = [sys.executable, str(ROOT / "scripts" / "finetune"), str(table), "-o", str(output)]
-        command += ["--model", "tiny", "--threads", str(threads), *SHARED, *TRAININGS[kind]]
+        command += ["--model", "tiny", "--device", "cpu", "--threads", str(threads)]
+        command += [*SHARED, *training.arguments]
+        if training.rehearses:
+            command += ["--rehearse", str(write_rehearsal(folder / "known", REHEARSED, DATA_SEED))]
         start, before = time.monotonic(), os.times()
         subprocess.run(command, check=True)
         after = os.times()
@@ -210,23 +238,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     threads = options.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
-    table = telephone.write_table(options.folder / "data", CLIPS, DATA_SEED)
-    costs = {
-        name: finetune(table, options.folder / name, name, threads)
-        for name in TRAININGS
-        if name == "adapter" or options.full
-    }
+    trainings = (ADAPTER, *OTHERS) if options.all else (ADAPTER,)
+    costs = {one.name: finetune(one, options.folder, threads) for one in trainings}
     pipe = AudioLDM2Pipeline.from_pretrained("tiny")
-    scores = [score("base", pipe, options)]
-    before = generated(pipe, argparse.Namespace(clips=1, prompts=4))
-    pipe.load_lora_weights(options.folder / "adapter")
-    scores.append(score("adapter", pipe, options))
-    pipe.disable_lora()
-    after = generated(pipe, argparse.Namespace(clips=1, prompts=4))
-    if not all(np.array_equal(a, b) for a, b in zip(before[1:], after[1:], strict=True)):
-        sys.exit("teach_tiny: error: with the adapter off, the sounds are not the base's")
-    if options.full:
-        scores.append(score("full", AudioLDM2Pipeline.from_pretrained(options.folder / "full"), options))
+    few = argparse.Namespace(clips=1, prompts=4)
+    before = generated(pipe, few)
+    scores = [score("tiny", pipe, options)]
+    for one in trainings:
+        output = options.folder / one.name.replace(" ", "-")
+        if "--full" in one.arguments:
+            scores.append(score(one.name, AudioLDM2Pipeline.from_pretrained(output), options))
+            continue
+        pipe.load_lora_weights(output)
+        scores.append(score(one.name, pipe, options))
+        pipe.disable_lora()
+        after = generated(pipe, few)
+        if not all(np.array_equal(a, b) for a, b in zip(before[1:], after[1:], strict=True)):
+            sys.exit(f"teach_tiny: error: with the {one.name} off, the sounds are not those of tiny")
+        pipe.unload_lora_weights()
     text = report(scores, costs, check_judge(options.real))
     print(text)
     content = {"scores": [asdict(one) for one in scores], "costs": costs}

@@ -87,7 +87,7 @@ def test_nan_samples_are_refused(tmp_path: Path) -> None:
     content = bytearray(row.path.read_bytes())
     content[-4:] = torch.tensor([float("nan")]).numpy().tobytes()
     row.path.write_bytes(content)
-    with pytest.raises(ValueError, match="1 of 16000 samples in .*a.wav are NaN"):
+    with pytest.raises(ValueError, match=r"1 of 16000 samples in .*a\.wav are NaN"):
         read_excerpts(row, HOW)
 
 

@@ -28,7 +28,10 @@ def folder(tmp_path: Path) -> Path:
             '{"file": "a.wav", "prompt": "A door"}\n\n{"file": "b, c.wav", "text": "rain, hail", "x": 1}\n',
         ),
         ("metadata.csv", 'file_name,text\na.wav,A door\n"b, c.wav","rain, hail"\n'),
-        ("metadata.jsonl", '{"file_name": "a.wav", "text": "A door"}\n{"path":"b, c.wav","text":"rain, hail"}'),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.wav", "text": "A door"}\n{"path":"b, c.wav","text":"rain, hail"}',
+        ),
     ],
 )
 def test_every_format_is_read(folder: Path, name: str, text: str) -> None:

@@ -4,18 +4,16 @@
     misses(waveform)                        # what speaks against a ringing telephone; [] if nothing does
 
 It rings as British telephones do: two tones together, twice for 0.4 s with 0.2 s between, then a pause. None
-of the seventeen kinds that the checkpoint knows (`data/sounds.py`) has such a rhythm, and no caption of theirs
-names a telephone.
+of the seventeen kinds that the checkpoint knows (`data/sounds.py`) has such a rhythm, and none of their
+captions names a telephone.
 """
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import numpy as np
 
-from audioldm2 import write_wav
 from scripts.tiny.data.captions import HELD_OUT_TEMPLATES, TEMPLATES
 from scripts.tiny.data.sounds import (
     CLIP_SAMPLES,
@@ -26,6 +24,7 @@ from scripts.tiny.data.sounds import (
 )
 from scripts.tiny.evaluate.criteria import SILENCE_LEVEL, Bounds, outside
 from scripts.tiny.evaluate.measures import ATTACK_FRAMES, MEASURED_DEPTH, envelope, measure, onset_times
+from scripts.tiny.teach.table import write_clips
 
 RING, GAP = 0.4, 0.2  # s, of a ring and between two of a pair
 PAUSE = (1.3, 1.5)  # s, after a pair
@@ -87,16 +86,12 @@ def caption_telephone(rng: np.random.Generator, held_out: bool = False) -> str:
 
 def write_table(folder: Path, clips: int, seed: int) -> Path:
     """Write clips as WAV files and a table of them, data.csv; returns the table's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    table = folder / "data.csv"
-    with open(table, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file_name", "caption"])
-        for i in range(clips):
-            rng = np.random.default_rng([seed, i])
-            write_wav(folder / f"telephone-{i:02}.wav", render_telephone(rng), SAMPLING_RATE)
-            writer.writerow([f"telephone-{i:02}.wav", caption_telephone(rng)])
-    return table
+
+    def draw(i: int) -> tuple[np.ndarray, str]:
+        rng = np.random.default_rng([seed, i])
+        return render_telephone(rng), caption_telephone(rng)
+
+    return write_clips(folder, "telephone", map(draw, range(clips)))
 
 
 def misses(waveform: np.ndarray) -> list[str]:
