@@ -289,7 +289,9 @@ def _trained_part(pipe: AudioLDM2Pipeline, options: FinetuneOptions) -> Iterator
         raise
     finally:
         unet.disable_gradient_checkpointing()
-        unet.to(memory_format=torch.contiguous_format)  # the loop prefers channels last
+        for parameter in unet.parameters() if options.full else ():
+            # The loop prefers channels last, whose strides stay on kernels of one pixel in to().
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         for parameter in unet.parameters():
             parameter.requires_grad_(required.get(parameter, True))
         unet.eval()
