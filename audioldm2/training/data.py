@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from audioldm2.audio.log_mel import LogMel, LogMelConfig
 from audioldm2.audio.resample import resample
-from audioldm2.audio.wav import read_wav
+from audioldm2.audio.sound_file import read_sound
 from audioldm2.decoding import frames_and_samples
 from audioldm2.pipeline import AudioLDM2Pipeline
 from audioldm2.quoting import one_line
@@ -68,14 +68,15 @@ def read_excerpts(item: Item, how: Excerpting) -> Tensor:
         (n, samples) float32, from 1 to `how.excerpts` examples.
 
     Raises:
+        ImportError: the file is not WAV, and soundfile is not installed.
         OSError: the file cannot be read.
         ValueError: it is not a sound, too short or silent, or has samples that are not finite.
     """
     try:
-        waveform, rate = read_wav(item.path)
+        waveform, rate = read_sound(item.path)
     except ValueError as error:
         raise ValueError(f"{item.where}: {one_line(error)}") from error
-    waveform = waveform.reshape(-1, waveform.shape[-1]).float().mean(0)
+    waveform = waveform.mean(0)
     seconds = len(waveform) / rate
     if seconds < SHORTEST:
         raise ValueError(

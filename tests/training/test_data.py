@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from audioldm2 import AudioLDM2Pipeline, resample, write_wav
+from audioldm2.audio.sound_file import write_sound
 from audioldm2.training import data as data_module
 from audioldm2.training.data import (
     PEAK,
@@ -40,6 +41,9 @@ def test_sounds_are_mixed_resampled_cut_and_padded(tmp_path: Path) -> None:
     expected = resample(stereo.mean(0), 44100, RATE)
     assert torch.equal(found[:8000], expected)
     assert not found[8000:].any()
+    write_sound(tmp_path / "c.flac", (0.1 * noise(9000)).numpy(), RATE)
+    (found,) = read_excerpts(Item(tmp_path / "c.flac", "A bell", ""), HOW)
+    torch.testing.assert_close(found, 0.1 * noise(9000)[:8192], rtol=0, atol=1e-4)
     (found,) = read_excerpts(item(tmp_path / "b.wav", 0.1 * noise(20000)), HOW)
     assert torch.equal(found, 0.1 * noise(20000)[:8192])
 
@@ -63,7 +67,7 @@ def test_levels_are_those_of_the_original_training_unless_they_are_kept(tmp_path
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"not a sound", "a.wav is not a WAV file"),
+        (b"not a sound", "a.wav is not a sound file"),
         (torch.zeros(16000), "a.wav is silent"),
         (0.1 * noise(80), "a.wav has 5 ms of sound; a clip needs at least 100 ms"),
         (torch.cat([torch.zeros(9000), 0.1 * noise(9000)]), "the excerpts of .*a.wav are silent; take more"),
