@@ -141,17 +141,20 @@ def finetune(
         _check_output(output)
     else:
         processes.wait()  # until the first process has written the cache
-    show = progress if processes.is_main else False
-    data = encode_items(pipe, items.all, how, folder / "data.safetensors", show=show)
     settings = {
         **options.settings(),
         "rehearsed": len(items.rehearse),
         "held out": len(items.validation),
         "model": weights_digest(pipe.unet)[:DIGITS],
-        "data": data.digest[:DIGITS],
     }
     if processes.is_main:
+        _check_same_run(folder, settings)  # before anything of another run is overwritten
+    show = progress if processes.is_main else False
+    data = encode_items(pipe, items.all, how, folder / "data.safetensors", show=show)
+    settings["data"] = data.digest[:DIGITS]
+    if processes.is_main:
         _check_same_run(folder, settings)
+        _write_settings(folder, settings)
         processes.wait()
     task = _Task(pipe, data, items, options, processes)
     watches = []
@@ -221,18 +224,19 @@ def _check_output(output: Path) -> None:
 
 
 def _check_same_run(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write a run's settings, or raise RunMismatchError if the folder is that of another run."""
+    """Raise RunMismatchError if a folder is that of a run with other settings than these."""
     path = folder / SETTINGS
-    if path.is_file():
-        try:
-            old = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RunMismatchError(
-                f"{path} is broken; remove {folder} to train from the beginning"
-            ) from error
-        check_settings(folder, old, settings)
+    if not path.is_file():
         return
-    with replacing(path) as temporary:
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+        check_settings(folder, {name: old.get(name) for name in settings}, settings)
+    except (AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RunMismatchError(f"{path} is broken; remove {folder} to train from the beginning") from error
+
+
+def _write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    with replacing(folder / SETTINGS) as temporary:
         temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
@@ -331,7 +335,9 @@ class _Task:
     def loss(self, generator: torch.Generator) -> dict[str, Tensor]:
         """The losses of one batch: "loss", weighted by timestep, and "mse", not weighted."""
         options, batch = self.options, self.options.batch_size
-        rehearsed = round(options.rehearse_share * batch) if len(self.rehearse) else 0
+        rehearsed = 0
+        if len(self.rehearse):  # on average the share that was asked for, whatever the size of a batch
+            rehearsed = int(options.rehearse_share * batch + torch.rand(1, generator=generator).item())
         rows = torch.cat(
             [
                 part[torch.randint(len(part), (count,), generator=generator)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from audioldm2.training.loop import Run, RunMismatchError, learning_rate_factor, train
+from audioldm2.training.loop import Run, RunMismatchError, Watch, learning_rate_factor, train
 
 
 def learn(run: Run, **options: float) -> nn.Module:
@@ -52,6 +52,50 @@ def test_a_loss_of_nan_stops_the_run(tmp_path: Path) -> None:
             steps=3,
             rate=1,
         )
+
+
+def test_watches_see_the_averaged_weights_and_gradients_accumulate(tmp_path: Path) -> None:
+    """Two halves of a batch, accumulated, are the whole batch; the watch holds what the run ends with."""
+    x = torch.linspace(-1, 1, 8)[:, None]
+    lines = {}
+    for parts in (1, 2):
+        torch.manual_seed(0)
+        line = lines[parts] = nn.Linear(1, 1)
+        calls: list[int] = []
+
+        def loss(
+            generator: torch.Generator, line: nn.Linear = line, parts: int = parts, calls: list[int] = calls
+        ) -> dict[str, torch.Tensor]:
+            calls.append(1)
+            half = x[len(calls) % 2 :: 2] if parts == 2 else x
+            return {"loss": (line(half) - 3 * half).square().mean()}
+
+        seen: dict[int, float] = {}
+
+        def look(done: int, line: nn.Linear = line, seen: dict[int, float] = seen) -> dict[str, float]:
+            assert not line.training
+            seen[done] = line.weight.item()
+            return {"weight": line.weight.item()}
+
+        points = train(
+            "line",
+            line,
+            loss,
+            Run(tmp_path / str(parts)),
+            steps=5,
+            rate=0.1,
+            warmup=1,
+            average=0.9,
+            accumulate=parts,
+            watches=[Watch(2, look)],
+        )
+        assert [*seen] == [0, 2, 4, 5]
+        assert points == {"weight": [*seen.items()]}
+        assert seen[5] == line.weight.item()
+        rows = (tmp_path / str(parts) / "plots" / "line.csv").read_text().splitlines()
+        assert rows[0] == "step,loss,weight"
+        assert len(rows) == 7
+    torch.testing.assert_close(lines[1].weight, lines[2].weight, rtol=0, atol=1e-6)
 
 
 def test_the_learning_rate_rises_and_falls() -> None:

@@ -195,6 +195,11 @@ def test_a_folder_of_something_else_is_refused(
     ):
         finetune(tiny, table, done, dataclasses.replace(FAST, rank=3))
     assert tiny.get_active_adapters() == []
+    broken = tmp_path / "broken" / FOLDER / "settings.json"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("{")
+    with pytest.raises(RunMismatchError, match=r"settings\.json is broken; remove"):
+        finetune(tiny, table, tmp_path / "broken", FAST)
     (tmp_path / "thesis.txt").write_text("...")
     with pytest.raises(ValueError, match="is not empty and not the output of a fine-tune"):
         finetune(tiny, table, tmp_path, FAST)
