@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from audioldm2 import VAE
+from audioldm2.training.autoencoder import spectrogram_errors
 from audioldm2.training.loop import train
 from scripts.tiny.data.library import Library
 from scripts.tiny.run import Run
-from scripts.tiny.stages.vae import AUDIBLE_LOG_MEL, INAUDIBLE_WEIGHT, draw_segments, spectrogram_errors
+from scripts.tiny.stages.vae import AUDIBLE_LOG_MEL, INAUDIBLE_WEIGHT, draw_segments
 
 TRAINING_STEPS, LEARNING_RATE = 16000, 2e-3
 # The highest standard deviations of the noise: in each cell, and in blocks of 4 x 4. The latents' own is 1.
@@ -45,7 +46,7 @@ def train_decoder(library: Library, run: Run) -> None:
         scale = torch.tensor(LATENT_NOISE).view(2, 1, 1, 1, 1) * scale
         latents = latents + (scale[0] * cells + scale[1] * blocks).to(run.device)
         decoded = vae.decode(latents)
-        errors = spectrogram_errors(decoded, mel, INAUDIBLE_WEIGHT)
+        errors = spectrogram_errors(decoded, mel, AUDIBLE_LOG_MEL, INAUDIBLE_WEIGHT)
         level_error = (segment_levels(decoded) - segment_levels(mel)).abs().mean()
         return {**errors, "loss": errors["loss"] + level_error, "level": level_error}
 

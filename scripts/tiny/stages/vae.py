@@ -17,6 +17,7 @@ from torch import Tensor
 
 from audioldm2 import VAE
 from audioldm2.models.vae import VAEConfig
+from audioldm2.training.autoencoder import autoencoder_loss
 from audioldm2.training.loop import train
 from scripts.tiny.data.library import Library
 from scripts.tiny.run import Run
@@ -43,19 +44,6 @@ def draw_segments(library: Library, run: Run, generator: torch.Generator) -> Ten
     return torch.stack([mel[:, s : s + length] for mel, s in zip(mels, starts.tolist(), strict=True)])
 
 
-def spectrogram_errors(decoded: Tensor, mel: Tensor, inaudible_weight: float) -> dict[str, Tensor]:
-    """Mean absolute errors of a decoded spectrogram.
-
-    Returns:
-        "error" of all cells, "audible" of the part above `AUDIBLE_LOG_MEL`, and "loss", their mean weighted
-        by `inaudible_weight` and its complement.
-    """
-    error = (decoded - mel).abs().mean()
-    audible = (decoded.clamp(min=AUDIBLE_LOG_MEL) - mel.clamp(min=AUDIBLE_LOG_MEL)).abs().mean()
-    loss = inaudible_weight * error + (1 - inaudible_weight) * audible
-    return {"loss": loss, "error": error, "audible": audible}
-
-
 def train_vae(library: Library, run: Run) -> None:
     """Train the VAE, standardize its latents, and write `vae`."""
     torch.manual_seed(run.seed)
@@ -64,11 +52,14 @@ def train_vae(library: Library, run: Run) -> None:
         vae.get_parameter("decoder.conv_out.bias").fill_(SILENT_LOG_MEL + LOG_MEL_RANGE / 4)
 
     def loss(generator: torch.Generator, inaudible_weight: float) -> dict[str, Tensor]:
-        mel = draw_segments(library, run, generator).to(run.device)
-        latents = vae.encode(mel)
-        errors = spectrogram_errors(vae.decode(latents.sample(generator)), mel, inaudible_weight)
-        divergence = latents.kl().mean() / latents.mode()[0].numel()
-        return {**errors, "loss": errors["loss"] + KL_WEIGHT * divergence, "KL": divergence}
+        return autoencoder_loss(
+            vae,
+            draw_segments(library, run, generator).to(run.device),
+            generator,
+            kl_weight=KL_WEIGHT,
+            audible_level=AUDIBLE_LOG_MEL,
+            inaudible_weight=inaudible_weight,
+        )
 
     for i, (steps, rate, inaudible_weight) in enumerate(TRAINING_ROUNDS, 1):
         train(
