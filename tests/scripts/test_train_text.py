@@ -203,7 +203,7 @@ def test_corrupted_spectrograms_keep_their_levels() -> None:
 
 def test_language_of_audio_is_the_mean_of_an_eighth_of_the_time_and_pairs_of_frequencies() -> None:
     latents = torch.randn(2, 8, 40, 16)
-    vectors = language.language_of_audio(latents, 8)
+    vectors = language.pool_latents(latents, 8)
     assert vectors.shape == (2, 8, 64)
     pairs = latents[1, :, 10:15].mean(dim=1).view(8, 8, 2).mean(dim=2)
     torch.testing.assert_close(vectors[1, 2], pairs.flatten())

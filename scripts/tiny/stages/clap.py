@@ -30,6 +30,7 @@ from audioldm2.atomic import replacing
 from audioldm2.audio.clap_features import ClapFeatureExtractor, ClapFeatureExtractorConfig
 from audioldm2.models import ClapModel
 from audioldm2.models.clap import ClapConfig
+from audioldm2.training.clap import contrastive_loss
 from audioldm2.training.loop import train
 from scripts.tiny.data.captions import caption
 from scripts.tiny.data.library import Library
@@ -78,24 +79,6 @@ def train_clap(library: Library, run: Run) -> None:
     found, preferred = retrieval_accuracy(clap, tokenizer, RETRIEVAL_ROUNDS)
     print(f"clap: {found:.1%} of held-out captions find their sound among {len(KINDS)} kinds;")
     print(f"      {preferred:.1%} fit their sound better than captions with another loudness or trait")
-
-
-def contrastive_loss(clap: ClapModel, text: Tensor, sound: Tensor, positives: Tensor) -> Tensor:
-    """The mean of two cross-entropies: sounds over all texts, and texts that have a sound over all sounds.
-
-    Args:
-        clap: supplies the two temperatures.
-        text: text features, (T, P).
-        sound: audio features, (B, P).
-        positives: (T, B), whether text i and sound j are of the same scene. Each sound has at least one text.
-    """
-    sounds_of_text, texts_of_sound = clap.logits(text, sound)
-    has_sound = positives.any(dim=1)
-
-    def error(logits: Tensor, positives: Tensor) -> Tensor:
-        return F.cross_entropy(logits, positives / positives.sum(dim=1, keepdim=True))
-
-    return (error(sounds_of_text[has_sound], positives[has_sound]) + error(texts_of_sound, positives.t())) / 2
 
 
 def scene_ids(scenes: Sequence[Scene]) -> Tensor:

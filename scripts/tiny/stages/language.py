@@ -21,14 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from audioldm2.audio.log_mel import LogMel, LogMelConfig
 from audioldm2.models import GPT2, VAE, ClapModel, ProjectionModel, T5Encoder
 from audioldm2.models.gpt2 import GPT2Config
 from audioldm2.models.projection import ProjectionConfig
+from audioldm2.training.language import generate_vectors, pool_latents, weighted_squared_error
 from audioldm2.training.loop import train
 from scripts.tiny.data.captions import caption
 from scripts.tiny.data.library import Library
@@ -53,7 +52,7 @@ def train_language(library: Library, run: Run) -> None:
         T5Encoder.from_pretrained(run.checkpoint, "text_encoder_2", device=run.device),
     )
     tokenizers = read_tokenizers(run)
-    vectors = language_of_audio(library_latents(library, run), gpt2.config.max_new_tokens)
+    vectors = pool_latents(library_latents(library, run), gpt2.config.max_new_tokens)
     mean, scale = vectors.mean(dim=(0, 1)), vectors.std(dim=(0, 1))
     targets = (vectors - mean) / scale
     vae = VAE.from_pretrained(run.checkpoint, "vae", device=run.device)
@@ -83,32 +82,13 @@ def train_language(library: Library, run: Run) -> None:
         waveforms = torch.from_numpy(np.stack([render(scene, rng) for scene in scenes]))
         mels = LogMel(LogMelConfig(hop_length=HOP_LENGTH))(waveforms, SAMPLING_RATE)
         latents = vae.encode(mels.to(run.device)).mode().cpu()
-        unseen = (language_of_audio(latents, gpt2.config.max_new_tokens) - mean) / scale
+        unseen = (pool_latents(latents, gpt2.config.max_new_tokens) - mean) / scale
         texts = [caption(scene, rng, held_out=True) for scene in scenes]
         predicted = generate_vectors(projection, gpt2, *encode(encoders, tokenizers, texts, run.device)).cpu()
         weights = weights.cpu()
         error = weighted_squared_error(predicted, unseen, weights)
         explained = 1 - error / weighted_squared_error(torch.zeros_like(predicted), unseen, weights)
     print(f"language: held-out captions explain {explained:.1%} of the variance of unseen sounds")
-
-
-def language_of_audio(latents: Tensor, count: int) -> Tensor:
-    """GPT-2's targets for sounds, not standardized: latents (B, C, T, F) -> (B, count, C · F/2).
-
-    The means of the latents over `count` equal parts of the time and over pairs of frequencies.
-    """
-    return rearrange(F.adaptive_avg_pool2d(latents, (count, latents.shape[3] // 2)), "b c n f -> b n (c f)")
-
-
-def weighted_squared_error(vectors: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """The mean squared error of the first D channels of `vectors`.
-
-    Args:
-        vectors: (B, count, C).
-        targets: (B, count, D).
-        weights: of the D channels, (D,).
-    """
-    return (weights * (vectors[..., : targets.shape[-1]] - targets).square()).mean()
 
 
 @torch.no_grad()
@@ -119,10 +99,3 @@ def encode(
     clap, t5 = encoders
     ids, mask = tokenize(tokenizers[1], texts, device)
     return clap.text_features(*tokenize(tokenizers[0], texts, device))[:, None], t5(ids, mask), mask
-
-
-def generate_vectors(
-    projection: ProjectionModel, gpt2: GPT2, clap: Tensor, states: Tensor, mask: Tensor
-) -> Tensor:
-    """The vectors that the pipeline would have GPT-2 generate, (B, 8, C)."""
-    return gpt2.generate(*projection(clap, states, mask.new_ones(len(clap), 1), mask))

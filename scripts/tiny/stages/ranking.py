@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from audioldm2 import AudioLDM2Pipeline, DPMSolverMultistepScheduler
 from audioldm2.training.cache import cached
+from audioldm2.training.clap import contrastive_loss
 from audioldm2.training.loop import train
 from scripts.tiny.assemble import pipeline
 from scripts.tiny.data.captions import caption
@@ -38,7 +39,6 @@ from scripts.tiny.run import Run
 from scripts.tiny.stages.clap import (
     RETRIEVAL_ROUNDS,
     captions_with_negatives,
-    contrastive_loss,
     corrupt,
     retrieval_accuracy,
 )
