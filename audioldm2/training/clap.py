@@ -5,6 +5,8 @@
 E are features of unit length, s the two learned scales (inverse temperatures), and CE the cross-entropy of
 each row, whose right column is the one that belongs to the row. With more than one right column, all count
 alike (Yang et al. 2022, "UniCL", equation 3).
+
+transformers' `ClapModel(..., return_loss=True)` differs: both of its terms compare texts over all sounds.
 """
 
 from __future__ import annotations
