@@ -1,4 +1,4 @@
-"""The vocoder's trainer, its initial oscillators and its loss."""
+"""The vocoder's trainer and its initial oscillators."""
 
 from __future__ import annotations
 
@@ -122,19 +122,3 @@ def test_a_resumed_run_ends_with_the_same_weights(
     assert len(calls) == 3
     for name, weight in weights(trained).items():
         assert torch.equal(weight, weights(run)[name]), name
-
-
-def test_noise_is_distinguished_from_a_buzz():
-    """Pulses at the frame rate have nearly the mean spectrum of noise, but another texture."""
-    generator = torch.Generator().manual_seed(0)
-    noise, other = 0.1 * torch.randn(2, 1, 16000, generator=generator)
-    buzz = torch.zeros(1, 16000)
-    buzz[:, ::160] = 0.1 * 160**0.5
-    assert waveform_loss(other, noise)["texture"] < 0.3 * waveform_loss(buzz, noise)["texture"]
-
-
-def test_loud_and_soft_sounds_weigh_alike():
-    generator = torch.Generator().manual_seed(0)
-    real, made = 0.1 * torch.randn(2, 1, 16000, generator=generator)
-    loud, soft = waveform_loss(made, real), waveform_loss(0.05 * made, 0.05 * real)
-    assert soft["loss"].item() == pytest.approx(loud["loss"].item(), rel=0.05)
