@@ -570,10 +570,10 @@ class AudioLDM2Pipeline(AdapterMethods, DiffusersMethods):
             replace: the opposite, spans that are generated.
             replace_band: a band in Hz, as in (4000, 8000), or several; only these frequencies are generated,
                 in all of the sound or in the spans.
-            extend: seconds to add to the end of `audio`, in windows of `window` seconds, each of which begins
-                with the second half of the one before (see `audioldm2.editing.extending`). `audio` itself is
-                kept. The steps that callbacks see begin anew in each window.
-            loop: make a sound that repeats without a seam. Its length is a whole number of latents: up to
+            extend: seconds to add to the end of `audio`, which is kept. They are generated in windows of
+                `window` seconds, each of which begins with the end of what there is (see
+                `audioldm2.editing.extending`). The steps that callbacks see begin anew in each window.
+            loop: make a sound that repeats without a seam, in twice the time. Its length is a whole number of latents: up to
                 0.13 s longer than asked for, or shorter than `audio`, with "tiny" (0.04 s in AudioLDM 2).
                 With `extend`, what is added leads back to the beginning of `audio`.
             window: seconds; longer latents are denoised in windows of this length, which overlap by half (see

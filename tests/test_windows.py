@@ -99,6 +99,6 @@ def test_windows_on_a_circle_continue_at_its_beginning() -> None:
         return latents
 
     rows = torch.arange(20.0).view(1, 1, 20, 1)
-    in_windows(8, 4, circular=True)(predict)(rows, torch.tensor(0))
+    in_windows(8, circular=True)(predict)(rows, torch.tensor(0))
     assert math.prod(seen[-1].shape) == 8
     assert seen[-1].tolist() == [16, 17, 18, 19, 0, 1, 2, 3]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from audioldm2.windows import Around, shifted
+from audioldm2.windows import Around, around_predictor
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Extension:
 
     def around(self) -> Around | None:
         """What wraps the predictor (see `denoise`): a loop that is a single window lies on a circle."""
-        return shifted() if self.loop and self.window >= self.rows else None
+        return around_predictor(None, loop=True) if self.loop and self.window >= self.rows else None
 
     def run(
         self, latents: Tensor, generate: Callable[[Tensor, Tensor], Tensor], stopped: Callable[[], bool]
