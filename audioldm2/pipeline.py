@@ -573,8 +573,8 @@ class AudioLDM2Pipeline(AdapterMethods, DiffusersMethods):
             extend: seconds to add to the end of `audio`, which is kept. They are generated in windows of
                 `window` seconds, each of which begins with the end of what there is (see
                 `audioldm2.editing.extending`). The steps that callbacks see begin anew in each window.
-            loop: make a sound that repeats without a seam, in twice the time. Its length is a whole number of latents: up to
-                0.13 s longer than asked for, or shorter than `audio`, with "tiny" (0.04 s in AudioLDM 2).
+            loop: make a sound that repeats without a seam, in twice the time. Its length is a whole number of
+                latents, of 0.04 s in AudioLDM 2 and 0.13 s in "tiny": rounded up, or `audio` is cut.
                 With `extend`, what is added leads back to the beginning of `audio`.
             window: seconds; longer latents are denoised in windows of this length, which overlap by half (see
                 `audioldm2.windows`), in memory that does not grow with the length. By default they are
