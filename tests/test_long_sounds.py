@@ -111,16 +111,11 @@ torch.set_num_threads(1)
 from audioldm2 import AudioLDM2Pipeline
 pipe = AudioLDM2Pipeline.from_pretrained("tiny")
 pipe.set_progress_bar_config(disable=True)
-seconds, window = float(sys.argv[1]), float(sys.argv[2]) or None
-pipe("Rain", audio_length_in_s=seconds, window=window, exact_decoding=not window, num_inference_steps=1)
+pipe("Rain", audio_length_in_s=float(sys.argv[1]), window=5.12, exact_decoding=False, num_inference_steps=1)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
-    peak = {
-        (seconds, window): float(run_python("-c", script, str(seconds), str(window)).stdout)
-        for seconds, window in ((160, 5.12), (640, 5.12), (640, 0))
-    }
-    assert peak[640, 5.12] - peak[160, 5.12] < 150, peak
-    assert peak[640, 0] - peak[640, 5.12] > 150, peak
+    peaks = [float(run_python("-c", script, seconds).stdout) for seconds in ("160", "640")]
+    assert peaks[1] - peaks[0] < 150, peaks  # MiB; the waveform alone has 39, and copies of it
 
 
 # --- decoding in windows
