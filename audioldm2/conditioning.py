@@ -29,6 +29,7 @@ from audioldm2.models.projection import NUM_ADDED_VECTORS
 from audioldm2.runtime.foreign import setting
 from audioldm2.runtime.precision import stage_dtype
 from audioldm2.tensors import check_finite, check_tensor
+from audioldm2.words import WordWeights, token_weights, word_weights_of
 
 Text = str | Sequence[str]
 
@@ -73,7 +74,8 @@ class Conditioning:
         t5_mask: (rows, M), 1 for tokens and 0 for padding.
         gpt2_vectors: (rows, 8, 768).
         guided: whether the first half of the rows is unconditional.
-        clap: CLAP's embeddings of the prompts, (prompts, 512); None if embeddings replaced the prompts.
+        clap: CLAP's embeddings of the prompts, (prompts, 512); None if embeddings replaced the prompts and
+            this was not one of them.
     """
 
     t5_states: Tensor
@@ -105,6 +107,8 @@ class PromptInputs:
         states: the second encoder's, (B, M, width), instead of a text.
         vectors: GPT-2's, (B, 8, width), instead of a text.
         mask: of the states, (B, M); all ones by default.
+        clap: CLAP's, (B, 512), of unit length, to rank the candidates of given embeddings; None does not.
+        word_weights: see `audioldm2.words`.
     """
 
     name: str
@@ -112,6 +116,8 @@ class PromptInputs:
     states: Tensor | None = None
     vectors: Tensor | None = None
     mask: Tensor | None = None
+    clap: Tensor | None = None
+    word_weights: WordWeights | None = None
 
     def embeddings(self) -> Encoded | None:
         """The embeddings, checked; None if there are none.
@@ -125,6 +131,8 @@ class PromptInputs:
         names = [f"{prefix}prompt_embeds", f"{prefix}generated_prompt_embeds", f"{prefix}attention_mask"]
         states, vectors, mask = self.states, self.vectors, self.mask
         if states is None and vectors is None and mask is None:
+            if self.clap is not None:
+                raise ValueError("clap_embeds goes with prompt_embeds; CLAP encodes the prompt itself")
             return None
         if self.text is not None:
             raise ValueError(f"pass {self.name} or its embeddings ({', '.join(names)}), not both")
@@ -140,6 +148,12 @@ class PromptInputs:
                 f"{names[0]} {tuple(states.shape)}, {names[1]} {tuple(vectors.shape)} and {names[2]} "
                 f"{tuple(mask.shape)} do not match; they should be (B, N, width), (B, 8, width) and (B, N)"
             )
+        if self.word_weights is not None:
+            raise ValueError("word_weights goes with prompt; of prompt_embeds, scale the rows of the words")
+        if self.clap is not None:
+            check_tensor("clap_embeds", self.clap, "(B, width)")
+            if len(self.clap) != len(states):
+                raise ValueError(f"{len(self.clap)} clap_embeds for {len(states)} prompt_embeds")
         return Encoded(states, mask, vectors)
 
 
@@ -149,10 +163,13 @@ def _fitting(pipe: Encoders, inputs: PromptInputs) -> Encoded | None:
     if encoded is None:
         return None
     prefix = inputs.name.removesuffix("prompt")
-    for name, x, part, key in (
+    widths = [
         (f"{prefix}prompt_embeds", encoded.states, "projection_model", "text_encoder_1_dim"),
         (f"{prefix}generated_prompt_embeds", encoded.vectors, "language_model", "n_embd"),
-    ):
+    ]
+    if inputs.clap is not None:
+        widths.append(("clap_embeds", inputs.clap, "projection_model", "text_encoder_dim"))
+    for name, x, part, key in widths:
         width = setting(getattr(pipe, part), key)
         if width is not None and x.shape[-1] != width:
             raise ValueError(
@@ -206,12 +223,14 @@ def condition(
     prompts: list[str] = []
     negatives: list[str] = []
     tokens_2: list[_SecondTokens] = []
+    factors: Tensor | None = None
     warned: set[str] = set()  # texts that both tokenizers cut get one warning
     if cond_encoded is None:
         if cond.text is None:
             raise ValueError("pass prompt, or prompt_embeds and generated_prompt_embeds")
         prompts = as_texts(cond.name, cond.text, empty=True)
         tokens_2 = [_tokenize_second(pipe, prompts, transcription, warned)]
+        factors = _word_factors(pipe, cond.word_weights, prompts, tokens_2[0].mask)
     elif transcription is not None:
         check_transcription(transcription, speaks(pipe))
         raise ValueError("transcription goes with prompt; prompt_embeds already contain the words")
@@ -235,18 +254,22 @@ def condition(
             uncond_encoded = Encoded(*(x[: len(negatives)] for x in encoded))
         if prompts:
             cond_encoded = Encoded(*(x[len(negatives) :] for x in encoded))
+    if factors is not None and cond_encoded is not None:
+        weighted = (cond_encoded.states.float() * factors).to(cond_encoded.states.dtype)
+        cond_encoded = cond_encoded._replace(states=weighted)
     assert cond_encoded is not None
     both = [cond_encoded] if uncond_encoded is None else _aligned(uncond_encoded, cond_encoded)
     states, mask, vectors = (
         torch.cat([repeat(x.to(pipe.device), "b ... -> (b n) ...", n=waveforms) for x in parts])
         for parts in zip(*both, strict=True)
     )
+    given_clap = None if cond.clap is None else F.normalize(cond.clap.to(pipe.device).float(), dim=-1)
     return Conditioning(
         t5_states=states.to(stage_dtype(pipe.text_encoder_2)),
         t5_mask=mask,
         gpt2_vectors=vectors.to(stage_dtype(pipe.language_model)),
         guided=guided,
-        clap=clap[len(negatives) :] if clap is not None and prompts else None,
+        clap=clap[len(negatives) :] if clap is not None and prompts else given_clap,
     )
 
 
@@ -345,6 +368,24 @@ def _tokenize_second(
     padding = ids == 0
     first = padding & (padding.cumsum(dim=1) == 1)
     return _SecondTokens(ids.masked_fill(first, VITS_END_TOKEN), mask.masked_fill(first, 1))
+
+
+def _word_factors(
+    pipe: Encoders, word_weights: WordWeights | None, prompts: list[str], mask: Tensor
+) -> Tensor | None:
+    """What T5's states of the prompts are multiplied by, (B, M, 1); None without weights."""
+    weights = word_weights_of(word_weights, prompts)
+    if weights is None:
+        return None
+    if speaks(pipe):
+        raise ValueError(
+            "word_weights is not for speech checkpoints, whose second encoder reads the transcription"
+        )
+    rows = [
+        token_weights(pipe.tokenizer_2, prompt, of_prompt, mask.shape[1])
+        for prompt, of_prompt in zip(prompts, weights, strict=True)
+    ]
+    return torch.tensor(rows, device=mask.device)[..., None]
 
 
 def _tokenize_negatives(pipe: Encoders, negatives: list[str], length: int, warned: set[str]) -> _SecondTokens:

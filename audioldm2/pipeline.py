@@ -42,11 +42,12 @@ from audioldm2.checkpoints.options import (
     save_options,
 )
 from audioldm2.checkpoints.recommended import RECOMMENDED, check_recommended
-from audioldm2.compatibility import DiffusersMethods
 from audioldm2.conditioning import PromptInputs, Text, condition
 from audioldm2.decoding import decode, frames_and_samples, vocode
 from audioldm2.editing.edit import Start, begin_with, edit_of, for_each_waveform
 from audioldm2.editing.extending import Extension
+from audioldm2.editing.inversion import Inverted, check_inverted
+from audioldm2.editing.methods import EditingMethods
 from audioldm2.editing.regions import Spans
 from audioldm2.editing.sound import Audio, as_waveforms, encode
 from audioldm2.frozen import FrozenMapping
@@ -75,9 +76,10 @@ from audioldm2.sampling import (
 from audioldm2.schedulers.base import Scheduler
 from audioldm2.tensors import check_finite, check_tensor
 from audioldm2.windows import around_predictor, window_rows
+from audioldm2.words import WordWeights
 
 
-class AudioLDM2Pipeline(AdapterMethods, DiffusersMethods):
+class AudioLDM2Pipeline(AdapterMethods, EditingMethods):
     """The seven stages of AudioLDM 2 and what joins them.
 
     Any part can be replaced, as in `pipe.unet = mine`: with one of this package's interface, or with one of
@@ -303,6 +305,8 @@ class AudioLDM2Pipeline(AdapterMethods, DiffusersMethods):
         attention_mask: Tensor | None = None,
         negative_attention_mask: Tensor | None = None,
         max_new_tokens: int | None = None,
+        *,
+        word_weights: WordWeights | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Encode prompts into what the UNet attends to.
 
@@ -324,6 +328,9 @@ class AudioLDM2Pipeline(AdapterMethods, DiffusersMethods):
             attention_mask: see `prompt_embeds`.
             negative_attention_mask: see `negative_prompt_embeds`.
             max_new_tokens: how many vectors GPT-2 generates; its config's number (8) by default.
+            word_weights: how much the UNet attends to words or phrases of the prompt, as in {"rain": 1.5}:
+                their T5 states are multiplied by the weight, 1 by default (see `audioldm2.words`). They
+                match whole words, in any case; a list has a dict for each prompt.
 
         Returns:
             prompt_embeds: the second encoder's states, (B, tokens, width).
@@ -341,7 +348,14 @@ class AudioLDM2Pipeline(AdapterMethods, DiffusersMethods):
         with self.generation():
             found = condition(
                 self,
-                PromptInputs("prompt", prompt, prompt_embeds, generated_prompt_embeds, attention_mask),
+                PromptInputs(
+                    "prompt",
+                    prompt,
+                    prompt_embeds,
+                    generated_prompt_embeds,
+                    attention_mask,
+                    word_weights=word_weights,
+                ),
                 PromptInputs(
                     "negative_prompt",
                     negative_prompt,
@@ -516,6 +530,10 @@ class AudioLDM2Pipeline(AdapterMethods, DiffusersMethods):
         window: float | None = None,
         exact_decoding: bool = True,
         adapters: Mapping[str, float] | None = None,
+        inverted: Inverted | None = None,
+        skip: float | None = None,
+        word_weights: WordWeights | None = None,
+        clap_embeds: Tensor | None = None,
     ) -> AudioPipelineOutput:
         """Generate sound from text, or from text and sound.
 
@@ -531,8 +549,8 @@ class AudioLDM2Pipeline(AdapterMethods, DiffusersMethods):
                 uncond + w (cond - uncond); 1 or less disables guidance, which halves the time.
             negative_prompt: what to steer away from, one for all prompts or one for each; "" by default.
                 Without guidance it has no effect, and a warning says so.
-            num_waveforms_per_prompt: candidates per prompt. Unless `prompt` is None or `output_type` is
-                "latent", they are ordered by CLAP's score, best first.
+            num_waveforms_per_prompt: candidates per prompt. Unless `prompt` and `clap_embeds` are None or
+                `output_type` is "latent", they are ordered by CLAP's score, best first.
             eta: how much noise a DDIM step adds (Song et al. 2021, eq. 16). With other samplers it has no
                 effect, and a warning says so.
             generator: the source of random numbers; a list has one for each of the B waveforms.
@@ -583,6 +601,13 @@ class AudioLDM2Pipeline(AdapterMethods, DiffusersMethods):
                 which needs less memory but is not quite the same (see docs/long-sounds.md).
             adapters: weights of adapters by name, such as {"dog": 0.8}, for this call in place of those of
                 `set_adapters`; {} is the base.
+            inverted: sounds to edit, from `invert`. It settles their length, the sampler (DDIM's steps) and
+                the number of steps. One prompt, or one for each sound.
+            skip: the share of the steps that is left out, from 0 (all steps: the prompt has the most effect)
+                to 1 (none: the sound, encoded and decoded); 0.4 by default.
+            word_weights: see `encode_prompt`.
+            clap_embeds: CLAP's embeddings, (prompts, 512), by which candidates are ranked where
+                `prompt_embeds` replaces the prompt; see `blend`.
 
         Returns:
             `.audios`: B waveforms, those of one prompt together, the best of ranked candidates first.
@@ -620,7 +645,26 @@ class AudioLDM2Pipeline(AdapterMethods, DiffusersMethods):
                     raise ValueError(f"extend says how long the sound becomes, so leave out {name}")
         if edit is not None and isinstance(prompt, str):
             prompt = [prompt] * len(edit.sounds)
-        cond = PromptInputs("prompt", prompt, prompt_embeds, generated_prompt_embeds, attention_mask)
+        settled = {
+            "audio": audio,
+            "audio_length_in_s": audio_length_in_s,
+            "latents": latents,
+            "num_inference_steps": num_inference_steps,
+            "eta": eta or None,
+            "loop": loop or None,
+        }
+        skip = check_inverted(inverted, skip, int(num_waveforms_per_prompt), settled)
+        if inverted is not None and isinstance(prompt, str):
+            prompt = [prompt] * inverted.sounds
+        cond = PromptInputs(
+            "prompt",
+            prompt,
+            prompt_embeds,
+            generated_prompt_embeds,
+            attention_mask,
+            clap_embeds,
+            word_weights,
+        )
         uncond = PromptInputs(
             "negative_prompt",
             negative_prompt,
@@ -647,6 +691,8 @@ class AudioLDM2Pipeline(AdapterMethods, DiffusersMethods):
                 if edit.extend is not None:
                     width = width or window_rows(self.unet, None, latent / rate)
                     extension = Extension(originals.shape[1] // latent, rows, width, loop)
+            elif inverted is not None:
+                samples, num_inference_steps = inverted.samples, len(inverted.timesteps)
             else:
                 given = None if latents is None else latents.shape[2]
                 frames, samples = frames_and_samples(self.unet, vae, vocoder, audio_length_in_s, given)
@@ -669,7 +715,10 @@ class AudioLDM2Pipeline(AdapterMethods, DiffusersMethods):
             )
             dtype = conditioning.t5_states.dtype
             around, runs = around_predictor(width, loop), 1
-            if edit is None:
+            if inverted is not None and skip is not None:
+                inverted.check_batch(conditioning.batch, self.unet)
+                scheduler, start = inverted.run(scheduler, skip, self.device)
+            elif edit is None:
                 shape = (
                     conditioning.batch,
                     vae.config.latent_channels,

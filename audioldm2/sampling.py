@@ -149,8 +149,7 @@ def denoise(
         t = timesteps[i]
         noise = predict(scheduler.scale_model_input(latents, t), t)
         if conditioning.guided:
-            uncond, cond = noise.chunk(2)
-            noise = uncond + guidance_scale * (cond - uncond)
+            noise = guide(noise, guidance_scale)
         with recorded("scheduler"):
             latents = scheduler.step(noise, t, latents, **options).prev_sample
         if after_update is not None:
@@ -166,6 +165,12 @@ def denoise(
                 predict = predictor_of(conditioning)
         progress()
     return latents
+
+
+def guide(noise: Tensor, guidance_scale: float) -> Tensor:
+    """Classifier-free guidance: the halves uncond and cond of a batch (2 B, ...) to (B, ...)."""
+    uncond, cond = noise.chunk(2)
+    return uncond + guidance_scale * (cond - uncond)
 
 
 def check_callbacks(callback: Any, on_step_end: Any, tensor_inputs: Any) -> None:
