@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from audioldm2.arguments import MAX_LENGTH_IN_S, check_number, is_finite
+from audioldm2.arguments import MAX_LENGTH_IN_S
 from audioldm2.audio.log_mel import LogMelConfig
+from audioldm2.editing.checks import check_edit
 from audioldm2.editing.inpainting import keeping, mixed
 from audioldm2.editing.regions import Regions, check_bands, check_inside, regions
 from audioldm2.editing.sound import Recording, at_rate, recordings
 from audioldm2.editing.variation import first_step, noisy
-from audioldm2.quoting import quoted
 
 STRENGTH = 0.5  # of a variation, by default
 
@@ -152,31 +152,12 @@ def edit_of(
         "replace_band": replace_band,
         "extend": extend,
     }
+    check_edit(audio is not None, others, loop)
     if audio is None:
-        for name, value in others.items():
-            if value is not None:
-                raise ValueError(f"{name} goes with audio, the sound to edit, which is missing")
         return None
     asked = regions(keep, replace, replace_band)
-    if extend is not None:
-        if not is_finite(extend) or not 0 < extend <= MAX_LENGTH_IN_S:
-            raise ValueError(
-                f"extend must be a number of seconds, more than 0 and at most {MAX_LENGTH_IN_S:g}, got "
-                f"{quoted(extend)}"
-            )
-        for name in ("strength", "keep", "replace", "replace_band"):
-            if others[name] is not None:
-                raise ValueError(f"extend keeps all of audio, so leave out {name}")
-    if loop and asked is not None:
-        raise ValueError(
-            "loop goes with audio and strength, or with extend; with keep, replace or replace_band, the seam "
-            "would be in what is kept"
-        )
     if strength is None:
         strength = STRENGTH if asked is None else 1.0
-    check_number("strength", strength)
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength must lie between 0 (the sound itself) and 1 (the prompt), got {strength}")
     spans = next(((name, others[name]) for name in ("keep", "replace") if others[name] is not None), None)
     extend = None if extend is None else float(extend)
     return Edit(recordings(audio, sampling_rate), float(strength), asked, spans, extend, loop)

@@ -14,14 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from audioldm2.arguments import is_finite
 from audioldm2.audio.log_mel import LogMelConfig
 from audioldm2.audio.mel import hertz_to_mel
-from audioldm2.quoting import quoted
-
-Span = tuple[float, float]
-# As a caller passes them: one pair or several.
-Spans = Sequence[float | None] | Sequence[Sequence[float | None]]
+from audioldm2.editing.checks import Span, Spans as Spans, pairs
 
 
 @dataclass(frozen=True)
@@ -92,18 +87,18 @@ def regions(keep: Any, replace: Any, replace_band: Any) -> Regions | None:
     """
     if keep is not None and replace is not None:
         raise ValueError("keep and replace say the same in two ways; pass one of them")
-    bands = None if replace_band is None else _merged(_pairs("replace_band", replace_band, "(4000, 8000)"))
+    bands = None if replace_band is None else _merged(pairs("replace_band", replace_band))
     if keep is not None:
-        kept = _merged(_pairs("keep", keep, "[(0.0, 2.5)]", open_end=True))
+        kept = _merged(pairs("keep", keep))
         return Regions(tuple(_between(kept)), bands)
     if replace is not None:
-        return Regions(_merged(_pairs("replace", replace, "[(2.5, 4.0)]", open_end=True)), bands)
+        return Regions(_merged(pairs("replace", replace)), bands)
     return None if bands is None else Regions(((0.0, math.inf),), bands)
 
 
 def check_inside(name: str, spans: Any, seconds: float) -> None:
     """Raise ValueError unless the spans given as `name` begin and end within a sound of this length."""
-    for start, end in _pairs(name, spans, "[(0.0, 2.5)]", open_end=True):
+    for start, end in pairs(name, spans):
         # A hundredth of a second more than the sound is a rounded length.
         if start >= seconds or (end != math.inf and end > seconds + 0.01):
             raise ValueError(
@@ -120,30 +115,6 @@ def check_bands(bands: Sequence[Span] | None, log_mel: LogMelConfig) -> None:
                 f"replace_band has {band[0]:g} to {band[1]:g} Hz, but this checkpoint's spectrograms extend "
                 f"from {low:g} to {high:g} Hz"
             )
-
-
-def _pairs(name: str, value: Any, example: str, open_end: bool = False) -> list[Span]:
-    """One pair of numbers or several, as a list; each from a smaller number to a larger one."""
-    listed = value.tolist() if hasattr(value, "tolist") else value
-    if not isinstance(listed, list | tuple) or not listed:
-        raise ValueError(f"{name} must be pairs of numbers such as {example}, got {quoted(value)}")
-    if not isinstance(listed[0], list | tuple):
-        listed = [listed]
-    pairs = []
-    for pair in listed:
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise ValueError(f"{name} must be pairs of numbers such as {example}, got {quoted(value)}")
-        start, end = pair
-        if end is None and open_end:
-            end = math.inf
-        valid = is_finite(start) and (is_finite(end) or (end == math.inf and open_end))
-        if not valid or not 0 <= start < end:
-            raise ValueError(
-                f"{name} has the pair {quoted(pair)}; the first number must be at least 0, and less than the "
-                "second"
-            )
-        pairs.append((float(start), float(end)))
-    return pairs
 
 
 def _merged(spans: Sequence[Span]) -> tuple[Span, ...]:
