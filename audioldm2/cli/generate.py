@@ -15,6 +15,14 @@ from audioldm2.arguments import as_texts
 from audioldm2.atomic import check_writable
 from audioldm2.audio.file_types import FILE_FORMATS, SAMPLE_FORMATS, image_type, sound_type
 from audioldm2.cli.commands import PROGRAM, hint, overview
+from audioldm2.cli.editing import (
+    add_editing_options,
+    add_length_options,
+    check_editing,
+    check_prompt_file,
+    edited,
+    read_input,
+)
 from audioldm2.cli.loading import arguments_of, load_pipeline
 from audioldm2.cli.messages import clean, print_error, say
 from audioldm2.cli.options import (
@@ -46,6 +54,9 @@ package. It knows only synthetic sounds: tones (low, middle, high), sweeps,
 scales and arpeggios (rising, falling), pulses, clicks and drums (slow, fast),
 sirens, bells, plucked and struck notes, noise, rain, wind, waves, engines and
 birds. They can be loud or soft, and two can be mixed: "A bell over rain".
+
+With --from, the model changes a sound: all of it (--strength), a part of it
+(--replace), or what comes after its end (--extend).
 """
 EXAMPLES = """\
 examples:
@@ -58,6 +69,14 @@ examples:
   audioldm2 "Rain" -o rain.wav --model ./my-checkpoint --scheduler ddim
   echo "A slow scale" | audioldm2 - --model tiny -o - | aplay
   audioldm2 "Rain" --model tiny --steps 5 --profile trace.json.gz
+
+examples of editing:
+  audioldm2 "A cat meows" --from dog.wav --strength 0.6 -o cat.wav
+  audioldm2 "Rain" --from rain.wav --replace 2.5-4 -o rain-without-cough.wav
+  audioldm2 "Rain" --from old.flac --replace-band 4000-8000 -o brighter.flac
+  audioldm2 "A slow beat" --from beat.wav --extend 10 --loop -o loop.wav
+  audioldm2 "A cat meows" --from dog.wav -o cat.wav --invert --skip 0.4 \\
+      --source-prompt "A dog barks"
 
 exit codes:
   0  success
@@ -117,6 +136,8 @@ def add_options(p: argparse.ArgumentParser) -> None:
         "its trace large: use few --steps",
     )
     add_sound_options(p)
+    add_editing_options(p)
+    add_length_options(p)
     add_quality_options(p)
     add_model_options(p)
 
@@ -148,6 +169,7 @@ def parse(p: Parser, arguments: Sequence[str]) -> argparse.Namespace:
         options.from_file = options.prompt
     try:
         if options.from_file is not None:
+            check_prompt_file(p, options.from_file)
             options.prompt = read_prompt(options.from_file)
     except ValueError as error:
         p.error(str(error))
@@ -158,6 +180,7 @@ def parse(p: Parser, arguments: Sequence[str]) -> argparse.Namespace:
     except ValueError as error:
         p.error(str(error))
     check_words(p, options)
+    check_editing(p, options)
     return options
 
 
@@ -192,6 +215,8 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
         check_can_draw(options.spectrogram)
     seed = options.seed if options.seed is not None else int.from_bytes(os.urandom(4), "little")
 
+    sound = read_input(options)
+
     with ExitStack() as stack:
         stdout = sys.stdout
         if to_stdout:  # whatever a library prints must not get into the sound
@@ -201,13 +226,13 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
         if not to_stdout:
             check_can_write(options.output, rate, options.format)
         with profile.recording() if options.profile is not None else nullcontext():
-            result = pipe(
-                options.prompt,
-                transcription=options.transcription,
-                num_waveforms_per_prompt=options.candidates,
-                generator=torch.Generator(pipe.device).manual_seed(seed),
+            arguments = {
+                "transcription": options.transcription,
+                "num_waveforms_per_prompt": options.candidates,
+                "generator": torch.Generator(pipe.device).manual_seed(seed),
                 **arguments_of(options, pipe.recommended),
-            )
+            }
+            result = pipe(options.prompt, **edited(options, pipe, sound, arguments))
     best = result[0][0]  # (samples,), the best candidate
 
     if to_stdout:
@@ -252,6 +277,7 @@ def _check_files(parser: Parser, options: argparse.Namespace) -> None:
     """
     files = {
         "-o/--output": options.output,
+        "--from": None if options.audio in STANDARD_INPUT else options.audio,
         "--spectrogram": options.spectrogram,
         "--profile": options.profile,
     }
@@ -265,7 +291,8 @@ def _check_files(parser: Parser, options: argparse.Namespace) -> None:
             parser.error(f"argument {name}: {what} cannot be written to standard output")
     for (name, path), (other, other_path) in combinations(named.items(), 2):
         if _same_file(path, other_path):
-            parser.error(f"{name} and {other} are the same file")
+            instead = "; write the edited sound into another file" if "--from" in (name, other) else ""
+            parser.error(f"{name} and {other} are the same file{instead}")
     output = options.output
     for name, check in (
         ("-o/--output", lambda path: sound_type("" if path in STANDARD_OUTPUT else path, options.format)),

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Mapping
 from typing import Any
 
 from audioldm2.checkpoints.errors import CheckpointError
@@ -17,14 +18,34 @@ MAX_QUOTATION = 80  # in a warning
 # The pipeline's arguments, by which its errors name them, and the options that set them.
 OPTIONS = {
     "audio_length_in_s": "--duration",
+    "exact_decoding": "--windowed-decoding",
     "guidance_scale": "--guidance",
     "negative_prompt": "--negative",
     "num_inference_steps": "--steps",
     "num_waveforms_per_prompt": "--candidates",
+    "replace_band": "--replace-band",
+    "source_prompt": "--source-prompt",
     "torch_dtype": "--dtype",
     "transcription": "--transcription",
 }
+# Those that are also words: only a message that begins with one of them is about an argument.
+WORDS = {
+    "audio": "--from",
+    "extend": "--extend",
+    "invert": "--invert",
+    "keep": "--keep",
+    "loop": "--loop",
+    "replace": "--replace",
+    "skip": "--skip",
+    "strength": "--strength",
+    "window": "--window",
+}
 _ARGUMENT = re.compile(rf"(?<![\w-])({'|'.join(OPTIONS)})(?!\w)")
+_ALL = {**OPTIONS, **WORDS}
+_COLUMNS = {name: option.strip("-").replace("-", "_") for name, option in _ALL.items()}
+_COLUMNS["exact_decoding"] = "exact_decoding"
+_ANY = re.compile(rf"(?<![\w-])({'|'.join(_ALL)})(?!\w)")
+_BEGINNING = re.compile(rf"({'|'.join([*WORDS, 'replace_band', 'source_prompt'])}) ")
 _QUOTATION = re.compile(rf"""(['"])((?:(?!\1).){{{MAX_QUOTATION},}})\1""")
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{6,}|(?<=[Bb]earer )[^\s'\"\\]+")
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
@@ -66,14 +87,21 @@ def reason(error: Exception) -> str:
 
 def with_option_names(error: Exception) -> str | None:
     """The error of an invalid argument with the option's name instead of the argument's; None for others."""
-    if isinstance(error, CheckpointError) or not _ARGUMENT.search(str(error)):
+    text = str(error)
+    if isinstance(error, CheckpointError) or not (_BEGINNING.match(text) or _ARGUMENT.search(text)):
         return None
-    return summary(_ARGUMENT.sub(lambda match: OPTIONS[match[1]], str(error)))
+    return summary(named(text))
+
+
+def named(text: str, names: Mapping[str, str] = _ALL) -> str:
+    """A message with the options' names, or others, instead of the pipeline's arguments'."""
+    pattern = _ANY if _BEGINNING.match(text) else _ARGUMENT
+    return pattern.sub(lambda match: names[match[1]], text)
 
 
 def with_column_names(text: str) -> str:
     """A message about a row of a table, with the columns' names instead of the pipeline's arguments'."""
-    return _ARGUMENT.sub(lambda match: OPTIONS[match[1]].removeprefix("--"), text)
+    return named(text, _COLUMNS)
 
 
 def counted(number: int, noun: str) -> str:
@@ -116,7 +144,7 @@ class Warnings:
         self.seen: set[str] = set()
 
     def __call__(self, message: Warning | str, *where: Any, **more: Any) -> None:
-        text = _ARGUMENT.sub(lambda match: OPTIONS[match[1]], " ".join(str(message).split()))
+        text = named(" ".join(str(message).split()))
         text = shorten_quotations(text)
         text = clean(shortened(text, MAX_LENGTH))
         beginning = text[: MAX_QUOTATION // 2]

@@ -25,6 +25,7 @@ COMPLETED = {
     "audioldm2 completion fi": "audioldm2 completion fish",
     "audioldm2 -o so": "audioldm2 -o sound.wav",
     "audioldm2 --model fol": "audioldm2 --model folder",
+    "audioldm2 bell --from so": "audioldm2 bell --from sound.wav",
     "audioldm2 bell --dty": "audioldm2 bell --dtype",
     "audioldm2 --steps 3 bell --dtype bf": "audioldm2 --steps 3 bell --dtype bfloat16",
     "audioldm2 generate bell --profile so": "audioldm2 generate bell --profile sound.wav",
