@@ -5,7 +5,8 @@
     pipe = AudioLDM2Pipeline.from_pretrained("tiny")
     report = batch.run(["A rising sweep", {"prompt": "Rain", "seed": 7}], pipe, "sounds")
 
-- `jobs`: what to generate, and the tables it is read from.
+- `jobs`: what to generate.
+- `tables`: the files that jobs are read from.
 - `names`: a file name for any prompt.
 - `planning`: from jobs to requests, which have every setting, in groups that are generated together.
 - `generating`: from a group of requests to its sounds.
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 _HOMES = {
     "Failure": "audioldm2.batch.jobs",
     "Job": "audioldm2.batch.jobs",
-    "read_jobs": "audioldm2.batch.jobs",
+    "read_jobs": "audioldm2.batch.tables",
     "Estimate": "audioldm2.batch.running",
     "Report": "audioldm2.batch.running",
     "estimate": "audioldm2.batch.running",
@@ -33,13 +34,14 @@ _HOMES = {
 __all__ = [*_HOMES]
 
 if TYPE_CHECKING:
-    from audioldm2.batch.jobs import Failure as Failure, Job as Job, read_jobs as read_jobs
+    from audioldm2.batch.jobs import Failure as Failure, Job as Job
     from audioldm2.batch.running import (
         Estimate as Estimate,
         Report as Report,
         estimate as estimate,
         run as run,
     )
+    from audioldm2.batch.tables import read_jobs as read_jobs
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from audioldm2.audio.resample import resample
 from audioldm2.batch.jobs import Failure, Job
-from audioldm2.batch.planning import SHARED, Group, Request, scheduler_of
+from audioldm2.batch.planning import SHARED, SHARED_OF_EDITS, Group, Request, scheduler_of
+from audioldm2.batch.sources import check_unchanged
 from audioldm2.pipeline import AudioLDM2Pipeline
 from audioldm2.quoting import one_line
 
@@ -102,6 +103,8 @@ def _sounds(pipe: AudioLDM2Pipeline, group: Group, requests: Sequence[Request]) 
     start = time.perf_counter()
     jobs = [request.job for request in requests]
     first = jobs[0]
+    for request in requests:
+        check_unchanged(request.source)
     count = first.num_waveforms_per_prompt or 1
     generators = [torch.Generator(pipe.device).manual_seed(job.seed or 0) for job in jobs]
     negatives = [job.negative_prompt or "" for job in jobs]
@@ -115,6 +118,7 @@ def _sounds(pipe: AudioLDM2Pipeline, group: Group, requests: Sequence[Request]) 
             generator=[generator for generator in generators for _ in range(count)],
             output_type="pt",
             **{name: getattr(first, name) for name in SHARED},
+            **_of_edits(requests),
         )
     audio: Tensor = output.audios
     rate = pipe.vocoder.config.sampling_rate
@@ -128,6 +132,14 @@ def _sounds(pipe: AudioLDM2Pipeline, group: Group, requests: Sequence[Request]) 
         sounds.append(Sound(request.index, waveforms.numpy(), scores, 0.0))
     seconds = (time.perf_counter() - start) / len(requests)
     return [dataclasses.replace(sound, generated_in_s=seconds) for sound in sounds]
+
+
+def _of_edits(requests: Sequence[Request]) -> dict[str, Any]:
+    """The arguments of edits, loops and windows that requests have."""
+    first = requests[0].job
+    given = {name: getattr(first, name) for name in SHARED_OF_EDITS if getattr(first, name) is not None}
+    sounds = [request.source.path for request in requests if request.source is not None]
+    return {**given, "audio": sounds} if sounds else given
 
 
 @contextmanager

@@ -1,40 +1,46 @@
-"""What a batch generates: jobs, and the tables they are read from.
+"""What a batch generates: jobs. Imports only the standard library, so that mistakes are found at once.
 
-    prompts.csv, .tsv     a header, then a job on each line; an empty cell is the default
-    prompts.jsonl         a JSON object, or a prompt as a string, on each line
-    prompts.txt           a prompt on each line, or prompt|file name as in the original repository
-
-The columns are the fields of `Job`, also under the names of the command line's options (`COLUMNS`). Imports
-only the standard library, so that mistakes are found before anything is loaded.
+A job can be written as a mapping of the fields of `Job`, also under the names of the command line's options
+(`COLUMNS`). `tables` reads such mappings from files.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from operator import index
-from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from audioldm2.arguments import (
     MAX_SEED,
     as_texts,
     check_choice,
     check_count,
+    check_flag,
     check_length,
     check_number,
     did_you_mean,
 )
-from audioldm2.quoting import listed, one_line, quoted
+from audioldm2.editing.checks import (
+    EXAMPLES,
+    METHODS,
+    check_edit,
+    check_inversion,
+    check_strength,
+    pairs,
+    read_pairs,
+)
+from audioldm2.quoting import listed, quoted
 from audioldm2.schedulers import SAMPLERS
 
 MAX_NAME = 1000  # characters; a longer text is probably not meant as a name
 BATCH_SIZE = 8  # by default
 MAX_CANDIDATES = 1000  # of a job; a larger number is probably a mistake
-TABLES = ("csv", "tsv", "jsonl", "txt")
+Pairs = tuple[tuple[float, float | None], ...]
 
 
 class Failure(NamedTuple):
@@ -74,6 +80,18 @@ class Job:
         scheduler: the name of a sampler in `SAMPLERS`; the pipeline's own by default.
         seed: of the random numbers, from 0 to 2^63 - 1. By default it is made from the other fields, so that
             another run makes the same sound.
+        audio: the path of a sound to edit, whose length the result has by default.
+        strength: how much of it is changed, from 0 to 1.
+        keep: spans in seconds that are kept: pairs of numbers, or text such as "0-2.5, 4-".
+        replace: spans that are generated, likewise.
+        replace_band: bands in Hz that are generated, likewise.
+        extend: seconds to add to its end.
+        loop: whether the sound is to repeat without a seam, also without `audio`.
+        window: seconds of the windows in which longer sounds are denoised.
+        exact_decoding: False decodes long sounds in windows.
+        invert: "ddpm" or "ddim": edit by inversion, with this method.
+        source_prompt: with `invert`, what the sound is now; nothing by default.
+        skip: with `invert`, the share of the steps that is left out.
         where: the file and line that the job was read from, for messages.
 
     Raises:
@@ -92,6 +110,18 @@ class Job:
     max_new_tokens: int | None = None
     scheduler: str | None = None
     seed: int | None = None
+    audio: str | None = None
+    strength: float | None = None
+    keep: Pairs | None = None
+    replace: Pairs | None = None
+    replace_band: Pairs | None = None
+    extend: float | None = None
+    loop: bool | None = None
+    window: float | None = None
+    exact_decoding: bool | None = None
+    invert: str | None = None
+    source_prompt: str | None = None
+    skip: float | None = None
     where: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -100,12 +130,19 @@ class Job:
             if field.name != "where" and (value is not None or field.name == "prompt"):
                 _CHECKS[field.name](field.name, value)
                 # NumPy's numbers as Python's, which JSON can hold.
-                convert = _NUMBERS.get(field.name, lambda value: value)
+                convert = _CONVERTED.get(field.name, lambda value: value)
                 object.__setattr__(self, field.name, convert(value))
+        settings = vars(self)
+        check_edit(self.audio is not None, settings, self.loop)
+        check_inversion(self.audio is not None, self.invert, settings)
+        if self.extend is not None and self.audio_length_in_s is not None:
+            raise ValueError("extend says how long the sound becomes, so leave out audio_length_in_s")
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Job:
         """The job with the values of `defaults` for the fields that are None."""
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        if self.extend is not None or self.invert is not None:  # these say how long the sound becomes
+            missing.pop("audio_length_in_s", None)
         return dataclasses.replace(self, **missing)
 
     @classmethod
@@ -142,7 +179,7 @@ class Job:
 def _text(name: str, value: Any) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{name} must be text, got {quoted(value)}")
-    as_texts(name, value, empty=name == "negative_prompt")
+    as_texts(name, value, empty=name in ("negative_prompt", "source_prompt"))
     if "\0" in value:
         raise ValueError(f"{name} has a NUL character; the text is perhaps UTF-16, save it as UTF-8")
 
@@ -155,7 +192,21 @@ def _name(name: str, value: Any) -> None:
         raise ValueError(f"{name} has {len(value)} characters; at most {MAX_NAME} are allowed")
 
 
-_CHECKS: dict[str, Callable[[str, Any], None]] = {
+def _path(name: str, value: Any) -> None:
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name} must be the path of a sound file, got {quoted(value)}")
+    if not os.fspath(value):
+        raise ValueError(f"{name} is empty; name a sound file")
+    _text(name, os.fspath(value))
+
+
+def _spans(name: str, value: Any) -> Pairs:
+    """Spans or bands as pairs of numbers; None is the end of the sound."""
+    given = read_pairs(name, value) if isinstance(value, str) else value
+    return tuple((start, None if end == math.inf else end) for start, end in pairs(name, given))
+
+
+_CHECKS: dict[str, Callable[[str, Any], object]] = {
     "prompt": _text,
     "name": _name,
     "negative_prompt": _text,
@@ -168,9 +219,21 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "max_new_tokens": check_count,
     "scheduler": lambda name, value: check_choice(name, value, tuple(SAMPLERS)),
     "seed": lambda name, value: check_count(name, value, 0, MAX_SEED),
+    "audio": _path,
+    "strength": lambda name, value: check_strength(value),
+    "keep": _spans,
+    "replace": _spans,
+    "replace_band": _spans,
+    "extend": check_number,
+    "loop": check_flag,
+    "window": check_number,
+    "exact_decoding": check_flag,
+    "invert": lambda name, value: check_choice(name, value, METHODS),
+    "source_prompt": _text,
+    "skip": check_number,
 }
 # What a cell of a table is read as.
-_NUMBERS: dict[str, Callable[[Any], Any]] = {
+NUMBERS: dict[str, Callable[[Any], Any]] = {
     "audio_length_in_s": float,
     "num_inference_steps": index,
     "guidance_scale": float,
@@ -178,6 +241,19 @@ _NUMBERS: dict[str, Callable[[Any], Any]] = {
     "eta": float,
     "max_new_tokens": index,
     "seed": index,
+    "strength": float,
+    "extend": float,
+    "window": float,
+    "skip": float,
+}
+FLAGS = ("loop", "exact_decoding")
+_CONVERTED: dict[str, Callable[[Any], Any]] = {
+    **NUMBERS,
+    # None where the value is the default, so that it makes no difference to write it.
+    "loop": lambda value: bool(value) or None,
+    "exact_decoding": lambda value: None if value else False,
+    **{name: partial(_spans, name) for name in EXAMPLES},
+    "audio": os.fspath,
 }
 COLUMNS = {
     **{name: name for name in _CHECKS},
@@ -186,6 +262,7 @@ COLUMNS = {
     "steps": "num_inference_steps",
     "guidance": "guidance_scale",
     "candidates": "num_waveforms_per_prompt",
+    "from": "audio",
 }
 
 
@@ -193,6 +270,8 @@ COLUMNS = {
 SHOWN_COLUMNS = (
     *("prompt", "name", "negative", "transcription", "duration", "seed"),
     *("steps", "guidance", "candidates", "scheduler", "eta", "max_new_tokens"),
+    *("from", "strength", "keep", "replace", "replace_band", "extend"),
+    *("invert", "source_prompt", "skip", "loop", "window", "exact_decoding"),
 )
 
 
@@ -202,168 +281,3 @@ def check_columns(names: Iterable[str]) -> None:
         if name not in COLUMNS:
             hint = did_you_mean(str(name), COLUMNS) or f"; the columns are {', '.join(SHOWN_COLUMNS)}"
             raise ValueError(f"unknown column {quoted(name)}{hint}")
-
-
-# --- tables
-
-
-def table_type(path: str | Path) -> str | None:
-    """The type of a table by its suffix: one of `TABLES`, or None if the suffix says nothing."""
-    suffix = Path(path).suffix.lower().removeprefix(".")
-    return suffix if suffix in TABLES else None
-
-
-def read_jobs(path: str | Path, kind: str | None = None) -> tuple[list[Job], list[Failure]]:
-    """Read the jobs of a table.
-
-    Args:
-        path: the file, in UTF-8.
-        kind: one of `TABLES`; by default, what the suffix says.
-
-    Returns:
-        The jobs, and the rows that are not valid.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: the suffix is unknown; or the file is not UTF-8, has no jobs, or has no column "prompt" or
-            an unknown one.
-
-    Example:
-        >>> jobs, failures = read_jobs("prompts.csv")
-    """
-    kind = kind or table_type(path)
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        if kind is None:
-            raise ValueError(
-                f"{path}: unknown type of table; use .csv, .tsv, .jsonl or .txt, or say which it is"
-            )
-        return parse_jobs(file, kind, str(path))
-
-
-def parse_jobs(file: TextIO, kind: str, name: str) -> tuple[list[Job], list[Failure]]:
-    """Read the jobs of an open table.
-
-    Args:
-        file: opened with newline="".
-        kind: one of `TABLES`.
-        name: of the file, for messages.
-
-    Returns:
-        As `read_jobs` does.
-
-    Raises:
-        ValueError: as in `read_jobs`.
-    """
-    check_choice("the type of the table", kind, TABLES)
-    jobs, failures = [], []
-    try:
-        for line, row in _READERS[kind](file):
-            where = f"{name}:{line}"
-            if isinstance(row, Exception):
-                failures.append(Failure(where, one_line(row)))
-                continue
-            try:
-                jobs.append(Job.of(row, where))
-            except (TypeError, ValueError) as error:
-                failures.append(Failure(where, one_line(error)))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
-    except ValueError as error:
-        raise ValueError(f"{name}: {one_line(error)}") from error
-    if not jobs and not failures:
-        raise ValueError(f"{name} has no prompts")
-    return jobs, failures
-
-
-# A reader yields the number of each row's first line, and the row, or what is wrong with it.
-Rows = Iterator[tuple[int, Mapping[str, Any] | str | Exception]]
-
-
-def _read_separated(file: TextIO, separator: str) -> Rows:
-    reader = csv.reader(file, delimiter=separator, strict=True)
-    try:
-        header = [cell.strip() for cell in next(reader, [])]
-    except csv.Error as error:
-        raise ValueError(f"the first line, which names the columns, is broken: {error}") from error
-    if "prompt" not in header:
-        separators = " (the cells must be separated by commas)" if ";" in "".join(header) else ""
-        first_line = quoted(separator.join(header))
-        raise ValueError(
-            f"the first line must name the columns, one of them prompt{separators}; it is {first_line}"
-        )
-    check_columns(header)
-    if len({COLUMNS[column] for column in header}) < len(header):
-        raise ValueError(f"two columns of the same setting in {listed(header)}; keep one")
-    first = reader.line_num + 1
-    while True:
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:  # the reader goes on at the next line
-            yield first, error
-            cells = []
-        if cells is None:
-            return
-        line, first = first, reader.line_num + 1
-        if not any(cell.strip() for cell in cells):
-            continue
-        if len(cells) != len(header):
-            yield line, ValueError(f"the row has {len(cells)} cells, and the header {len(header)}")
-            continue
-        try:
-            yield line, {name: _value(name, cell) for name, cell in zip(header, cells, strict=True) if cell}
-        except ValueError as error:
-            yield line, error
-
-
-def _value(column: str, cell: str) -> Any:
-    """A cell as a value of its column."""
-    convert = _NUMBERS.get(COLUMNS[column])
-    if convert is None:
-        return cell
-    try:
-        return float(cell) if convert is float else int(cell)
-    except ValueError:
-        what = "a number" if convert is float else "an integer"
-        raise ValueError(f"{column} must be {what}, got {quoted(cell)}") from None
-
-
-def _read_json_lines(file: TextIO) -> Rows:
-    for line, text in enumerate(file, 1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            yield line, ValueError(f"not JSON: {one_line(error)}")
-            continue
-        if isinstance(row, dict):
-            yield line, {name: value for name, value in row.items() if value is not None}
-        elif isinstance(row, str):
-            yield line, row
-        else:
-            yield line, ValueError(f"each line is a JSON object or a string, got {quoted(row)}")
-
-
-def _looks_like(line: str) -> str | None:
-    """Another type of table that a line of text seems to be the first line of."""
-    cells = {name: [cell.strip() for cell in line.split(sep)] for name, sep in (("csv", ","), ("tsv", "\t"))}
-    if line.lstrip().startswith('{"'):
-        return "jsonl"
-    return next((name for name, each in cells.items() if len(each) > 1 and "prompt" in each), None)
-
-
-def _read_lines(file: TextIO) -> Rows:
-    for line, text in enumerate(file, 1):
-        if line == 1 and (kind := _looks_like(text)):
-            raise ValueError(f"the first line looks like that of a {kind} table; say that it is one")
-        prompt, bar, name = text.strip().partition("|")
-        if prompt or name:
-            yield line, {"prompt": prompt.strip(), "name": name.strip()} if bar else prompt
-
-
-_READERS: dict[str, Callable[[TextIO], Rows]] = {
-    "csv": lambda file: _read_separated(file, ","),
-    "tsv": lambda file: _read_separated(file, "\t"),
-    "jsonl": _read_json_lines,
-    "txt": _read_lines,
-}

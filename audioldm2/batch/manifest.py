@@ -12,7 +12,6 @@ process was about to write.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +25,7 @@ from audioldm2.audio.sound_file import write_sound
 from audioldm2.batch.generating import Sound
 from audioldm2.batch.jobs import Failure
 from audioldm2.batch.planning import FileOptions, Request
+from audioldm2.batch.sources import sha256
 from audioldm2.quoting import one_line
 
 MANIFEST = "manifest.jsonl"
@@ -177,7 +177,7 @@ class Manifest:
                     "score": None if sound.scores is None else sound.scores[candidate],
                     "seconds": len(waveform) / rate,
                     "generated_in_s": round(sound.generated_in_s, 3),
-                    "sha256": _sha256(path),
+                    "sha256": sha256(path),
                     "key": request.key,
                 }
             )
@@ -185,7 +185,7 @@ class Manifest:
 
     def _is_whole(self, record: Record) -> bool:
         path = self.folder / record["file"]
-        return path.is_file() and _sha256(path) == str(record["sha256"])
+        return path.is_file() and sha256(path) == str(record["sha256"])
 
     def _rewrite(self) -> None:
         """Rewrite the manifest if it has outdated lines, half a line at its end, or another order."""
@@ -243,14 +243,6 @@ def _record(line: bytes) -> Record | None:
         return None
     is_name = Path(record["file"]).name == record["file"]
     return dict(record) if is_name else None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _locked(folder: Path) -> int | None:

@@ -1,8 +1,8 @@
 """From jobs to requests, which have every setting, and to groups that are generated together.
 
-The requests of a group share all settings but the prompt, the negative prompt, the transcription and the
-seed, and their prompts have the same number of tokens. These need no padding, so a sound does not depend on
-the others of its group, up to rounding.
+The requests of a group share all settings but the prompt, the negative prompt, the transcription, the seed
+and the sound to edit. Their prompts have the same number of tokens, and their sounds the same number of
+samples. These need no padding, so a sound does not depend on the others of its group, up to rounding.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from audioldm2.audio.file_types import FILE_FORMATS, sound_type
 from audioldm2.audio.sound_file import check_can_write
 from audioldm2.batch.jobs import Failure, Job
 from audioldm2.batch.names import distinct, file_name, split_name
+from audioldm2.batch.sources import Source, source_of
 from audioldm2.checkpoints.recommended import recommended_for
 from audioldm2.conditioning import check_transcription, speaks, token_limit
 from audioldm2.decoding import frames_and_samples
+from audioldm2.editing.checks import OF_AUDIO
 from audioldm2.pipeline import AudioLDM2Pipeline
 from audioldm2.quoting import one_line
 from audioldm2.schedulers import as_sampler
@@ -40,8 +42,17 @@ SHARED = (
     "eta",
     "max_new_tokens",
 )
+# The same of edits, and of loops and long sounds; most jobs have none, and the pipeline decides.
+SHARED_OF_EDITS = (
+    *OF_AUDIO[1:],
+    *("loop", "window", "exact_decoding"),
+)
 SETTINGS = ("prompt", "negative_prompt", "transcription", *SHARED, "seed")  # of a job, in the manifest
+# In the manifest, and in what a seed is made from, only if a job has them.
+SETTINGS_OF_EDITS = (*SHARED_OF_EDITS, "invert", "source_prompt", "skip")
 PROGRESS_DELAY_S = 2.0  # before a bar appears for what takes long only in large batches
+# Fields of a job that its seed is made from, besides the settings of edits.
+_SEEDING = (*SETTINGS, "scheduler")
 DEFAULTS = {"guidance_scale": GUIDANCE, "num_waveforms_per_prompt": 1, "eta": 0.0}
 
 
@@ -81,12 +92,14 @@ class Request:
 
     Attributes:
         index: of the request, in its plan.
-        job: the job, in which only `name`, `negative_prompt`, `transcription`, `max_new_tokens` and
-            `scheduler` may still be None.
+        job: the job, in which only `name`, `negative_prompt`, `transcription`, `max_new_tokens`, `scheduler`
+            and the settings of edits may still be None, and `audio_length_in_s` if there is a sound.
         files: the names of its files, that of the best candidate first.
         key: a digest of all that the sounds depend on; a sound with another key is generated again.
         tokens: the number to which the second encoder's states are padded.
         stored: the settings in the manifest's line of each of its sounds.
+        seconds: the length of its sounds.
+        source: the sound that is edited; None if there is none.
     """
 
     index: int
@@ -95,6 +108,8 @@ class Request:
     key: str
     tokens: int
     stored: Mapping[str, Any]
+    seconds: float
+    source: Source | None = None
 
 
 class Group(NamedTuple):
@@ -141,26 +156,28 @@ def plan(jobs: Sequence[Job], pipe: AudioLDM2Pipeline, files: FileOptions) -> Pl
     check_steps = cache(lambda name, steps: copy.deepcopy(sampler_of(name)).set_timesteps(steps))
     sampler_of = cache(lambda name: pipe.scheduler if name is None else as_sampler(name, pipe.scheduler))
     check_suffix(f".{files.file_format}")
-    completed: list[tuple[Job, str, int]] = []
+    completed: list[tuple[Job, str, int, float, Source | None]] = []
     failures = []
     with pipe.progress("Checking jobs", len(jobs), leave=False, delay=PROGRESS_DELAY_S) as bar:
         for job in jobs:
             try:
                 suffix = split_name(job.name or "")[1] or f".{files.file_format}"
                 check_suffix(suffix)
-                whole = _completed(job, pipe, sampler_of(job.scheduler), check_steps)
-                completed.append((whole, suffix, _tokens(job, pipe)))
+                source = source_of(job, pipe)
+                whole, seconds = _completed(job, pipe, sampler_of(job.scheduler), check_steps, source)
+                completed.append((whole, suffix, _tokens(job, pipe), seconds, source))
             except (ValueError, TypeError) as error:
                 failures.append(Failure(job.where, one_line(error)))
             bar.update()
-    seeded = _with_seeds([job for job, _, _ in completed])
+    seeded = _with_seeds([(job, source) for job, *_, source in completed])
     stems = [_stems(job, files.keep_all) for job in seeded]
     names = iter(distinct(name for each in stems for name in each))
     requests: list[Request] = []
-    for job, each, (_, suffix, tokens) in zip(seeded, stems, completed, strict=True):
+    for job, each, (_, suffix, tokens, seconds, source) in zip(seeded, stems, completed, strict=True):
         sampler = sampler_of(job.scheduler)
         stored = {
             **{name: getattr(job, name) for name in SETTINGS},
+            **_edit_settings(job, source),
             "scheduler": type(sampler).__name__,
             "sampling_rate": rate,
             "checkpoint": pipe.name_or_path,
@@ -178,7 +195,9 @@ def plan(jobs: Sequence[Job], pipe: AudioLDM2Pipeline, files: FileOptions) -> Pl
                 tuple(f"{next(names)}{suffix}" for _ in each),
                 key,
                 tokens,
-                {**stored, "version": __version__},
+                {**stored, **({} if source is None else {"audio": job.audio}), "version": __version__},
+                seconds,
+                source,
             )
         )
     return Plan(requests, failures, rate)
@@ -190,32 +209,49 @@ def scheduler_of(job: Job, pipe: AudioLDM2Pipeline) -> Any:
 
 
 def _completed(
-    job: Job, pipe: AudioLDM2Pipeline, sampler: Any, check_steps: Callable[[str | None, int | None], object]
-) -> Job:
-    """A job with the default of every setting but the seed.
+    job: Job,
+    pipe: AudioLDM2Pipeline,
+    sampler: Any,
+    check_steps: Callable[[str | None, int | None], object],
+    source: Source | None,
+) -> tuple[Job, float]:
+    """A job with the default of every setting but the seed, and the length of its sound in seconds.
 
     Args:
         job: what to complete.
         pipe: has the defaults.
         sampler: the job's.
         check_steps: raises ValueError unless a sampler, given by its name, has this number of steps.
+        source: the sound that it edits.
 
     Raises:
         ValueError: a setting is out of range for this checkpoint.
     """
-    job = job.with_defaults(
-        {
-            **DEFAULTS,
-            "num_inference_steps": getattr(sampler, "default_num_inference_steps", 200),
-            **recommended_for(pipe.recommended, type(sampler).__name__),
-        }
-    )
+    defaults = {
+        **DEFAULTS,
+        "num_inference_steps": getattr(sampler, "default_num_inference_steps", 200),
+        **recommended_for(pipe.recommended, type(sampler).__name__),
+    }
+    if source is not None:
+        defaults.pop("audio_length_in_s", None)  # a sound keeps its own
+        defaults["strength"] = source.strength
+    job = job.with_defaults(defaults)
     check_transcription(job.transcription, speaks(pipe))
     check_steps(job.scheduler, job.num_inference_steps)
+    if source is not None:
+        return job, source.length
     frames, _ = frames_and_samples(pipe.unet, pipe.part("vae"), pipe.part("vocoder"), job.audio_length_in_s)
     vocoder = pipe.part("vocoder")
     length = frames * vocoder.hop_length / vocoder.config.sampling_rate
-    return job.with_defaults({"audio_length_in_s": length})
+    job = job.with_defaults({"audio_length_in_s": length})
+    assert job.audio_length_in_s is not None
+    return job, job.audio_length_in_s
+
+
+def _edit_settings(job: Job, source: Source | None) -> dict[str, Any]:
+    """What a sound depends on if it is an edit, a loop, or made in windows; {} for other sounds."""
+    given = {name: getattr(job, name) for name in SETTINGS_OF_EDITS if getattr(job, name) is not None}
+    return given if source is None else {**given, "audio_sha256": source.sha256}
 
 
 def _tokens(job: Job, pipe: AudioLDM2Pipeline) -> int:
@@ -226,13 +262,14 @@ def _tokens(job: Job, pipe: AudioLDM2Pipeline) -> int:
     return min(tokens, token_limit(pipe, pipe.tokenizer_2))
 
 
-def _with_seeds(jobs: Sequence[Job]) -> list[Job]:
+def _with_seeds(jobs: Sequence[tuple[Job, Source | None]]) -> list[Job]:
     """Jobs with a seed each. Equal jobs without one get different seeds."""
     counts: Counter[str] = Counter()
     result = []
-    for job in jobs:
+    for job, source in jobs:
         if job.seed is None:
-            content = _digest({**dataclasses.asdict(job), "name": None, "where": None})
+            fields = {name: getattr(job, name) for name in _SEEDING}
+            content = _digest({**fields, "name": None, "where": None, **_edit_settings(job, source)})
             counts[content] += 1
             seed = int(_digest({"job": content, "number": counts[content]})[:8], 16)
             job = dataclasses.replace(job, seed=seed)
@@ -261,8 +298,12 @@ def in_groups(plan: Plan, batch_size: int) -> list[Group]:
     """
     alike: dict[tuple[Any, ...], list[Request]] = {}
     for request in plan.requests:
-        shared = tuple(getattr(request.job, name) for name in (*SHARED, "scheduler"))
-        alike.setdefault((*shared, request.tokens), []).append(request)
+        job, source = request.job, request.source
+        shared = tuple(
+            getattr(job, name) for name in (*SHARED, *SHARED_OF_EDITS, "scheduler", "invert", "skip")
+        )
+        samples = None if source is None else source.samples
+        alike.setdefault((*shared, request.tokens, samples), []).append(request)
     groups = []
     for requests in alike.values():
         size = max(1, batch_size // (requests[0].job.num_waveforms_per_prompt or 1))

@@ -23,6 +23,7 @@ from audioldm2.batch.planning import (
     in_groups,
     plan,
 )
+from audioldm2.editing.variation import first_step
 from audioldm2.pipeline import AudioLDM2Pipeline
 from audioldm2.quoting import one_line, quoted
 
@@ -82,7 +83,8 @@ def run(
     inserted before others of its name renames them, and they are generated again.
 
     Args:
-        jobs: prompts, mappings of `Job`'s fields, or jobs.
+        jobs: prompts, mappings of `Job`'s fields, or jobs. A sound to edit is a path, `{"prompt": "A cat",
+            "audio": "dog.wav"}`; it is part of what a finished sound is compared by, with its content.
         pipe: the pipeline. Its recommended settings are the defaults. Changed weights are not noticed: use
             another folder.
         folder: where the sounds and manifest.jsonl go; created if it does not exist.
@@ -185,10 +187,7 @@ def estimate(
     time_needed = 0.0
     if missing:
         fixed, per_step = _measured(pipe, missing[0], planned.sampling_rate)
-        time_needed = sum(
-            _length(request) * (fixed + per_step * (request.job.num_inference_steps or 0))
-            for request in missing
-        )
+        time_needed = sum(_length(request) * (fixed + per_step * _steps(request)) for request in missing)
     return Estimate(missing, len(records), failures, seconds, time_needed)
 
 
@@ -254,7 +253,13 @@ def _inner_bars(pipe: AudioLDM2Pipeline, hidden: bool = False) -> Iterator[None]
 
 def _length(request: Request) -> float:
     """Seconds of sound that are generated for a request."""
-    return (request.job.audio_length_in_s or 0) * (request.job.num_waveforms_per_prompt or 1)
+    return request.seconds * (request.job.num_waveforms_per_prompt or 1)
+
+
+def _steps(request: Request) -> int:
+    """The steps that are taken for a request."""
+    steps, strength = request.job.num_inference_steps or 0, request.job.strength
+    return steps if strength is None else steps - first_step(steps, strength)
 
 
 def _measured(pipe: AudioLDM2Pipeline, request: Request, sampling_rate: int) -> tuple[float, float]:
@@ -265,9 +270,10 @@ def _measured(pipe: AudioLDM2Pipeline, request: Request, sampling_rate: int) -> 
     """
     times = []
     few, more = 1, 3
+    strength = None if request.job.strength is None else 1.0  # all of the steps are taken
     with _inner_bars(pipe, hidden=True):
         for steps in (few, few, more):  # the first call is slower than others
-            job = dataclasses.replace(request.job, num_inference_steps=steps)
+            job = dataclasses.replace(request.job, num_inference_steps=steps, strength=strength)
             group = Group((dataclasses.replace(request, job=job),), sampling_rate)
             start = time.perf_counter()
             result = generate(pipe, group)

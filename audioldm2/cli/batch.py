@@ -12,7 +12,8 @@ from typing import Any
 
 from audioldm2.atomic import check_folder_writable
 from audioldm2.audio.file_types import FILE_FORMATS, SAMPLE_FORMATS, sound_type
-from audioldm2.batch.jobs import BATCH_SIZE, TABLES, Failure, Job, parse_jobs, read_jobs
+from audioldm2.batch.jobs import BATCH_SIZE, Failure, Job
+from audioldm2.batch.tables import TABLES, parse_jobs, read_jobs
 from audioldm2.cli.loading import load_pipeline, loader
 from audioldm2.cli.messages import (
     clean,
@@ -49,9 +50,15 @@ file with an object on each line, or a .txt file with a prompt on each line, or
 
   prompt, name (of the file), negative, transcription, duration, seed,
   steps, guidance, candidates, scheduler, eta and max_new_tokens
+to edit a sound:
+  from (a file, relative to the table's folder), strength, keep, replace,
+  replace_band, extend, invert, source_prompt and skip
+of loops and long sounds:
+  loop, window and exact_decoding
 
 Only prompt is required. The options below are the defaults of what a row
-leaves out.
+leaves out; "audioldm2 --help" says what the settings of edits mean. Cells of
+keep, replace and replace_band are like "0-2.5, 4-".
 
 A batch that was stopped, at any moment, is resumed by giving the same command
 again. A sound is generated again if its row or an option has changed. The
@@ -65,6 +72,7 @@ examples:
   audioldm2 batch prompts.csv -o sounds --dry-run
   audioldm2 batch prompts.jsonl -o sounds --format flac --rate 48000
   audioldm2 batch prompts.txt -o sounds --candidates 4 --keep-all
+  audioldm2 batch edits.csv -o edited    # with the column "from"
   audioldm2 batch prompts.csv -o sounds --engine ray --address 10.0.0.5:6379
   printf 'Rain\\nA bell\\n' | audioldm2 batch - -o sounds --model tiny
 
@@ -321,8 +329,7 @@ def _pipeline_and_engine(
 
 def _print_estimate(found: Any, options: argparse.Namespace, failures: Sequence[Failure]) -> int:
     lines = [
-        clean(f"{', '.join(request.files)}: {_described(request.job)}")
-        for request in found.requests[:MAX_LISTED]
+        clean(f"{', '.join(request.files)}: {_described(request)}") for request in found.requests[:MAX_LISTED]
     ]
     if len(found.requests) > MAX_LISTED:
         lines.append(f"... and {len(found.requests) - MAX_LISTED} more")
@@ -338,8 +345,9 @@ def _print_estimate(found: Any, options: argparse.Namespace, failures: Sequence[
     return 1 if failures or unprinted else 0
 
 
-def _described(job: Job) -> str:
-    settings = f"{job.audio_length_in_s:g} s, {job.num_inference_steps} steps, seed {job.seed}"
+def _described(request: Any) -> str:
+    job = request.job
+    settings = f"{request.seconds:g} s, {job.num_inference_steps} steps, seed {job.seed}"
     return f"{shortened(job.prompt, 100)} ({settings})"
 
 

@@ -101,8 +101,9 @@ def check_inside(name: str, spans: Any, seconds: float) -> None:
     for start, end in pairs(name, spans):
         # A hundredth of a second more than the sound is a rounded length.
         if start >= seconds or (end != math.inf and end > seconds + 0.01):
+            until = "s on" if end == math.inf else f"to {end:g} s"
             raise ValueError(
-                f"{name} has the span from {start:g} to {end:g} s, but the sound is {seconds:g} s long"
+                f"{name} has the span from {start:g} {until}, but the sound is {seconds:g} s long"
             )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from audioldm2.batch import Job, read_jobs
-from audioldm2.batch.jobs import parse_jobs
+from audioldm2.batch.tables import parse_jobs
 
 
 def parsed(text: str, kind: str) -> tuple[list[Job], list[str]]:
