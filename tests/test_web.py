@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 
-from audioldm2 import CheckpointError, DPMSolverMultistepScheduler, cli, read_wav
+from audioldm2 import CheckpointError, DPMSolverMultistepScheduler, cli, read_wav, write_wav
 from audioldm2.checkpoints.hub import TINY_FOLDER
 from audioldm2.cli import serve
 from audioldm2.web.files import save_sounds
@@ -84,6 +84,17 @@ def test_what_is_left_out_is_the_checkpoints_default() -> None:
         ({"checkpoint": ["tiny"]}, "the checkpoint must be one of"),
         ({"speech": "Hello"}, "this checkpoint does not speak"),
         ({"checkpoint": "speaker"}, "the text to speak is empty"),
+        ({"strength": 0.5}, "the strength goes with the sound"),
+        ({"keep": "0-1"}, "the part to keep goes with the sound"),
+        ({"extend": 1}, "the time to add goes with the sound"),
+        ({"audio": "a", "strength": 2}, "the strength must lie between 0"),
+        ({"audio": "a", "strength": "x"}, "the strength must be a finite number, got 'x'"),
+        ({"audio": "a", "keep": "1"}, "the part to keep must be seconds, as in 0-2.5 or 4-, got '1'"),
+        ({"audio": "a", "keep": [0, 1]}, "the part to keep must be text"),
+        ({"audio": "a", "keep": "0-1", "replace": "1-2"}, "the part to keep and the part to replace say the"),
+        ({"audio": "a", "extend": 31}, "the time to add must be a number of seconds, more than 0 and at mo"),
+        ({"audio": "a", "extend": 1, "duration": 3}, "with a time to add, leave out the length"),
+        ({"audio": "a", "loop": "yes"}, "the loop must be True or False, got 'yes'"),
     ],
 )
 def test_what_is_not_allowed_is_refused_in_words(values: dict[str, Any], message: str) -> None:
@@ -307,6 +318,63 @@ def test_the_api_gives_what_the_pipeline_gives(server: Server, tmp_path: Path) -
     assert any("the negative prompt" in note for note in same["warnings"])
 
 
+def upload(server: Server, content: bytes, name: str = "sound.wav") -> dict[str, Any]:
+    """Upload a file. Returns what the API takes as one."""
+    response = HTTP.post(f"{server.url}/gradio_api/upload", files={"files": (name, content)})
+    assert response.status_code == 200, response.text
+    return {"path": response.json()[0], "meta": {"_type": "gradio.FileData"}}
+
+
+def test_an_uploaded_sound_is_edited(server: Server, tmp_path: Path) -> None:
+    path = tmp_path / "in.wav"
+    write_wav(path, (0.1 * noise(6000)).clamp(-1, 1), 16000)
+    sound = upload(server, path.read_bytes())
+    pipe = load_pipeline("tiny")
+    for values, arguments in (
+        ({"strength": 0.5}, {"strength": 0.5}),
+        ({"keep": "0-0.1, 0.3-"}, {"keep": [(0, 0.1), (0.3, None)]}),
+        ({"extend": 0.3, "loop": True}, {"extend": 0.3, "loop": True}),
+    ):
+        name, data = generate(server, prompt="Rain", audio=sound, seed=5, **values)
+        assert name == "complete", data
+        (tmp_path / "out.wav").write_bytes(HTTP.get(data[0]["sounds"][0]["file"]["url"]).content)
+        waveform, _ = read_wav(tmp_path / "out.wav")
+        expected = pipe(
+            "Rain",
+            audio=path,
+            guidance_scale=2.0,
+            num_inference_steps=2,
+            generator=seeded(5),
+            **arguments,
+        ).audios[0]
+        np.testing.assert_allclose(waveform[0].numpy(), expected, atol=1e-3)
+
+
+def test_sounds_that_cannot_be_edited_are_explained(server: Server, tmp_path: Path) -> None:
+    write_wav(tmp_path / "long.wav", noise(8000 * 31).clamp(-1, 1), 8000)
+    write_wav(tmp_path / "silent.wav", 0 * noise(8000), 8000)
+    write_wav(tmp_path / "in.wav", noise(8000).clamp(-1, 1), 8000)
+    fetched = f"http://127.0.0.1:{free_port()}/in.wav"
+    # A file of the server that no visitor uploaded.
+    foreign = {"path": str(ROOT / "README.md"), "meta": {"_type": "gradio.FileData"}}
+    sound = upload(server, (tmp_path / "in.wav").read_bytes())
+    for audio, values, message in (
+        (upload(server, b"not a sound"), {}, "the sound is not a sound file"),
+        (upload(server, (tmp_path / "long.wav").read_bytes()), {}, "the sound is longer than 30 s"),
+        (upload(server, (tmp_path / "silent.wav").read_bytes()), {}, "the sound is silent"),
+        (sound, {"extend": 29.5}, "the sound would become longer than 30 s"),
+        (sound, {"replace": "3-4"}, "the part to replace has the span from 3 to 4 s, but the sound is 1 s"),
+        ({"path": foreign["path"]}, {}, "the sound must be an uploaded file"),
+        (foreign, {}, None),
+        ({**foreign, "path": fetched}, {}, None),
+        ("/etc/passwd", {}, None),
+    ):
+        name, data = generate(server, prompt="Rain", audio=audio, **values)
+        assert name == "error"
+        assert message is None or message in data["error"]
+        assert "gradio" not in json.dumps(data) or "handle_file" in data["error"]
+
+
 def test_errors_of_the_api_are_words(server: Server) -> None:
     for values, message in (
         ({"prompt": ""}, "the prompt is empty; describe the sound"),
@@ -333,7 +401,7 @@ def test_malformed_calls_leave_it_serving(server: Server) -> None:
         body = {"fn_index": index, "data": [None, {}, "x"], "session_hash": f"abc{index}"}
         call(server, body, "queue/join")
     assert HTTP.get(f"{server.url}/gradio_api/file=/etc/passwd").status_code == 403
-    upload = HTTP.post(f"{server.url}/gradio_api/upload", files={"files": b"x" * 1000})
+    upload = HTTP.post(f"{server.url}/gradio_api/upload", files={"files": b"x" * (Limits().upload + 1)})
     assert upload.status_code >= 400
     assert generate(server, prompt="A bell")[0] == "complete"
     assert HTTP.get(server.url).status_code == 200

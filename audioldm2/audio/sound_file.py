@@ -78,11 +78,12 @@ def write_sound(
         temporary.write_bytes(content.getvalue())
 
 
-def read_sound(path: str | Path) -> tuple[Tensor, int]:
+def read_sound(path: str | Path, longest: float = MAX_LENGTH_IN_S) -> tuple[Tensor, int]:
     """Read a sound file.
 
     Args:
         path: path of the file. What does not begin as a WAV file does is read by soundfile.
+        longest: the length in seconds that a sound may have; a longer one is not decoded.
 
     Returns:
         The waveform, float32 of shape (channels, samples) in [-1, 1]; and the sampling rate in Hz.
@@ -90,7 +91,7 @@ def read_sound(path: str | Path) -> tuple[Tensor, int]:
     Raises:
         ImportError: soundfile is needed and cannot be imported.
         OSError: the file cannot be read.
-        ValueError: it is not a sound file, is damaged or longer than an hour, has no samples, or has NaN or
+        ValueError: it is not a sound file, is damaged or too long, has no samples, or has NaN or
             infinity.
 
     Example:
@@ -104,22 +105,24 @@ def read_sound(path: str | Path) -> tuple[Tensor, int]:
         begin = file.read(12)
     if begin[:4] in WAV_IDS and begin[8:] == b"WAVE":
         waveform, rate = read_wav(path)
+        if waveform.shape[1] > longest * rate:
+            raise ValueError(f"{path} is longer than {longest:g} s")
     elif not begin:
         raise ValueError(f"{path} is empty")
     else:
-        waveform, rate = _decode(path)
+        waveform, rate = _decode(path, longest)
     if waveform.shape[1] == 0:
         raise ValueError(f"{path} has no samples")
     return waveform, rate
 
 
-def _decode(path: Path) -> tuple[Tensor, int]:
+def _decode(path: Path, longest: float) -> tuple[Tensor, int]:
     """Read a file with soundfile."""
     soundfile: Any = import_extra("soundfile", "sound", f"reading {path}, which is not a WAV file,")
     try:
         with soundfile.SoundFile(path) as file:
-            if file.frames > MAX_LENGTH_IN_S * file.samplerate:
-                raise ValueError(f"{path} is longer than {MAX_LENGTH_IN_S:g} s")
+            if file.frames > longest * file.samplerate:
+                raise ValueError(f"{path} is longer than {longest:g} s")
             frames, rate = file.read(dtype="float32", always_2d=True), file.samplerate
     except soundfile.LibsndfileError as error:
         raise ValueError(f"{path} is not a sound file that can be read: {error.error_string}") from error

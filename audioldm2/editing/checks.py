@@ -20,6 +20,7 @@ Spans = Sequence[float | None] | Sequence[Sequence[float | None]]
 EXAMPLES = {"keep": "[(0.0, 2.5)]", "replace": "[(2.5, 4.0)]", "replace_band": "(4000, 8000)"}
 # Arguments that say what is done with a sound.
 OF_AUDIO = ("sampling_rate", "strength", *EXAMPLES, "extend")
+STRENGTH = 0.5  # of a variation, by default
 METHODS = ("ddpm", "ddim")  # of inversion, the better one first
 _NUMBER = r"(\d+(?:\.\d*)?|\.\d+)"
 _DASH = "\\s*[-\N{EN DASH}]\\s*"
@@ -132,6 +133,13 @@ def check_edit(has_audio: bool, given: Mapping[str, Any], loop: Any = False) -> 
         )
     if "strength" in given:
         check_strength(given["strength"])
+
+
+def strength_of(given: Mapping[str, Any]) -> float:
+    """The strength of an edit: by default `STRENGTH`, or 1 for what is replaced or added."""
+    if given.get("strength") is not None:
+        return float(given["strength"])
+    return 1.0 if any(given.get(name) is not None for name in (*EXAMPLES, "extend")) else STRENGTH
 
 
 def check_strength(strength: Any) -> None:

@@ -12,13 +12,11 @@ from torch import Tensor
 
 from audioldm2.arguments import MAX_LENGTH_IN_S
 from audioldm2.audio.log_mel import LogMelConfig
-from audioldm2.editing.checks import check_edit
+from audioldm2.editing.checks import check_edit, strength_of
 from audioldm2.editing.inpainting import keeping, mixed
 from audioldm2.editing.regions import Regions, check_bands, check_inside, regions
 from audioldm2.editing.sound import Recording, at_rate, recordings
 from audioldm2.editing.variation import first_step, noisy
-
-STRENGTH = 0.5  # of a variation, by default
 
 
 @dataclass(frozen=True)
@@ -156,11 +154,9 @@ def edit_of(
     if audio is None:
         return None
     asked = regions(keep, replace, replace_band)
-    if strength is None:
-        strength = STRENGTH if asked is None else 1.0
     spans = next(((name, others[name]) for name in ("keep", "replace") if others[name] is not None), None)
     extend = None if extend is None else float(extend)
-    return Edit(recordings(audio, sampling_rate), float(strength), asked, spans, extend, loop)
+    return Edit(recordings(audio, sampling_rate), strength_of(others), asked, spans, extend, loop)
 
 
 def for_each_waveform(sounds: Tensor, batch: int, waveforms: int) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from audioldm2.extras import import_extra
-from audioldm2.web.files import save_sounds
+from audioldm2.web.files import save_sounds, uploaded
 from audioldm2.web.requests import read_request
 from audioldm2.web.studio import Progress, Refused, Sounds, Stopped, Studio
 
@@ -36,13 +36,20 @@ def endpoint(studio: Studio, folder: Path) -> Callable[..., Iterator[dict[str, A
         seed: int | None = None,
         checkpoint: str | None = None,
         speech: str | None = None,
+        audio: dict | None = None,  # type: ignore[type-arg]  # Gradio's description of an uploaded file
+        strength: float | None = None,
+        keep: str | None = None,
+        replace: str | None = None,
+        extend: float | None = None,
+        loop: bool | None = None,
     ) -> Iterator[dict]:  # type: ignore[type-arg]  # Gradio publishes the type, and knows the plain one
-        """Generate sounds from a prompt. null, or a parameter that is left out, is the checkpoint's default.
+        """Generate sounds from a prompt, or edit a sound, which is an uploaded file.
 
-        While the generation runs, the results are {"status", "step", "steps"}. The last one has "sounds", a
-        list of {"file", "score"}, the best first, and "seed", "checkpoint", "sampling_rate" and "warnings".
+        null, or a parameter that is left out, is the checkpoint's default. While the generation runs, the
+        results are {"status", "step", "steps"}. The last one has "sounds", a list of {"file", "score"}, the
+        best first, and "seed", "checkpoint", "sampling_rate" and "warnings".
         """
-        values = {
+        values: dict[str, Any] = {
             "prompt": prompt,
             "negative": negative,
             "duration": duration,
@@ -53,8 +60,14 @@ def endpoint(studio: Studio, folder: Path) -> Callable[..., Iterator[dict[str, A
             "seed": seed,
             "checkpoint": checkpoint,
             "speech": speech,
+            "strength": strength,
+            "keep": keep,
+            "replace": replace,
+            "extend": extend,
+            "loop": loop,
         }
         try:
+            values["audio"] = uploaded(audio, folder)
             request = read_request(values, studio.checkpoints, studio.limits)
             for message in studio.run(request, threading.Event()):
                 yield _described(message) if isinstance(message, Progress) else _result(message, folder)

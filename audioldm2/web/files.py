@@ -1,8 +1,9 @@
-"""The files of a result: a WAV file and a picture for each sound."""
+"""The files of a result, a WAV file and a picture for each sound, and the files that visitors upload."""
 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,26 @@ def save_sounds(sounds: Sounds, folder: Path, pictures: bool) -> list[SavedSound
         score = sounds.scores[number - 1] if sounds.scores else None
         saved.append(SavedSound(str(path), str(picture) if pictures else None, score))
     return saved
+
+
+def uploaded(value: Any, folder: Path) -> str | None:
+    """The path of a file that a visitor uploaded.
+
+    Args:
+        value: a path from the page, Gradio's description of a file from the API, or None.
+        folder: of temporary files; all others are refused.
+
+    Raises:
+        ValueError: it is not a file in the folder.
+    """
+    if value is None:
+        return None
+    path = value.get("path") if isinstance(value, Mapping) else value
+    if isinstance(path, str) and "\0" not in path:
+        found = Path(path).resolve()
+        if found.is_relative_to(folder.resolve()) and found.is_file():
+            return str(found)
+    raise ValueError("the sound must be an uploaded file; with gradio_client, pass handle_file(path)")
 
 
 def _name(sounds: Sounds) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,10 +10,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from audioldm2.editing.checks import STRENGTH
 from audioldm2.extras import import_extra
 from audioldm2.schedulers import SAMPLERS
 from audioldm2.web.api import endpoint
-from audioldm2.web.files import SavedSound, save_sounds
+from audioldm2.web.files import SavedSound, save_sounds, uploaded
 from audioldm2.web.requests import MAX_CHARACTERS, Checkpoint, Limits, Request, new_seed, read_request
 from audioldm2.web.studio import Progress, Refused, Sounds, Stopped, Studio
 
@@ -61,8 +63,25 @@ def build_page(studio: Studio, folder: Path) -> Any:
         gr.api(endpoint(studio, folder), api_name="generate", concurrency_id=DEVICE, concurrency_limit=1)
         _connect(gr, studio, folder, form, results)
         page.load(new_seed, None, form.seed, **QUICK)
+    _forbid_downloads(page)
     page.queue(api_open=False, max_size=studio.limits.queue, default_concurrency_limit=1)
     return page
+
+
+def _forbid_downloads(page: Any) -> None:
+    """Refuse addresses in the place of files, which Gradio would download: the page asks no other machine."""
+
+    def only_files(move: Any) -> Any:
+        async def moved(path: Any) -> Any:
+            if re.match(r"(?i)[a-z][a-z0-9+.-]*://", str(path)):
+                raise ValueError("upload a file; addresses are not downloaded")
+            return await move(path)
+
+        return moved
+
+    for block in page.blocks.values():
+        if hasattr(block, "async_move_resource_to_block_cache"):
+            block.async_move_resource_to_block_cache = only_files(block.async_move_resource_to_block_cache)
 
 
 class _Form:
@@ -86,6 +105,7 @@ class _Form:
                 max_length=MAX_CHARACTERS,
                 elem_id="speech",
             )
+            self._add_edit(gr)
             with gr.Row(elem_id="buttons"):
                 self.run = gr.Button("Generate", variant="primary", min_width=120, elem_id="run")
                 self.stop = gr.Button("Stop", interactive=False, min_width=120, elem_id="stop")
@@ -97,6 +117,38 @@ class _Form:
                 type="index",
                 elem_id="examples",
             )
+
+    def _add_edit(self, gr: Any) -> None:
+        """Add the fields of a sound to edit."""
+        with gr.Accordion("Edit a sound", open=False, elem_id="edit"):
+            self.audio = gr.Audio(
+                type="filepath",
+                sources=["upload", "microphone"],
+                label=f"Sound, at most {self.limits.duration:g} s",
+                buttons=[],
+                elem_id="audio",
+            )
+            self.strength = gr.Slider(
+                0,
+                1,
+                STRENGTH,
+                step=0.05,
+                label="Strength",
+                info="0 keeps the sound, 1 is the prompt alone; for a sound that is changed as a whole",
+                elem_id="strength",
+            )
+            with gr.Row():
+                self.keep = gr.Textbox(
+                    label="Keep", info="Seconds, as in 0-2.5, 4-", max_length=MAX_CHARACTERS, elem_id="keep"
+                )
+                self.replace = gr.Textbox(
+                    label="Or replace", info="Seconds, likewise", max_length=MAX_CHARACTERS, elem_id="replace"
+                )
+            with gr.Row():
+                self.extend = gr.Number(label="Or extend", info="Seconds to add", elem_id="extend")
+                self.loop = gr.Checkbox(
+                    False, label="Loop", info="Repeats without a seam; also a new sound", elem_id="loop"
+                )
 
     def add_settings(self) -> None:
         """Add the fields below the prompt. On a phone, the results come before them."""
@@ -115,7 +167,7 @@ class _Form:
                 self.duration = gr.Number(
                     min(first.duration, limits.duration),
                     label="Length",
-                    info=f"Seconds, at most {limits.duration:g}",
+                    info=f"Seconds, at most {limits.duration:g}; an edited sound keeps its own",
                     elem_id="duration",
                 )
                 self.candidates = gr.Slider(
@@ -258,7 +310,7 @@ class _Results:
         rows = [
             [
                 _shortened(shown.request.prompt),
-                f"{shown.request.checkpoint}, {shown.request.duration:g} s, seed {shown.request.seed}",
+                _made_with(shown.request),
             ]
             for shown in history
         ]
@@ -290,6 +342,11 @@ def _connect(gr: Any, studio: Studio, folder: Path, form: _Form, results: _Resul
             for name, label in (("duration", "the length"), ("seed", "the seed")):
                 if given[name] is None:
                     raise ValueError(f"{label} is empty; enter a number")
+            given["audio"] = uploaded(given["audio"], folder)
+            if given["audio"] is not None:
+                given["duration"] = None
+            if given["audio"] is None or given["keep"] or given["replace"] or given["extend"]:
+                given["strength"] = None  # the slider is for a sound that is changed as a whole
             request = read_request(given, studio.checkpoints, studio.limits)
             yield {form.seed: request.seed}
             for message in studio.run(request, stop):
@@ -362,6 +419,10 @@ def _connect(gr: Any, studio: Studio, folder: Path, form: _Form, results: _Resul
     def show_again(index: int, past: Sequence[Shown]) -> dict[Any, Any]:
         shown = past[index]
         again = {fields[name]: getattr(shown.request, name) for name in fields}
+        if shown.request.duration is None:
+            again.pop(fields["duration"])
+        if shown.request.strength is None:
+            again[fields["strength"]] = STRENGTH
         speaks = studio.checkpoints[shown.request.checkpoint].speaks
         again[form.speech] = gr.Textbox(value=shown.request.speech or "", visible=speaks)
         return {results.status: shown.summary, **results.show(shown.saved), **again}
@@ -382,6 +443,11 @@ def _label(number: int, count: int, score: float | None) -> str:
     if score is None:
         return "Sound"
     return f"{number + 1} of {count}, score {score:.2f}"
+
+
+def _made_with(request: Request) -> str:
+    length = "an edited sound" if request.duration is None else f"{request.duration:g} s"
+    return f"{request.checkpoint}, {length}, seed {request.seed}"
 
 
 def _shortened(text: str) -> str:

@@ -6,6 +6,7 @@ is one line in the words of the page.
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from audioldm2.arguments import (
     as_texts,
     check_choice,
     check_count,
+    check_flag,
     check_length,
     check_number,
 )
+from audioldm2.editing.checks import check_edit, read_pairs
 from audioldm2.quoting import quoted
 from audioldm2.schedulers import SAMPLERS
 
@@ -34,6 +37,16 @@ WORDS = {
     "num_waveforms_per_prompt": "the number of candidates",
     "transcription": "the text to speak",
 }
+# Those that are also words: only an error that begins with one of them is about an argument.
+WORDS_OF_EDITS = {
+    "audio": "the sound",
+    "extend": "the time to add",
+    "keep": "the part to keep",
+    "replace": "the part to replace",
+    "strength": "the strength",
+}
+_OF_EDITS = re.compile(rf"\b({'|'.join(WORDS_OF_EDITS)})\b")
+BYTES_PER_SECOND = 48_000 * 2 * 4  # of an uploaded sound: stereo at 48 kHz, as 32-bit floats
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,11 @@ class Limits:
     candidates: int = 4
     steps: int = 200
     queue: int = 20
+
+    @property
+    def upload(self) -> int:
+        """The size of the largest file that may be uploaded, in bytes."""
+        return max(2**20, int(self.duration * BYTES_PER_SECOND))
 
 
 @dataclass(frozen=True)
@@ -78,11 +96,20 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Request:
-    """A generation that has been checked; see the page's fields."""
+    """A generation that has been checked; see the page's fields.
+
+    Attributes:
+        duration: in seconds; None is the length of the sound that is edited.
+        audio: the path of that sound; None if there is none.
+        strength: None is the default.
+        keep: spans as text, such as "0-2.5, 4-"; "" for none.
+        replace: likewise.
+        extend: in seconds; None for no extension.
+    """
 
     prompt: str
     negative: str
-    duration: float
+    duration: float | None
     steps: int
     sampler: str
     guidance: float
@@ -90,6 +117,24 @@ class Request:
     seed: int
     checkpoint: str
     speech: str | None
+    audio: str | None = None
+    strength: float | None = None
+    keep: str = ""
+    replace: str = ""
+    extend: float | None = None
+    loop: bool = False
+
+    @property
+    def edits(self) -> dict[str, Any]:
+        """The pipeline's arguments of edits and loops, without the sound."""
+        given = {
+            "strength": self.strength,
+            "keep": read_pairs("keep", self.keep) if self.keep else None,
+            "replace": read_pairs("replace", self.replace) if self.replace else None,
+            "extend": self.extend,
+            "loop": self.loop or None,
+        }
+        return {name: value for name, value in given.items() if value is not None}
 
 
 def new_seed() -> int:
@@ -124,10 +169,12 @@ def read_request(values: Mapping[str, Any], checkpoints: Mapping[str, Checkpoint
     check_number("the guidance", guidance)
     if not 0 <= guidance <= MAX_GUIDANCE:
         raise ValueError(f"the guidance must be from 0 to {MAX_GUIDANCE:g}, got {quoted(guidance)}")
-    return Request(
+    audio = given.get("audio")
+    duration = given.get("duration", None if audio is not None else checkpoint.duration)
+    request = Request(
         prompt=prompt,
         negative=negative,
-        duration=_duration(given.get("duration", checkpoint.duration), limits.duration),
+        duration=None if duration is None else _seconds("the length", duration, limits.duration),
         steps=steps,
         sampler=sampler,
         guidance=float(guidance),
@@ -135,13 +182,30 @@ def read_request(values: Mapping[str, Any], checkpoints: Mapping[str, Checkpoint
         seed=seed,
         checkpoint=name,
         speech=_speech(given.get("speech") or None, checkpoint.speaks),
+        audio=audio,
+        strength=given.get("strength"),
+        keep=_text("the part to keep", given.get("keep", ""), empty=True).strip(),
+        replace=_text("the part to replace", given.get("replace", ""), empty=True).strip(),
+        extend=given.get("extend"),
+        loop=check_flag("the loop", given.get("loop")),
     )
+    try:
+        check_edit(audio is not None, request.edits, request.loop)
+    except ValueError as error:
+        raise ValueError(in_words(str(error))) from error
+    if request.extend is not None:
+        _seconds("the time to add", request.extend, limits.duration)
+        if "duration" in given:
+            raise ValueError("with a time to add, leave out the length")
+    return request
 
 
 def in_words(text: str) -> str:
     """An error of the pipeline with the page's words instead of the arguments' names."""
     for name, words in WORDS.items():
         text = text.replace(name, words)
+    if _OF_EDITS.match(text):
+        text = _OF_EDITS.sub(lambda match: WORDS_OF_EDITS[match[1]], text)
     return text
 
 
@@ -163,7 +227,7 @@ def _integer(name: str, value: Any, lowest: int, highest: int) -> int:
     return number
 
 
-def _duration(value: Any, longest: float) -> float:
+def _seconds(name: str, value: Any, longest: float) -> float:
     try:
         check_length(value)
     except ValueError:
@@ -172,7 +236,7 @@ def _duration(value: Any, longest: float) -> float:
         if value <= longest:
             return float(value)
     raise ValueError(
-        f"the length must be a number of seconds, more than 0 and at most {longest:g}, got {quoted(value)}"
+        f"{name} must be a number of seconds, more than 0 and at most {longest:g}, got {quoted(value)}"
     )
 
 

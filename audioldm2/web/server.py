@@ -20,7 +20,6 @@ ENVIRONMENT = {
 }
 # Of the visitor's system; Gradio's own come from Google.
 FONTS, FIXED_FONTS = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
-NO_UPLOADS = 1  # bytes; the page has none
 
 
 def check_port(host: str, port: int) -> None:
@@ -86,7 +85,7 @@ def serving(studio: Studio, host: str, port: int) -> Iterator[str]:
                 inbrowser=False,
                 show_error=False,
                 footer_links=["api"],
-                max_file_size=NO_UPLOADS,
+                max_file_size=studio.limits.upload,
                 enable_monitoring=False,
                 ssr_mode=False,
                 mcp_server=False,

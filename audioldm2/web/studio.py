@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import audioldm2
 from audioldm2.checkpoints.errors import CheckpointError
+from audioldm2.editing.checks import strength_of
 from audioldm2.quoting import one_line
 from audioldm2.schedulers import as_sampler
 from audioldm2.web.requests import Checkpoint, Limits, Request, in_words
@@ -165,24 +166,33 @@ class Studio:
         else:
             put(sounds)
             self._log(
-                f"{request.checkpoint}: {len(sounds.audios)} x {request.duration:g} s, {request.steps} steps "
+                f"{request.checkpoint}: {len(sounds.audios)} x "
+                f"{sounds.audios.shape[1] / sounds.sampling_rate:.3g} s, {request.steps} steps "
                 f"in {time.monotonic() - begin:.1f} s"
             )
 
     def _generate(self, request: Request, stop: threading.Event, put: Callable[[Any], None]) -> Sounds:
         import torch
 
+        from audioldm2.editing.variation import first_step
+
         def on_step_end(pipe: Any, step: int, timestep: Any, tensors: Any) -> None:
             check_stop()
             done = step + 1
-            text = "Denoising" if done < request.steps else "Decoding"
-            put(Progress(text, done, request.steps))
+            text = "Denoising" if done < steps else "Decoding"
+            put(Progress(text, done, steps))
 
         def check_stop() -> None:
             if stop.is_set():
                 raise Stopped
 
         check_stop()
+        arguments: dict[str, Any] = {**request.edits, "audio_length_in_s": request.duration}
+        steps = request.steps
+        if request.audio is not None:
+            put(Progress("Reading the sound"))
+            arguments["audio"], arguments["sampling_rate"] = self._read(request.audio, request.extend)
+            steps -= first_step(steps, strength_of(arguments))
         if self._loaded is None or self._loaded[0] != request.checkpoint:
             put(Progress(f"Loading {request.checkpoint}"))
         pipe = self.load(request.checkpoint)
@@ -195,13 +205,13 @@ class Studio:
             output = pipe(
                 request.prompt,
                 transcription=request.speech,
-                audio_length_in_s=request.duration,
                 num_inference_steps=request.steps,
                 guidance_scale=request.guidance,
                 negative_prompt=request.negative or None,
                 num_waveforms_per_prompt=request.candidates,
                 generator=torch.Generator(pipe.device).manual_seed(request.seed),
                 callback_on_step_end=on_step_end,
+                **arguments,
             )
         check_stop()
         # Other threads' warnings are caught, too.
@@ -215,11 +225,32 @@ class Studio:
             tuple(dict.fromkeys(notes)),
         )
 
+    def _read(self, path: str, extend: float | None) -> tuple[Any, int]:
+        """A sound to edit, (channels, samples), and its sampling rate.
+
+        Raises:
+            Refused: it cannot be read, or is too long.
+        """
+        from audioldm2.audio.sound_file import read_sound
+
+        longest = self.limits.duration
+        try:
+            waveform, rate = read_sound(path, longest)
+        except ImportError:
+            raise Refused("this server reads only WAV files; convert the sound to WAV") from None
+        except (OSError, ValueError) as error:
+            raise Refused(one_line(error).replace(path, "the sound")) from error
+        if waveform.shape[1] / rate + (extend or 0) > longest:
+            raise Refused(f"the sound would become longer than {longest:g} s; add less time")
+        return waveform, rate
+
     def _explained(self, error: Exception, request: Request) -> Exception:
         """An error for the visitor; what only the owner of the server should read goes to the log."""
         if isinstance(error, Stopped):
             self._log(f"{request.checkpoint}: stopped")
             return Stopped()
+        if isinstance(error, Refused):
+            return Refused(str(error))
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             return Refused("the server is out of memory; choose a shorter length or fewer candidates")
         if isinstance(error, ValueError | TypeError) and not isinstance(error, CheckpointError):

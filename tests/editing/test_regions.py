@@ -94,7 +94,7 @@ def test_regions_outside_of_the_sound_are_errors() -> None:
     check_inside("keep", [(0, 5.005), (1, None)], 5.0)
     with pytest.raises(ValueError, match="keep has the span from 2 to 6 s, but the sound is 5 s long"):
         check_inside("keep", [(0, 1), (2, 6)], 5.0)
-    with pytest.raises(ValueError, match="replace has the span from 5 to inf s"):
+    with pytest.raises(ValueError, match="replace has the span from 5 s on, but"):
         check_inside("replace", (5, None), 5.0)
     check_bands([(4000, 8000)], LOG_MEL)
     with pytest.raises(ValueError, match="replace_band has 4000 to 9000 Hz"):
