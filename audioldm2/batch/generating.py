@@ -109,16 +109,18 @@ def _sounds(pipe: AudioLDM2Pipeline, group: Group, requests: Sequence[Request]) 
     generators = [torch.Generator(pipe.device).manual_seed(job.seed or 0) for job in jobs]
     negatives = [job.negative_prompt or "" for job in jobs]
     transcriptions = [job.transcription for job in jobs if job.transcription is not None]
+    arguments: dict[str, Any] = {
+        "transcription": transcriptions or None,
+        # The candidates of a job draw from one generator, as they do when it is generated alone.
+        "generator": [generator for generator in generators for _ in range(count)],
+        **{name: getattr(first, name) for name in SHARED},
+    }
     with _sampler_of(first, pipe):
         output = pipe(
             [job.prompt for job in jobs],
-            transcription=transcriptions or None,
             negative_prompt=negatives if any(negatives) else None,
-            # The candidates of a job draw from one generator, as they do when it is generated alone.
-            generator=[generator for generator in generators for _ in range(count)],
             output_type="pt",
-            **{name: getattr(first, name) for name in SHARED},
-            **_of_edits(requests),
+            **_with_edits(arguments, requests, pipe),
         )
     audio: Tensor = output.audios
     rate = pipe.vocoder.config.sampling_rate
@@ -134,12 +136,30 @@ def _sounds(pipe: AudioLDM2Pipeline, group: Group, requests: Sequence[Request]) 
     return [dataclasses.replace(sound, generated_in_s=seconds) for sound in sounds]
 
 
-def _of_edits(requests: Sequence[Request]) -> dict[str, Any]:
-    """The arguments of edits, loops and windows that requests have."""
+def _with_edits(
+    arguments: dict[str, Any], requests: Sequence[Request], pipe: AudioLDM2Pipeline
+) -> dict[str, Any]:
+    """Arguments with those of the edits, loops and windows that requests have; sounds are inverted here."""
     first = requests[0].job
     given = {name: getattr(first, name) for name in SHARED_OF_EDITS if getattr(first, name) is not None}
     sounds = [request.source.path for request in requests if request.source is not None]
-    return {**given, "audio": sounds} if sounds else given
+    if not sounds:
+        return {**arguments, **given}
+    if first.invert is None:
+        return {**arguments, **given, "audio": sounds}
+    inverted = pipe.invert(
+        sounds,
+        prompt=[request.job.source_prompt or "" for request in requests],
+        transcription=arguments["transcription"],
+        # The inversion says how long the sound becomes, and in how many steps.
+        num_inference_steps=arguments.pop("num_inference_steps"),
+        audio_length_in_s=arguments.pop("audio_length_in_s"),
+        num_waveforms_per_prompt=arguments["num_waveforms_per_prompt"],
+        method=first.invert,
+        generator=arguments["generator"] if first.invert == "ddpm" else None,
+    )
+    skip = {} if first.skip is None else {"skip": first.skip}
+    return {**arguments, **given, **skip, "inverted": inverted}
 
 
 @contextmanager

@@ -141,7 +141,7 @@ class Job:
     def with_defaults(self, defaults: Mapping[str, Any]) -> Job:
         """The job with the values of `defaults` for the fields that are None."""
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
-        if self.extend is not None or self.invert is not None:  # these say how long the sound becomes
+        if self.extend is not None:  # says how long the sound becomes
             missing.pop("audio_length_in_s", None)
         return dataclasses.replace(self, **missing)
 

@@ -31,7 +31,7 @@ from audioldm2.decoding import frames_and_samples
 from audioldm2.editing.checks import OF_AUDIO
 from audioldm2.pipeline import AudioLDM2Pipeline
 from audioldm2.quoting import one_line
-from audioldm2.schedulers import as_sampler
+from audioldm2.schedulers import DDIMScheduler, as_sampler
 
 # Arguments of a generation that all sounds of a group share.
 SHARED = (
@@ -96,7 +96,7 @@ class Request:
             and the settings of edits may still be None, and `audio_length_in_s` if there is a sound.
         files: the names of its files, that of the best candidate first.
         key: a digest of all that the sounds depend on; a sound with another key is generated again.
-        tokens: the number to which the second encoder's states are padded.
+        tokens: the number to which the second encoder's states are padded; that of `source_prompt` follows.
         stored: the settings in the manifest's line of each of its sounds.
         seconds: the length of its sounds.
         source: the sound that is edited; None if there is none.
@@ -106,7 +106,7 @@ class Request:
     job: Job
     files: tuple[str, ...]
     key: str
-    tokens: int
+    tokens: tuple[int, ...]
     stored: Mapping[str, Any]
     seconds: float
     source: Source | None = None
@@ -156,7 +156,7 @@ def plan(jobs: Sequence[Job], pipe: AudioLDM2Pipeline, files: FileOptions) -> Pl
     check_steps = cache(lambda name, steps: copy.deepcopy(sampler_of(name)).set_timesteps(steps))
     sampler_of = cache(lambda name: pipe.scheduler if name is None else as_sampler(name, pipe.scheduler))
     check_suffix(f".{files.file_format}")
-    completed: list[tuple[Job, str, int, float, Source | None]] = []
+    completed: list[tuple[Job, str, tuple[int, ...], float, Source | None]] = []
     failures = []
     with pipe.progress("Checking jobs", len(jobs), leave=False, delay=PROGRESS_DELAY_S) as bar:
         for job in jobs:
@@ -227,17 +227,19 @@ def _completed(
     Raises:
         ValueError: a setting is out of range for this checkpoint.
     """
+    # An inversion is one of DDIM's steps, whatever the sampler.
+    name, kind = (job.scheduler, type(sampler)) if job.invert is None else ("ddim", DDIMScheduler)
     defaults = {
         **DEFAULTS,
-        "num_inference_steps": getattr(sampler, "default_num_inference_steps", 200),
-        **recommended_for(pipe.recommended, type(sampler).__name__),
+        "num_inference_steps": getattr(kind, "default_num_inference_steps", 200),
+        **recommended_for(pipe.recommended, kind.__name__),
     }
     if source is not None:
         defaults.pop("audio_length_in_s", None)  # a sound keeps its own
         defaults["strength"] = source.strength
     job = job.with_defaults(defaults)
     check_transcription(job.transcription, speaks(pipe))
-    check_steps(job.scheduler, job.num_inference_steps)
+    check_steps(name, job.num_inference_steps)
     if source is not None:
         return job, source.length
     frames, _ = frames_and_samples(pipe.unet, pipe.part("vae"), pipe.part("vocoder"), job.audio_length_in_s)
@@ -254,12 +256,13 @@ def _edit_settings(job: Job, source: Source | None) -> dict[str, Any]:
     return given if source is None else {**given, "audio_sha256": source.sha256}
 
 
-def _tokens(job: Job, pipe: AudioLDM2Pipeline) -> int:
-    """The number of tokens to which the second encoder's states are padded."""
+def _tokens(job: Job, pipe: AudioLDM2Pipeline) -> tuple[int, ...]:
+    """The numbers of tokens to which the second encoder's states are padded, those of each prompt."""
+    limit = token_limit(pipe, pipe.tokenizer_2)
+    prompts = [job.prompt] if job.invert is None else [job.prompt, job.source_prompt or ""]
     if speaks(pipe):
-        return token_limit(pipe, pipe.tokenizer_2)
-    tokens = len(pipe.tokenizer_2(job.prompt, verbose=False).input_ids)
-    return min(tokens, token_limit(pipe, pipe.tokenizer_2))
+        return (limit,) * len(prompts)
+    return tuple(min(len(pipe.tokenizer_2(text, verbose=False).input_ids), limit) for text in prompts)
 
 
 def _with_seeds(jobs: Sequence[tuple[Job, Source | None]]) -> list[Job]:

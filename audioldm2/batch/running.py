@@ -259,6 +259,8 @@ def _length(request: Request) -> float:
 def _steps(request: Request) -> int:
     """The steps that are taken for a request."""
     steps, strength = request.job.num_inference_steps or 0, request.job.strength
+    if request.job.invert is not None:
+        return 2 * steps  # about: those of the inversion, and most of them again
     return steps if strength is None else steps - first_step(steps, strength)
 
 

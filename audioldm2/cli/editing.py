@@ -39,7 +39,7 @@ def add_editing_options(p: argparse.ArgumentParser) -> None:
     )
     edit.add_argument(
         "--strength",
-        type=_strength,
+        type=_share,
         metavar="S",
         help="how much of the sound is changed, from 0 (only encoded and decoded) to 1 (the prompt alone); "
         "0.3 keeps its events and changes their timbre, 0.7 keeps its rough course (default: 0.5, or 1 for a "
@@ -91,9 +91,10 @@ def add_editing_options(p: argparse.ArgumentParser) -> None:
     )
     edit.add_argument(
         "--skip",
-        type=_skip,
+        type=_share,
         metavar="S",
-        help="with --invert, the share of the steps that is left out: 0 changes the most, and 0.9 little",
+        help="with --invert, the share of the steps that is left out: 0 changes the most, 1 nothing "
+        "(default: 0.4). --steps is 200 by default, and --guidance of about 10 suits large changes",
     )
 
 
@@ -119,15 +120,8 @@ def add_length_options(p: argparse.ArgumentParser) -> None:
     )
 
 
-def _strength(text: str) -> float:
+def _share(text: str) -> float:
     return number(float, 0, 1)(text)
-
-
-def _skip(text: str) -> float:
-    value = number(float, 0, 1)(text)
-    if value == 1:
-        raise argparse.ArgumentTypeError("must be less than 1, where nothing is changed")
-    return value
 
 
 def _method(text: str) -> str:
@@ -234,16 +228,19 @@ def edited(
     arguments["audio_length_in_s"] = options.duration  # not the checkpoint's
     if options.invert is None:
         return {**arguments, "audio": sound[0], "sampling_rate": sound[1]}
+    # The inversion says how long the sound becomes, and in how many steps.
+    del arguments["num_inference_steps"]
     inverted = pipe.invert(
-        audio=sound[0],
-        sampling_rate=sound[1],
-        prompt=options.source_prompt or "",
+        sound[0],
+        sound[1],
+        options.source_prompt or "",
+        transcription=options.transcription,
         num_inference_steps=options.steps,
         method=options.invert,
-        generator=arguments["generator"],
+        num_waveforms_per_prompt=options.candidates,
+        generator=arguments["generator"] if options.invert == "ddpm" else None,
+        audio_length_in_s=arguments.pop("audio_length_in_s"),
     )
-    for name in ("audio_length_in_s", "num_inference_steps"):
-        arguments.pop(name)
     if options.skip is not None:
         arguments["skip"] = options.skip
     return {**arguments, "inverted": inverted}

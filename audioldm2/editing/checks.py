@@ -150,7 +150,7 @@ def check_strength(strength: Any) -> None:
 
 
 def check_inversion(has_audio: bool, invert: Any, given: Mapping[str, Any]) -> None:
-    """Check the settings of an edit by inversion, where one method inverts a sound and edits it.
+    """Check the settings of an edit by inversion, as the command line and batches have them.
 
     Args:
         has_audio: whether there is a sound.
@@ -168,15 +168,14 @@ def check_inversion(has_audio: bool, invert: Any, given: Mapping[str, Any]) -> N
     check_choice("invert", invert, METHODS)
     if not has_audio:
         raise ValueError("invert goes with audio, the sound to edit, which is missing")
-    for name in (*OF_AUDIO[1:], "loop", "window", "audio_length_in_s", "num_waveforms_per_prompt", "eta"):
-        value = given.get(name)
-        if value is not None and value is not False and (name, value) != ("num_waveforms_per_prompt", 1):
+    for name in (*OF_AUDIO[1:], "loop", "window", "eta"):
+        if given.get(name) or (name == "strength" and given.get(name) is not None):
             raise ValueError(f"invert edits all of the sound, so leave out {name}")
+    if invert == "ddim" and (given.get("num_waveforms_per_prompt") or 1) > 1:
+        raise ValueError("invert = ddim has no candidates, which would be equal; ddpm has")
     if given.get("source_prompt") is not None:
         as_texts("source_prompt", given["source_prompt"], empty=True)
     if given.get("skip") is not None:
         check_number("skip", given["skip"])
-        if not 0 <= given["skip"] < 1:
-            raise ValueError(
-                f"skip must be from 0 (a new sound) to less than 1 (the sound itself), got {given['skip']}"
-            )
+        if not 0 <= given["skip"] <= 1:
+            raise ValueError(f"skip must lie between 0 (all steps) and 1 (none), got {given['skip']}")

@@ -17,13 +17,14 @@ from tests.helpers import load_pipeline, noise, seeded
 
 RATE = 16000
 TABLE = """\
-prompt,from,strength,keep,extend,loop,steps,name
-Rain,in/a.wav,0.5,,,,2,
-Wind,in/b.wav,0.5,,,no,2,
-Rain,in/long.wav,0.5,,,,2,
-Rain,in/a.wav,,"0-0.1, 0.3-",,,2,
-Rain,in/a.wav,,,0.3,yes,2,
-Rain,,,,,,2,plain
+prompt,from,strength,keep,extend,loop,steps,name,invert,source_prompt
+Rain,in/a.wav,0.5,,,,2,,,
+Wind,in/b.wav,0.5,,,no,2,,,
+Rain,in/long.wav,0.5,,,,2,,,
+Rain,in/a.wav,,"0-0.1, 0.3-",,,2,,,
+Rain,in/a.wav,,,0.3,yes,2,,,
+Rain,,,,,,2,plain,,
+Rain,in/a.wav,,,,,2,inverted,ddpm,Wind
 """
 
 
@@ -96,29 +97,34 @@ def test_each_sound_is_that_of_a_call_with_its_seed(
     assert failures == []
     groups = in_groups(plan(jobs, tiny, FileOptions()), batch_size=8)
     # Sounds of equal length, with equal settings.
-    assert [[request.index for request in group.requests] for group in groups] == [[0, 1], [2], [3], [4], [5]]
+    assert [[request.index for request in group.requests] for group in groups] == [
+        *([0, 1], [2], [3], [4], [5], [6])
+    ]
     report = batch.run(jobs, tiny, tmp_path / "out")
     assert report.failures == []
-    *edits, plain = report.sounds
+    *edits, plain, inverted = report.sounds
     assert "audio" not in plain
     assert "strength" not in plain
     monkeypatch.chdir(tmp_path)
+    generator = seeded(inverted["seed"])
+    found = tiny.invert("in/a.wav", prompt="Wind", num_inference_steps=2, generator=generator)
     for sound, arguments in zip(
-        edits,
+        [*edits, inverted],
         [
             {"audio": "in/a.wav", "strength": 0.5},
             {"audio": "in/b.wav", "strength": 0.5},
             {"audio": "in/long.wav", "strength": 0.5},
             {"audio": "in/a.wav", "keep": [(0, 0.1), (0.3, None)]},
             {"audio": "in/a.wav", "extend": 0.3, "loop": True},
+            {"inverted": found},
         ],
         strict=True,
     ):
         alone = tiny(
             sound["prompt"],
-            num_inference_steps=2,
+            num_inference_steps=None if sound is inverted else 2,
             guidance_scale=2.0,
-            generator=seeded(sound["seed"]),
+            generator=generator if sound is inverted else seeded(sound["seed"]),
             **arguments,
         ).audios[0]
         stored, _ = read_wav(tmp_path / "out" / sound["file"])
@@ -136,13 +142,13 @@ def test_a_changed_sound_is_edited_again_and_a_moved_one_is_not(
         assert (report.failures, len(report.sounds)) == ([], len(jobs))
         return report.generated
 
-    assert [generated(table), generated(table)] == [6, 0]
+    assert [generated(table), generated(table)] == [7, 0]
     a = tmp_path / "in" / "a.wav"
     content = a.read_bytes()
     a.write_bytes(content[:-2] + b"\x01\x02")
-    assert generated(table) == 3
+    assert generated(table) == 4
     a.write_bytes(content)
-    assert generated(table) == 3
+    assert generated(table) == 4
     moved = tmp_path / "moved"
     moved.mkdir()
     (tmp_path / "in").rename(moved / "in")

@@ -35,7 +35,8 @@ BAD_ARGUMENTS = {
     "--from in.wav --loop --replace 0-1": "--loop goes with --from and --strength",
     "--from in.wav --invert sdedit": "--invert: must be ddpm or ddim, got 'sdedit'; write the prompt before",
     "--from in.wav --invert --strength 0.4": "--invert edits all of the sound, so leave out --strength",
-    "--from in.wav --invert --skip 1": "--skip: must be less than 1",
+    "--from in.wav --invert --skip 1.5": "--skip: must be a number from 0 to 1, got '1.5'",
+    "--from in.wav --invert ddim --candidates 2": "--invert = ddim has no candidates",
     "--from none.wav": "--from: there is no file none.wav",
     "--from .": "--from: . is a folder; name a sound file",
     "--from in.txt": "--from: is for a sound; read the prompt from in.txt with --from-file",
@@ -184,3 +185,23 @@ def test_standard_input_is_either_the_sound_or_the_prompt(
     code, line = failing(["Rain", "--from", "-", *FAST], capsys)
     assert code == 1
     assert "standard input is not a sound file" in line
+
+
+def test_an_edit_by_inversion(tiny: AudioLDM2Pipeline) -> None:
+    words = ["--from", "in.wav", "--invert", "--source-prompt", "Wind", "--skip", "0.5", "--candidates", "2"]
+    assert cli.main(["Rain", *FAST, *words, "-o", "out.wav", "--format", "float32"]) == 0
+    generator = seeded(1)
+    inverted = tiny.invert(
+        "in.wav", prompt="Wind", num_inference_steps=2, num_waveforms_per_prompt=2, generator=generator
+    )
+    expected = tiny(
+        "Rain",
+        inverted=inverted,
+        skip=0.5,
+        guidance_scale=2,
+        num_waveforms_per_prompt=2,
+        generator=generator,
+    ).audios[0]
+    np.testing.assert_array_equal(read_wav("out.wav")[0][0].numpy(), expected)
+    assert cli.main(["Rain", *FAST, "--from", "in.wav", "--invert", "ddim", "-o", "out.wav"]) == 0
+    assert read_wav("out.wav")[0].shape == (1, len(SOUND))
