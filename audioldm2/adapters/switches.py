@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from audioldm2.adapters.state import Adapters, adapters_of
+from audioldm2.adapters.state import STATE, Adapters, adapters_of
 from audioldm2.arguments import check_flag, check_number
 from audioldm2.models.unet import UNet
 from audioldm2.quoting import listed, quoted
@@ -59,6 +59,11 @@ class AdapterSwitches(StageRunner):
         """The names of the adapters that are on."""
         _, state = adapters_of(self.unet)
         return [*state.weights] if state.enabled else []
+
+    def get_adapter_weights(self) -> dict[str, float]:
+        """The adapters that are on, by name, and how strongly; {} also for a UNet that cannot have any."""
+        state = getattr(unwrapped(self.unet), STATE, None)
+        return dict(state.weights) if state is not None and state.enabled else {}
 
     def get_list_adapters(self) -> dict[str, list[str]]:
         """The names of all adapters, by the name of their stage, as in diffusers: {"unet": [...]}."""

@@ -142,6 +142,8 @@ def _with_edits(
     """Arguments with those of the edits, loops and windows that requests have; sounds are inverted here."""
     first = requests[0].job
     given = {name: getattr(first, name) for name in SHARED_OF_EDITS if getattr(first, name) is not None}
+    if "adapters" in given:
+        given["adapters"] = dict(given["adapters"])
     sounds = [request.source.path for request in requests if request.source is not None]
     if not sounds:
         return {**arguments, **given}

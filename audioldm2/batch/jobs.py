@@ -92,6 +92,8 @@ class Job:
         invert: "ddpm" or "ddim": edit by inversion, with this method.
         source_prompt: with `invert`, what the sound is now; nothing by default.
         skip: with `invert`, the share of the steps that is left out.
+        adapters: weights of adapters (LoRA) by name, or text such as "dog:0.8, rain"; by default, those that
+            the pipeline has on.
         where: the file and line that the job was read from, for messages.
 
     Raises:
@@ -122,6 +124,7 @@ class Job:
     invert: str | None = None
     source_prompt: str | None = None
     skip: float | None = None
+    adapters: tuple[tuple[str, float], ...] | None = None
     where: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -206,6 +209,29 @@ def _spans(name: str, value: Any) -> Pairs:
     return tuple((start, None if end == math.inf else end) for start, end in pairs(name, given))
 
 
+def _adapters(name: str, value: Any) -> tuple[tuple[str, float], ...]:
+    """Adapters by name with their weights, in the order of the names."""
+    if isinstance(value, str):
+        parts = (part.strip().rpartition(":") for part in value.split(","))
+        value = {first if colon else last: last if colon else 1.0 for first, colon, last in parts}
+    elif isinstance(value, tuple):
+        value = dict(value)
+    if not isinstance(value, Mapping):
+        raise TypeError(
+            f"{name} must be weights by name, or text such as 'dog:0.8, rain', got {quoted(value)}"
+        )
+    found = []
+    for adapter, weight in value.items():
+        try:
+            number = float(weight)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not isinstance(adapter, str) or not adapter or not math.isfinite(number):
+            raise ValueError(f"{name} must have a name and a number, as in 'dog:0.8', got {quoted(value)}")
+        found.append((adapter, number))
+    return tuple(sorted(found))
+
+
 _CHECKS: dict[str, Callable[[str, Any], object]] = {
     "prompt": _text,
     "name": _name,
@@ -231,6 +257,7 @@ _CHECKS: dict[str, Callable[[str, Any], object]] = {
     "invert": lambda name, value: check_choice(name, value, METHODS),
     "source_prompt": _text,
     "skip": check_number,
+    "adapters": _adapters,
 }
 # What a cell of a table is read as.
 NUMBERS: dict[str, Callable[[Any], Any]] = {
@@ -254,6 +281,7 @@ _CONVERTED: dict[str, Callable[[Any], Any]] = {
     "exact_decoding": lambda value: None if value else False,
     **{name: partial(_spans, name) for name in EXAMPLES},
     "audio": os.fspath,
+    "adapters": partial(_adapters, "adapters"),
 }
 COLUMNS = {
     **{name: name for name in _CHECKS},
@@ -271,7 +299,7 @@ SHOWN_COLUMNS = (
     *("prompt", "name", "negative", "transcription", "duration", "seed"),
     *("steps", "guidance", "candidates", "scheduler", "eta", "max_new_tokens"),
     *("from", "strength", "keep", "replace", "replace_band", "extend"),
-    *("invert", "source_prompt", "skip", "loop", "window", "exact_decoding"),
+    *("invert", "source_prompt", "skip", "loop", "window", "exact_decoding", "adapters"),
 )
 
 

@@ -19,7 +19,7 @@ from operator import index
 from typing import Any, NamedTuple
 
 from audioldm2 import __version__
-from audioldm2.arguments import GUIDANCE, check_choice, check_count, check_flag
+from audioldm2.arguments import GUIDANCE, check_choice, check_count, check_flag, did_you_mean
 from audioldm2.audio.file_types import FILE_FORMATS, sound_type
 from audioldm2.audio.sound_file import check_can_write
 from audioldm2.batch.jobs import Failure, Job
@@ -30,7 +30,7 @@ from audioldm2.conditioning import check_transcription, speaks, token_limit
 from audioldm2.decoding import frames_and_samples
 from audioldm2.editing.checks import OF_AUDIO
 from audioldm2.pipeline import AudioLDM2Pipeline
-from audioldm2.quoting import one_line
+from audioldm2.quoting import one_line, quoted
 from audioldm2.schedulers import DDIMScheduler, as_sampler
 
 # Arguments of a generation that all sounds of a group share.
@@ -45,7 +45,7 @@ SHARED = (
 # The same of edits, and of loops and long sounds; most jobs have none, and the pipeline decides.
 SHARED_OF_EDITS = (
     *OF_AUDIO[1:],
-    *("loop", "window", "exact_decoding"),
+    *("loop", "window", "exact_decoding", "adapters"),
 )
 SETTINGS = ("prompt", "negative_prompt", "transcription", *SHARED, "seed")  # of a job, in the manifest
 # In the manifest, and in what a seed is made from, only if a job has them.
@@ -234,11 +234,18 @@ def _completed(
         "num_inference_steps": getattr(kind, "default_num_inference_steps", 200),
         **recommended_for(pipe.recommended, kind.__name__),
     }
+    if on := pipe.get_adapter_weights():
+        defaults["adapters"] = tuple(sorted(on.items()))
     if source is not None:
         defaults.pop("audio_length_in_s", None)  # a sound keeps its own
         defaults["strength"] = source.strength
     job = job.with_defaults(defaults)
     check_transcription(job.transcription, speaks(pipe))
+    if job.adapters:
+        known = pipe.get_list_adapters()["unet"]
+        for adapter, _ in job.adapters:
+            if adapter not in known:
+                raise ValueError(f"adapters: {quoted(adapter)} is not loaded{did_you_mean(adapter, known)}")
     check_steps(name, job.num_inference_steps)
     if source is not None:
         return job, source.length
@@ -253,6 +260,8 @@ def _completed(
 def _edit_settings(job: Job, source: Source | None) -> dict[str, Any]:
     """What a sound depends on if it is an edit, a loop, or made in windows; {} for other sounds."""
     given = {name: getattr(job, name) for name in SETTINGS_OF_EDITS if getattr(job, name) is not None}
+    if "adapters" in given:
+        given["adapters"] = dict(given["adapters"])
     return given if source is None else {**given, "audio_sha256": source.sha256}
 
 

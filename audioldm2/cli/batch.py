@@ -53,8 +53,9 @@ file with an object on each line, or a .txt file with a prompt on each line, or
 to edit a sound:
   from (a file, relative to the table's folder), strength, keep, replace,
   replace_band, extend, invert, source_prompt and skip
-of loops and long sounds:
-  loop, window and exact_decoding
+of loops, long sounds and adapters:
+  loop, window, exact_decoding, and adapters, as in "dog:0.8, rain", of those
+  that --lora loads, which are named after their folders
 
 Only prompt is required. The options below are the defaults of what a row
 leaves out; "audioldm2 --help" says what the settings of edits mean. Cells of

@@ -68,6 +68,7 @@ examples:
   audioldm2 "Birds in a forest" -o birds.wav --candidates 3
   audioldm2 "Rain" -o rain.wav --model ./my-checkpoint --scheduler ddim
   echo "A slow scale" | audioldm2 - --model tiny -o - | aplay
+  audioldm2 "A telephone rings" -o ring.wav --lora ./telephone-lora:0.8
   audioldm2 "Rain" --model tiny --steps 5 --profile trace.json.gz
 
 examples of editing:

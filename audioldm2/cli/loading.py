@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from audioldm2.arguments import GUIDANCE
+from audioldm2.batch.names import distinct
 from audioldm2.cli.messages import say
 from audioldm2.cli.options import Parser
 from audioldm2.schedulers import SAMPLERS, as_sampler, sampler_class
@@ -33,6 +34,7 @@ class Loader:
         compile: whether to compile the stages.
         variant: weights of a variant, such as "fp16".
         revision: branch, tag or commit on the Hub.
+        adapters: folders, files or repositories of adapters (LoRA), and their weights.
     """
 
     model: str
@@ -42,12 +44,13 @@ class Loader:
     compile: bool = False
     variant: str | None = None
     revision: str | None = None
+    adapters: tuple[tuple[str, float], ...] = ()
 
     def __call__(self) -> AudioLDM2Pipeline:
-        """Load the checkpoint.
+        """Load the checkpoint, and its adapters.
 
         Raises:
-            CheckpointError: it cannot be found or read.
+            CheckpointError: one cannot be found or read, or an adapter does not fit.
         """
         # transformers' advice is for users of its models. Errors of its tokenizers are raised all the same.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -62,6 +65,12 @@ class Loader:
         )
         if self.scheduler is not None:
             pipe.scheduler = as_sampler(self.scheduler, pipe.scheduler)
+        # Named after their folders.
+        names = distinct(Path(folder).resolve().name for folder, _ in self.adapters)
+        for name, (folder, _) in zip(names, self.adapters, strict=True):
+            pipe.load_lora_weights(folder, adapter_name=name)
+        if names:
+            pipe.set_adapters(names, [weight for _, weight in self.adapters])
         if self.compile:
             pipe.compile()
         return pipe
@@ -98,6 +107,7 @@ def loader(parser: Parser, options: argparse.Namespace, has_gpu: bool | None = N
         options.compile,
         options.variant,
         options.revision,
+        tuple(options.lora or ()),
     )
 
 

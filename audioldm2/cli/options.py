@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -141,6 +142,14 @@ def add_model_options(p: argparse.ArgumentParser, several: bool = False) -> None
         "--revision", metavar="NAME", help="branch, tag or commit of a repository on the Hub (default: main)"
     )
     machine.add_argument(
+        "--lora",
+        type=_adapter,
+        action="append",
+        metavar="FOLDER[:WEIGHT]",
+        help="adapter (LoRA) of the checkpoint, a folder, a file or a repository, and how strongly it is on, "
+        "as in telephone-lora:0.8 (default weight: 1). May be given several times",
+    )
+    machine.add_argument(
         "--device",
         type=device_name,
         help="cpu, cuda, cuda:1, mps or xpu (default: cuda if available, or cpu)",
@@ -206,6 +215,17 @@ def seconds(text: str) -> float:
             f"must be a number of seconds, more than 0 and at most {MAX_LENGTH_IN_S:g}, got {text!r}"
         ) from None
     return length
+
+
+def _adapter(text: str) -> tuple[str, float]:
+    folder, separator, end = text.rpartition(":")
+    try:
+        found = (folder, float(end)) if separator else (text, 1.0)
+    except ValueError:
+        found = text, 1.0  # the colon is one of the path
+    if not found[0].strip() or not math.isfinite(found[1]):
+        raise argparse.ArgumentTypeError(f"must be FOLDER or FOLDER:WEIGHT, got {text!r}")
+    return found
 
 
 def device_name(text: str) -> str:

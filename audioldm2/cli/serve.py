@@ -154,6 +154,8 @@ def parse(p: Parser, arguments: Sequence[str]) -> argparse.Namespace:
     if rest:
         p.error(f"unrecognized arguments: {' '.join(rest)}; visitors write the prompts on the page")
     options.model = list(dict.fromkeys(options.model or [DEFAULT_MODEL]))
+    if options.lora and len(options.model) > 1:
+        p.error("argument --lora: an adapter is for one checkpoint; give one --model")
     if options.host is None:
         options.host = EVERYWHERE if options.public else LOOPBACK
     elif options.host == "localhost":

@@ -188,3 +188,31 @@ def test_a_sound_that_changes_during_a_batch_is_not_edited(
     result = batch.generating.generate(tiny, group)
     assert [sound.index for sound in result.sounds] == [1]
     assert "a.wav has changed since the batch began" in str(*result.failures)
+
+
+def test_adapters_are_on_by_default_or_by_row(tiny: AudioLDM2Pipeline, tmp_path: Path) -> None:
+    assert Job.of({"prompt": "Rain", "adapters": "dog:0.8, C:/x:-1, rain"}).adapters == (
+        *(("C:/x", -1.0), ("dog", 0.8)),
+        ("rain", 1.0),
+    )
+    assert Job("Rain", adapters={}).adapters == ()
+    for value in ("dog:loud", ":1", {"dog": None}, 3):
+        with pytest.raises((TypeError, ValueError), match="adapters must"):
+            Job.of({"prompt": "Rain", "adapters": value})
+    settings = {"prompt": "Rain", "duration": 0.64, "steps": 2, "seed": 1}
+    jobs = [settings, {**settings, "adapters": {}}, {**settings, "adapters": "dog:0.5"}]
+    plain = batch.run(jobs[:1], tiny, tmp_path / "plain").sounds[0]
+    tiny.add_adapter("dog", rank=2)
+    try:
+        for parameter in tiny.adapter_parameters("dog"):
+            parameter.data = 0.1 * noise(*parameter.shape)
+        report = batch.run([*jobs, {**settings, "adapters": "dgo"}], tiny, tmp_path / "out")
+    finally:
+        tiny.unload_lora_weights()
+    (failure,) = report.failures
+    assert failure.reason == "adapters: 'dgo' is not loaded; did you mean dog?"
+    on, off, _ = report.sounds
+    assert [sound.get("adapters") for sound in report.sounds] == [{"dog": 1.0}, {}, {"dog": 0.5}]
+    assert off["sha256"] == plain["sha256"]
+    assert len({sound["sha256"] for sound in report.sounds}) == 3
+    assert on["key"] != plain["key"]

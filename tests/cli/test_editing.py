@@ -73,15 +73,20 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def contents() -> dict[Path, bytes]:
+    """All files of the working directory."""
+    return {path: path.read_bytes() for path in Path.cwd().rglob("*") if path.is_file()}
+
+
 def failing(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """The exit code and the error, one line, of a run that writes nothing."""
-    before = {path.name: path.read_bytes() for path in Path.cwd().iterdir()}
+    before = contents()
     try:
         code = cli.main(arguments)
     except SystemExit as stop:
         code = int(str(stop.code))
     out, err = capsys.readouterr()
-    assert {path.name: path.read_bytes() for path in Path.cwd().iterdir()} == before
+    assert contents() == before
     assert out == ""
     assert err.count("\n") == 1, err
     return code, err
@@ -205,3 +210,37 @@ def test_an_edit_by_inversion(tiny: AudioLDM2Pipeline) -> None:
     np.testing.assert_array_equal(read_wav("out.wav")[0][0].numpy(), expected)
     assert cli.main(["Rain", *FAST, "--from", "in.wav", "--invert", "ddim", "-o", "out.wav"]) == 0
     assert read_wav("out.wav")[0].shape == (1, len(SOUND))
+
+
+def test_adapters_are_named_after_their_folders_and_have_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe = load_pipeline("tiny")
+    for number, name in enumerate(("a/dog", "b/dog")):
+        pipe.add_adapter(name, rank=2)
+        for parameter in pipe.adapter_parameters(name):
+            parameter.data = 0.1 * noise(*parameter.shape, seed=number)
+        pipe.save_lora_weights(tmp_path / name, name)
+    words = ["--lora", "./a/dog", "--lora", "b/dog/:-0.5", "--duration", "0.64"]
+    assert cli.main(["A bell", *FAST, *words, "-o", "out.wav", "--format", "float32"]) == 0
+    expected = pipe(
+        "A bell",
+        adapters={"a/dog": 1.0, "b/dog": -0.5},
+        audio_length_in_s=0.64,
+        num_inference_steps=2,
+        guidance_scale=2,
+        generator=seeded(1),
+    ).audios[0]
+    np.testing.assert_allclose(read_wav("out.wav")[0][0].numpy(), expected, atol=1e-5)
+    capsys.readouterr()
+    for value, code, reason in (
+        ("dog:nan", 2, "argument --lora: must be FOLDER or FOLDER:WEIGHT, got 'dog:nan'"),
+        (":1", 2, "argument --lora: must be FOLDER"),
+        ("./none:0.5", 1, "none"),
+        ("in.wav", 1, "in.wav"),
+    ):
+        found, line = failing(["A bell", *FAST, "--lora", value, "-o", "other.wav"], capsys)
+        assert (found, reason in line) == (code, True), line
+    code, line = failing(["serve", "--model", "tiny", "--model", "other", "--lora", "a/dog"], capsys)
+    assert code == 2
+    assert "an adapter is for one checkpoint" in line
