@@ -13,11 +13,10 @@ from audioldm2 import cli
 from scripts.pages import BLOCK, cells, pictures, problems, quotes, run, stands_in, with_outputs
 from tests.helpers import ROOT, run_python
 
-WALKTHROUGH, RESEARCH, ADAPTERS, INVERSION = (
-    ROOT / "docs" / f"{name}.md" for name in ("walkthrough", "research", "adapters", "editing-by-inversion")
-)
+NAMES = ("walkthrough", "research", "editing", "editing-by-inversion", "adapters")
+WALKTHROUGH, RESEARCH, EDITING, INVERSION, ADAPTERS = (ROOT / "docs" / f"{name}.md" for name in NAMES)
 PAGES = pytest.mark.parametrize(
-    "page", [WALKTHROUGH, RESEARCH, ADAPTERS, INVERSION], ids=lambda page: page.stem
+    "page", [WALKTHROUGH, RESEARCH, EDITING, INVERSION, ADAPTERS], ids=lambda page: page.stem
 )
 
 
@@ -35,7 +34,8 @@ def test_every_cell_runs_and_prints_what_the_page_says(
         count += 1
     plt.close("all")
     assert count >= (4 if page == INVERSION else 8)
-    for command in [block["code"] for block in BLOCK.finditer(page.read_text()) if block["kind"] == "bash"]:
+    blocks = [block["code"] for block in BLOCK.finditer(page.read_text()) if block["kind"] == "bash"]
+    for command in [line for code in blocks for line in code.replace("\\\n", " ").splitlines()]:
         program, *arguments = shlex.split(command)
         assert program == "audioldm2"
         assert cli.main([*arguments, "--quiet", "--device", "cpu"]) == 0
