@@ -11,9 +11,10 @@ from typing import Any
 from urllib.parse import urlparse
 
 import pytest
+import torch
 
-from audioldm2 import read_wav
-from tests.helpers import HANGS_AFTER
+from audioldm2 import read_wav, write_wav
+from tests.helpers import HANGS_AFTER, noise
 from tests.web_server import LONG, Server, tiny_server, wait_until
 
 pytest.importorskip("gradio", reason='needs gradio: the extra "web"')
@@ -214,6 +215,26 @@ def test_a_reload_starts_a_new_visit_and_frees_the_device(page: Any, server: Ser
     assert not page.locator("#history").is_visible()
     generate(page, prompt="A bell")
     status(page, "made in")
+
+
+def test_a_sound_is_uploaded_and_edited_on_a_phone(page: Any, tmp_path: Path) -> None:
+    path = tmp_path / "in.wav"
+    write_wav(path, (0.1 * noise(6000)).clamp(-1, 1), 16000)
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.locator("#edit button").first.click()
+    page.locator("#audio input[type=file]").set_input_files(path)
+    page.wait_for_selector("#audio button[aria-label=Play]")
+    fill(page, keep="0-0.1")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    generate(page, prompt="Rain", steps=2, candidates=1)
+    assert "0.38 s at 16 kHz" in status(page, "made in")  # the sound's length
+    assert "an edited sound" in page.locator("#history tbody tr").first.inner_text()
+    with page.expect_download() as download:
+        page.click("#download-0")
+    kept, _ = read_wav(download.value.path())
+    assert torch.equal(kept[:, :1000], read_wav(path)[0][:, :1000])
+    generate(page, keep="3-4")
+    status(page, "The part to keep has the span from 3 to 4 s, but the sound is 0.375 s long")
 
 
 def test_nothing_is_asked_of_other_machines(page: Any, server: Server) -> None:

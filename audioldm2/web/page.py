@@ -145,7 +145,7 @@ class _Form:
                     label="Or replace", info="Seconds, likewise", max_length=MAX_CHARACTERS, elem_id="replace"
                 )
             with gr.Row():
-                self.extend = gr.Number(label="Or extend", info="Seconds to add", elem_id="extend")
+                self.extend = gr.Number(0, label="Or extend", info="Seconds to add", elem_id="extend")
                 self.loop = gr.Checkbox(
                     False, label="Loop", info="Repeats without a seam; also a new sound", elem_id="loop"
                 )
@@ -345,6 +345,7 @@ def _connect(gr: Any, studio: Studio, folder: Path, form: _Form, results: _Resul
             given["audio"] = uploaded(given["audio"], folder)
             if given["audio"] is not None:
                 given["duration"] = None
+            given["extend"] = given["extend"] or None  # 0 adds nothing
             if given["audio"] is None or given["keep"] or given["replace"] or given["extend"]:
                 given["strength"] = None  # the slider is for a sound that is changed as a whole
             request = read_request(given, studio.checkpoints, studio.limits)
@@ -423,6 +424,7 @@ def _connect(gr: Any, studio: Studio, folder: Path, form: _Form, results: _Resul
             again.pop(fields["duration"])
         if shown.request.strength is None:
             again[fields["strength"]] = STRENGTH
+        again[fields["extend"]] = shown.request.extend or 0
         speaks = studio.checkpoints[shown.request.checkpoint].speaks
         again[form.speech] = gr.Textbox(value=shown.request.speech or "", visible=speaks)
         return {results.status: shown.summary, **results.show(shown.saved), **again}
