@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from audioldm2.arguments import check_number
 from audioldm2.conditioning import Conditioning
+from audioldm2.editing.checks import METHODS as METHODS
 from audioldm2.editing.edit import Start
 from audioldm2.noise import Generators, randn
 from audioldm2.quoting import quoted
@@ -44,7 +45,6 @@ from audioldm2.sampling import Predict, guide, predictor
 from audioldm2.schedulers import as_sampler
 from audioldm2.schedulers.ddim import DDIMScheduler
 
-METHODS = ("ddpm", "ddim")
 SKIP = 0.4  # of an edit, by default
 ITERATIONS = 2  # by which a step of DDIM is inverted, each with an evaluation of the UNet
 DDIM_EVALUATIONS = ITERATIONS + 1  # for each step of an inversion, one of them to measure the error
