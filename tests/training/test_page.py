@@ -31,6 +31,7 @@ def test_commands_and_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
                 write_wav(f"door-{i}.wav", 0.1 * noise(12000, seed=i), 16000)
         elif block["kind"] == "python":
             code = code.replace("steps=500", "steps=2, batch_size=2, duration=0.64")
+            code = code.replace("generator=seed", "generator=seed, num_inference_steps=2, audio_length_in_s=0.64")
             exec(compile(code, PAGE.name, "exec"), names)
         for line in code.splitlines() if block["kind"] == "bash" else []:
             words = shlex.split(line, comments=True)
@@ -44,5 +45,5 @@ def test_commands_and_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert commands == 4
     assert (tmp_path / "my-door" / "training" / "samples" / "step-000002-1.wav").is_file()
     assert (tmp_path / "my-model" / "model_index.json").is_file()
-    assert names["creak"].shape == (81920,)
+    assert len(names["creak"]) > 9000
     assert names["result"].examples == 2
