@@ -31,7 +31,7 @@ PAUSE = (1.3, 1.5)  # s, after a pair
 PITCH = (430.0, 450.0)  # Hz, of the lower tone
 INTERVAL = (38.0, 42.0)  # Hz, from the lower to the higher tone
 START = (0.05, 0.2)  # s
-HARMONICS = (1.0, 0.4, 0.2)  # amplitudes
+HARMONICS = (1.0, 0.15, 0.05)  # amplitudes
 EDGE = 0.015  # s in which a ring begins and ends
 
 NOUNS = (
