@@ -1,9 +1,9 @@
 """How well does the tiny checkpoint edit sounds? Measured by signal processing, not by ear.
 
-Each task has sounds that training never used, and prompts in phrasings that it never used. What comes out is
-right if it passes fixed checks of the waveform: whether a sweep falls, whether the bell is still the same. Rates
-stand beside those of no editing and of text alone. Of the settings of a feature, such as the strength of a
-variation, that is reported which was best on other sounds. The output is Markdown.
+Sounds and the phrasing of the prompts are ones that training never used. A result is right if its waveform
+passes fixed checks, such as whether a sweep falls or whether a bell has kept its pitch. The rates of right
+results stand beside those of no editing and of text alone. A setting, such as the strength of a variation, is
+chosen on some sounds and reported on others. The output is Markdown.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ below the loudest count as silence.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -38,13 +39,13 @@ def level_error(original: np.ndarray, waveform: np.ndarray) -> float:
 
 
 def third_octaves(power: np.ndarray, low: float = 100.0, high: float = 8000.0) -> np.ndarray:
-    """Mean power per bin in bands of a third of an octave from `low` to `high` Hz: (..., bins) to (..., bands).
+    """Mean power per bin in third octaves from `low` to `high` Hz, (..., bins) to (..., bands).
 
     Bands narrower than three bins are left out.
     """
     edges = low * 2 ** (np.arange(np.floor(3 * np.log2(high / low)) + 1) / 3)
     bins = np.round(edges / HERTZ_PER_BIN).astype(int)
-    bands = [power[..., a:b].mean(-1) for a, b in zip(bins[:-1], bins[1:], strict=True) if b - a >= 3]
+    bands = [power[..., a:b].mean(-1) for a, b in pairwise(bins.tolist()) if b - a >= 3]
     return np.stack(bands, axis=-1)
 
 
@@ -57,7 +58,7 @@ def spectrum_error(original: np.ndarray, waveform: np.ndarray, low: float, high:
 
 
 def color_error(original: np.ndarray, waveform: np.ndarray) -> float:
-    """Mean distance of two spectra in dB, whatever their levels, in the third octaves heard in the original."""
+    """Mean distance of two spectra in dB, apart from their levels, where the original has power."""
     spectra = [10 * np.log10(third_octaves(spectrogram(sound).mean(0))) for sound in (original, waveform)]
     heard = spectra[0] > spectra[0].max() - 25
     difference = (spectra[1] - spectra[0])[heard]
@@ -84,7 +85,7 @@ def onset_error(original: np.ndarray, waveform: np.ndarray) -> float:
 
 
 def deepest_dip(waveform: np.ndarray, start: float, end: float) -> float:
-    """By how many dB the quietest 60 ms from `start` to `end` s lie below the median outside of it."""
+    """By how many dB the quietest 60 ms from `start` to `end` s lie below the median of the second around."""
     power = np.convolve(10 ** (envelope(waveform) / 10), np.ones(6) / 6, mode="same")
     levels = 10 * np.log10(np.maximum(power, 1e-12))
     first, last = (round(time * FRAMES_PER_SECOND) for time in (start, end))
@@ -167,7 +168,7 @@ def seam_jump(waveform: np.ndarray) -> float:
     return float(largest[seam - SEAM_FRAMES] / np.percentile(elsewhere, 95))
 
 
-def step(waveform: np.ndarray) -> float:
+def sample_step(waveform: np.ndarray) -> float:
     """The step from the last sample of a loop to the first, as a multiple of the steps' 99.9th percentile."""
     steps = np.abs(np.diff(waveform))
     return float(abs(float(waveform[0]) - float(waveform[-1])) / max(np.percentile(steps, 99.9), 1e-9))

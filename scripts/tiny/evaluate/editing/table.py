@@ -30,7 +30,7 @@ def task_section(task: Task, rows: Sequence[Row], count: int, chosen_on: int) ->
         lines += ["", f"Chosen on {chosen_on} other sounds, with {task.unit} in parentheses:", ""]
         for row in chosen:
             tried = "; ".join(
-                f"{words(setting)}: {100 * score.right:.0f} % ({score.figure:.1f})"
+                f"{words(setting) or 'default'}: {100 * score.right:.0f} % ({score.figure:.1f})"
                 for setting, score in row.grid
             )
             lines.append(f"- {row.name}: {tried}")
