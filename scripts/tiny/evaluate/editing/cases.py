@@ -26,7 +26,7 @@ class Case:
         source_text: a description of the source, for inversion.
         original: what the source was made from, (samples,).
         seed: of the noise.
-        part: a description of what is replaced, if that is not the whole.
+        other_text: another prompt for the same, of tasks that compare two.
     """
 
     scene: Scene
@@ -35,7 +35,7 @@ class Case:
     source_text: str
     original: np.ndarray
     seed: int
-    part: str = ""
+    other_text: str = ""
 
 
 def draw_cases(
@@ -124,12 +124,14 @@ BEAT_SECONDS = 2.56  # of the source: as much as `extend` keeps in each window
 
 
 def beats(rng: np.random.Generator, index: int) -> Case:
-    """The beginning of a beat, to be continued at its own rate, which the prompt does not say."""
+    """The beginning of a beat, to be continued. The other prompt does not say how fast it is."""
     sound, level = BEATS[index % len(BEATS)], loudness(rng)
     scene = Scene((sound,), level)
     original = render(scene, rng)
-    text = caption(Scene((Sound(sound.kind),), level), rng, held_out=True)
-    return Case(scene, text, original[: samples((BEAT_SECONDS,))[0]], text, original, draw_seed(rng))
+    text = caption(scene, rng, held_out=True)
+    source = original[: samples((BEAT_SECONDS,))[0]]
+    paceless = caption(Scene((Sound(sound.kind),), level), rng, held_out=True)
+    return Case(scene, text, source, text, original, draw_seed(rng), paceless)
 
 
 DULLED = (

@@ -52,7 +52,8 @@ def equal_lengths(model: Model, cases: Sequence[Case], size: int = BATCH) -> Ite
     tokenize = model.pipe.tokenizer_2
     lengths = [
         tuple(
-            len(tokenize(text, verbose=False).input_ids) for text in (case.text, case.source_text, case.part)
+            len(tokenize(text, verbose=False).input_ids)
+            for text in (case.text, case.source_text, case.other_text)
         )
         for case in cases
     ]

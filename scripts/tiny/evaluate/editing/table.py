@@ -9,8 +9,16 @@ from scripts.tiny.evaluate.editing.running import Row
 from scripts.tiny.evaluate.editing.tasks import Task
 
 
-def task_section(task: Task, rows: Sequence[Row], count: int, chosen_on: int) -> str:
-    """The section of a task: its table, and below it how the settings did from which the best was chosen."""
+def task_section(task: Task, rows: Sequence[Row], count: int, chosen_on: int, about: str) -> str:
+    """The section of a task: its table, and below it how the settings did from which the best was chosen.
+
+    Args:
+        task: the task.
+        rows: its results.
+        count: the number of sounds in the table.
+        chosen_on: the number of others.
+        about: how the pipeline was called.
+    """
     lines = [
         f"### {task.title}",
         "",
@@ -34,6 +42,7 @@ def task_section(task: Task, rows: Sequence[Row], count: int, chosen_on: int) ->
                 for setting, score in row.grid
             )
             lines.append(f"- {row.name}: {tried}")
+    lines += ["", about]
     return "\n".join(lines)
 
 
