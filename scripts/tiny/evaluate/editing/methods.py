@@ -17,6 +17,8 @@ from audioldm2 import AudioLDM2Pipeline
 from scripts.tiny.data.sounds import CLIP_SECONDS, SAMPLING_RATE
 from scripts.tiny.evaluate.editing.cases import CUTOFF, GAP, Case, above, samples
 
+HAND_MADE = (0.5, 0.25)  # s that a loop made by hand lacks at both ends, and of its crossfade
+
 Setting = Mapping[str, Any]  # arguments of the pipeline
 Sounds = list[np.ndarray]
 
@@ -137,6 +139,23 @@ def band_of_text(model: Model, cases: Sequence[Case]) -> Callable[[Setting], Sou
         for case, sound in zip(cases, model.write(cases), strict=True):
             count = min(len(sound), len(case.source))
             results.append(case.source[:count] + above(sound[:count], CUTOFF))
+        return results
+
+    return run
+
+
+def crossfaded_text(model: Model, cases: Sequence[Case]) -> Callable[[Setting], Sounds]:
+    """The middle of a sound from text, its end faded into its beginning: a loop made by hand."""
+
+    def run(setting: Setting) -> Sounds:
+        trimmed, fade = samples(HAND_MADE)
+        rising = np.sin(np.linspace(0, np.pi / 2, fade))
+        results = []
+        for sound in model.write(cases):
+            middle = sound[trimmed:-trimmed]
+            result = middle[:-fade].copy()
+            result[:fade] = rising * middle[:fade] + rising[::-1] * middle[-fade:]
+            results.append(result)
         return results
 
     return run

@@ -15,6 +15,7 @@ from scripts.tiny.evaluate.editing.methods import (
     Method,
     appended_text,
     band_of_text,
+    crossfaded_text,
     edited,
     edited_by_other_text,
     from_text,
@@ -233,7 +234,7 @@ TASKS = (
         unit="times",
         figure=lambda case, sound: judges.seam_jump(sound),
         floor=Method("no loop: from text alone, repeated", from_text),
-        ceiling=Method("5.12 s that are not repeated", from_text),
+        ceiling=Method("from text alone, crossfaded by hand", crossfaded_text),
         methods=(
             Method("loop, from text", from_text, ({"loop": True},)),
             Method("loop, of a sound", edited, ({"loop": True, "strength": 0.5},)),
