@@ -94,8 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = Model(pipe, options.steps, options.guidance)
     tasks = [task for task in TASKS if task.name in options.kinds]
     about = (
-        f"{options.steps} steps of DPM-Solver++, guidance {options.guidance:g} unless a setting says "
-        f"otherwise, seed {options.seed}."
+        f"{options.steps} steps (DPM-Solver++; DDIM for inversion), guidance {options.guidance:g} unless a "
+        f"setting says otherwise, seed {options.seed}."
     )
     total = sounds_to_make(tasks, options.cases, options.chosen_on)
     with tqdm(total=total, desc="Editing", unit="sound", disable=None) as bar:

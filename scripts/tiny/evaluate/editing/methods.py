@@ -1,6 +1,7 @@
 """What is measured: no editing, text alone, and each feature of the pipeline.
 
-A method is prepared with some cases, and then gives their sounds for one setting after the other.
+A method is prepared with some cases, and then gives their sounds for one setting after the other: what does
+not depend on the setting, an inversion, is done once.
 """
 
 from __future__ import annotations
@@ -172,3 +173,26 @@ def edited(model: Model, cases: Sequence[Case]) -> Callable[[Setting], Sounds]:
 def edited_by_other_text(model: Model, cases: Sequence[Case]) -> Callable[[Setting], Sounds]:
     """The same with the cases' other prompt."""
     return edited(model, [dataclasses.replace(case, text=case.other_text) for case in cases])
+
+
+def inverted(how: str) -> Prepare:
+    """Inversion with the source's description, then another prompt."""
+
+    def prepare(model: Model, cases: Sequence[Case]) -> Callable[[Setting], Sounds]:
+        noise = {"generator": generators(cases)} if how == "ddpm" else {}
+        found = model.pipe.invert(
+            **sources(cases),
+            prompt=[case.source_text for case in cases],
+            num_inference_steps=model.steps,
+            method=how,
+            **noise,
+        )
+        texts = [case.text for case in cases]
+
+        def run(setting: Setting) -> Sounds:
+            options = {"guidance_scale": model.guidance, **setting}
+            return [*model.pipe(texts, inverted=found, **options).audios]
+
+        return run
+
+    return prepare

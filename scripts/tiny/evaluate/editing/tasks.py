@@ -19,6 +19,7 @@ from scripts.tiny.evaluate.editing.methods import (
     edited,
     edited_by_other_text,
     from_text,
+    inverted,
     padded,
     pasted_text,
     round_trip,
@@ -26,6 +27,7 @@ from scripts.tiny.evaluate.editing.methods import (
 )
 
 Checks = dict[str, bool]
+INVERSION_GUIDANCE = (2.0, 4.0)
 LONG_SECONDS = 4 * CLIP_SECONDS
 BANDS = tuple({"replace_band": (low, 8000.0)} for low in (4000.0, 2500.0, 1500.0))
 
@@ -155,6 +157,11 @@ def variations(*strengths: float) -> Method:
     return Method("variation", edited, tuple({"strength": strength} for strength in strengths))
 
 
+def inversions(*skips: float) -> tuple[Method, ...]:
+    settings = tuple({"skip": skip, "guidance_scale": w} for skip in skips for w in INVERSION_GUIDANCE)
+    return tuple(Method(f"{name.upper()} inversion", inverted(name), settings) for name in ("ddpm", "ddim"))
+
+
 NO_EDITING = Method("no editing", round_trip)
 FROM_TEXT = Method("from text alone", from_text)
 TASKS = (
@@ -169,7 +176,7 @@ TASKS = (
         figure=lambda case, sound: judges.level_error(case.source, sound),
         floor=NO_EDITING,
         ceiling=FROM_TEXT,
-        methods=(variations(0.5, 0.6, 0.7, 0.8, 0.9),),
+        methods=(variations(0.5, 0.6, 0.7, 0.8, 0.9), *inversions(0.4, 0.3, 0.2, 0.1)),
     ),
     Task(
         name="bell",
@@ -187,6 +194,7 @@ TASKS = (
             variations(0.4, 0.5, 0.6, 0.7),
             Method("a band, with the prompt for the whole", edited, BANDS),
             Method("a band, with a prompt for the band", edited_by_other_text, BANDS),
+            *inversions(0.6, 0.5, 0.4, 0.3),
         ),
     ),
     Task(
