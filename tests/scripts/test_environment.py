@@ -10,7 +10,9 @@ import pytest
 from tests.helpers import HANGS_AFTER, ROOT
 
 
-@pytest.mark.parametrize("script", ["bench", "finetune", "train_tiny", "evaluate_tiny", "teach_tiny"])
+@pytest.mark.parametrize(
+    "script", ["bench", "finetune", "train_tiny", "evaluate_tiny", "evaluate_editing", "teach_tiny"]
+)
 def test_missing_packages_are_named_in_one_line(script: str) -> None:
     # -S leaves out site-packages.
     command = [sys.executable, "-S", str(ROOT / "scripts" / script)]

@@ -15,6 +15,7 @@ from scripts.tiny.evaluate.editing.methods import Method, from_text, unchanged
 from scripts.tiny.evaluate.editing.running import Row, Score, sounds_to_make
 from scripts.tiny.evaluate.editing.table import task_section, words
 from scripts.tiny.evaluate.editing.tasks import TASKS, Task
+from tests.helpers import ROOT
 from tests.scripts.helpers import call_main
 
 TASK = {task.name: task for task in TASKS}
@@ -147,6 +148,14 @@ def test_the_section_shows_what_was_chosen() -> None:
     assert "| variation | `strength=0.7` | 75 % | 2.5 | direction 3, kind 1 |" in text
     assert "- variation: `strength=0.5`: 25 % (1.0); `strength=0.7`: 100 % (2.0)" in text
     assert words({"replace": [(0.0, 1.25)], "loop": True}) == "`replace=[(0, 1.25)]`, `loop=True`"
+
+
+def test_the_page_has_a_block_of_every_kind() -> None:
+    page = (ROOT / command.PAGE).read_text(encoding="utf-8")
+    for name in TASK:
+        start, end = f"<!-- editing: {name} -->", f"<!-- /editing: {name} -->"
+        assert page.count(start) == page.count(end) == 1
+        assert page.index(start) < page.index(end)
 
 
 # --- the script
