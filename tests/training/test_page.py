@@ -31,7 +31,8 @@ def test_commands_and_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
                 write_wav(f"door-{i}.wav", 0.1 * noise(12000, seed=i), 16000)
         elif block["kind"] == "python":
             code = code.replace("steps=500", "steps=2, batch_size=2, duration=0.64")
-            code = code.replace("generator=seed", "generator=seed, num_inference_steps=2, audio_length_in_s=0.64")
+            short = "generator=seed, num_inference_steps=2, audio_length_in_s=0.64"
+            code = code.replace("generator=seed", short)
             exec(compile(code, PAGE.name, "exec"), names)
         for line in code.splitlines() if block["kind"] == "bash" else []:
             words = shlex.split(line, comments=True)
