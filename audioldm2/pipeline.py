@@ -43,13 +43,12 @@ from audioldm2.checkpoints.options import (
 )
 from audioldm2.checkpoints.recommended import RECOMMENDED, check_recommended
 from audioldm2.conditioning import PromptInputs, Text, condition
-from audioldm2.decoding import decode, frames_and_samples, vocode
-from audioldm2.editing.edit import Start, begin_with, edit_of, for_each_waveform
-from audioldm2.editing.extending import Extension
-from audioldm2.editing.inversion import Inverted, check_inverted
+from audioldm2.decoding import decode, vocode
+from audioldm2.editing.inversion import Inverted
 from audioldm2.editing.methods import EditingMethods
 from audioldm2.editing.regions import Spans
 from audioldm2.editing.sound import Audio, as_waveforms, encode
+from audioldm2.editing.sources import Run, source_of
 from audioldm2.frozen import FrozenMapping
 from audioldm2.models.clap import ClapModel
 from audioldm2.models.gpt2 import GPT2
@@ -71,11 +70,9 @@ from audioldm2.sampling import (
     check_callbacks,
     denoise,
     exclusive,
-    initial_noise,
 )
 from audioldm2.schedulers.base import Scheduler
 from audioldm2.tensors import check_finite, check_tensor
-from audioldm2.windows import around_predictor, window_rows
 from audioldm2.words import WordWeights
 
 
@@ -437,9 +434,9 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods):
         waveforms = as_waveforms(audio)
         check_count("sampling_rate", sampling_rate)
         with self.generation(), self.running("vae") as vae:
-            return encode(vae, LogMel(self._log_mel_config()), waveforms, sampling_rate, loop)
+            return encode(vae, LogMel(self.log_mel_config()), waveforms, sampling_rate, loop)
 
-    def _log_mel_config(self) -> LogMelConfig:
+    def log_mel_config(self) -> LogMelConfig:
         """The settings of the spectrograms that fit the vocoder."""
         vocoder = self.part("vocoder")
         settings = {"hop_length": vocoder.hop_length, **self._settings.get("log_mel", {})}
@@ -635,36 +632,7 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods):
         check_number("guidance_scale", guidance_scale)
         check_number("eta", eta)
         check_callbacks(callback, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        if latents is not None:
-            check_tensor("latents", latents, "(B, channels, T/4, F/4)")
         loop, exact = check_flag("loop", loop), check_flag("exact_decoding", exact_decoding)
-        edit = edit_of(audio, sampling_rate, strength, keep, replace, replace_band, extend, loop)
-        if edit is not None and edit.extend is not None:
-            for name, length in (("audio_length_in_s", audio_length_in_s), ("latents", latents)):
-                if length is not None:
-                    raise ValueError(f"extend says how long the sound becomes, so leave out {name}")
-        if edit is not None and isinstance(prompt, str):
-            prompt = [prompt] * len(edit.sounds)
-        settled = {
-            "audio": audio,
-            "audio_length_in_s": audio_length_in_s,
-            "latents": latents,
-            "num_inference_steps": num_inference_steps,
-            "eta": eta or None,
-            "loop": loop or None,
-        }
-        skip = check_inverted(inverted, skip, int(num_waveforms_per_prompt), settled)
-        if inverted is not None and isinstance(prompt, str):
-            prompt = [prompt] * inverted.sounds
-        cond = PromptInputs(
-            "prompt",
-            prompt,
-            prompt_embeds,
-            generated_prompt_embeds,
-            attention_mask,
-            clap_embeds,
-            word_weights,
-        )
         uncond = PromptInputs(
             "negative_prompt",
             negative_prompt,
@@ -678,76 +646,61 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods):
             exclusive(self.scheduler) as scheduler,
         ):
             self.check_stages()
-            vae, vocoder = self.part("vae"), self.part("vocoder")
-            rate, latent = vocoder.config.sampling_rate, vae.downsampling * vocoder.hop_length  # samples
-            width = None if window is None else window_rows(self.unet, window, latent / rate)
-            extension: Extension | None = None
-            if edit is not None:
-                log_mel = self._log_mel_config()
-                originals = edit.waveforms(log_mel, audio_length_in_s, shortest=latent / rate)
-                samples = edit.samples(originals.shape[1], latent, rate)
-                originals = originals[:, :samples]
-                rows = -(-samples // latent)
-                if edit.extend is not None:
-                    width = width or window_rows(self.unet, None, latent / rate)
-                    extension = Extension(originals.shape[1] // latent, rows, width, loop)
-            elif inverted is not None:
-                samples, num_inference_steps = inverted.samples, len(inverted.timesteps)
-            else:
-                given = None if latents is None else latents.shape[2]
-                frames, samples = frames_and_samples(self.unet, vae, vocoder, audio_length_in_s, given)
-                rows = frames // vae.downsampling
-                samples = rows * latent if loop else samples
-            if num_inference_steps is None:
-                num_inference_steps = getattr(scheduler, "default_num_inference_steps", 200)
-            steps = int(num_inference_steps)
-            scheduler.set_timesteps(steps, device=self.device)
             waveforms = int(num_waveforms_per_prompt)
-            after_step = callbacks(
+            source = source_of(
                 self,
-                self.refreshing(callback),
-                callback_steps,
-                self.refreshing(callback_on_step_end),
-                callback_on_step_end_tensor_inputs,
+                audio=audio,
+                sampling_rate=sampling_rate,
+                strength=strength,
+                keep=keep,
+                replace=replace,
+                replace_band=replace_band,
+                extend=extend,
+                loop=loop,
+                window=window,
+                inverted=inverted,
+                skip=skip,
+                latents=latents,
+                audio_length_in_s=audio_length_in_s,
+                num_waveforms_per_prompt=waveforms,
+                num_inference_steps=num_inference_steps,
+                eta=eta or None,
             )
+            cond = PromptInputs(
+                "prompt",
+                source.prompts(prompt),
+                prompt_embeds,
+                generated_prompt_embeds,
+                attention_mask,
+                clap_embeds,
+                word_weights,
+            )
+            steps = source.steps(num_inference_steps, scheduler)
+            scheduler.set_timesteps(steps, device=self.device)
             conditioning = condition(
                 self, cond, uncond, guidance_scale > 1, transcription, max_new_tokens, waveforms
             )
             dtype = conditioning.t5_states.dtype
-            around, runs = around_predictor(width, loop), 1
-            if inverted is not None and skip is not None:
-                inverted.check_batch(conditioning.batch, self.unet)
-                scheduler, start = inverted.run(scheduler, skip, self.device)
-            elif edit is None:
-                shape = (
-                    conditioning.batch,
-                    vae.config.latent_channels,
-                    rows,
-                    vocoder.config.model_in_dim // vae.downsampling,
-                )
-                noise = initial_noise(shape, generator, self.device, dtype, latents)
-                start = Start(noise * scheduler.init_noise_sigma)
-            else:
-                originals = for_each_waveform(originals, conditioning.batch, waveforms)
-                clean = self.encode_audio(originals[::waveforms], rate, loop and extension is None)
-                clean = clean.to(self.device, dtype).repeat_interleave(waveforms, dim=0)
-                if extension is not None:
-                    around, runs = extension.around(), len(extension.windows)
-                    start = Start(clean[:, :, : extension.known])
-                else:
-                    noise = initial_noise(clean.shape, generator, self.device, dtype, latents)
-                    replaced = edit.replaced_latents(clean, latent, log_mel)
-                    start = begin_with(scheduler, steps, clean, noise, edit.strength, replaced)
+            run = Run(scheduler, steps, conditioning.batch, waveforms, generator, self.device, dtype)
+            start = source.begin(run)
             with (
                 self._run_of(len(scheduler.timesteps), float(guidance_scale)),
                 self.running("unet") as unet,
-                self.progress("Denoising", runs * steps - start.begin, main=True) as bar,
+                self.progress("Denoising", source.total(start, steps), main=True) as bar,
             ):
-
-                def run(start: Start) -> Tensor:
-                    return denoise(
+                after_step = callbacks(
+                    self,
+                    self.refreshing(callback),
+                    callback_steps,
+                    self.refreshing(callback_on_step_end),
+                    callback_on_step_end_tensor_inputs,
+                )
+                latents = source.generate(
+                    run,
+                    start,
+                    lambda start: denoise(
                         unet,
-                        scheduler,
+                        start.scheduler or scheduler,
                         start.latents,
                         conditioning,
                         float(guidance_scale),
@@ -757,30 +710,20 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods):
                         after_step=after_step,
                         progress=bar.update,
                         begin=start.begin,
-                        around=around,
+                        around=start.around,
                         after_update=start.after_update,
-                    )
-
-                def generate(clean: Tensor, replaced: Tensor) -> Tensor:
-                    scheduler.set_timesteps(steps, device=self.device)
-                    noise = initial_noise(clean.shape, generator, self.device, dtype)
-                    return run(begin_with(scheduler, steps, clean, noise, 1.0, replaced))
-
-                if extension is not None:
-                    latents = extension.run(start.latents, generate, lambda: self._interrupt)
-                else:
-                    latents = run(start)
+                    ),
+                    stopped=lambda: self._interrupt,
+                )
             check_finite("unet", latents, f"weights and guidance_scale = {guidance_scale:g}")
             result: Any = latents
             scores: Any = None
             if output_type != "latent":
                 mel = self.decode(latents, exact, loop)
-                result = self.vocode(mel, loop)[:, :samples]
-                if edit is not None:
-                    result = edit.mix(originals, result, rate)
+                result = source.finish(self.vocode(mel, loop)[:, : source.samples])
                 if waveforms > 1 and conditioning.clap is not None:
                     result, scores = self.rank(result, conditioning.clap, generator)
                     scores = scores.float().cpu()
         if output_type == "np":
             result, scores = result.numpy(), None if scores is None else scores.numpy()
-        return AudioPipelineOutput(result, rate, scores)
+        return AudioPipelineOutput(result, self.part("vocoder").config.sampling_rate, scores)

@@ -50,7 +50,7 @@ def source_of(job: Job, pipe: AudioLDM2Pipeline) -> Source | None:
     except ImportError as error:  # without soundfile, a WAV file can be read all the same
         raise ValueError(str(error)) from error
     assert edit is not None
-    samples = edit.waveforms(pipe._log_mel_config(), job.audio_length_in_s, shortest=row / rate).shape[1]
+    samples = edit.waveforms(pipe.log_mel_config(), job.audio_length_in_s, shortest=row / rate).shape[1]
     length = edit.samples(samples, row, rate) / rate
     strength = None if job.extend is not None or job.invert is not None else edit.strength
     return Source(os.path.abspath(job.audio), digest, samples, length, strength)

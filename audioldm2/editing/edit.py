@@ -17,6 +17,7 @@ from audioldm2.editing.inpainting import keeping, mixed
 from audioldm2.editing.regions import Regions, check_bands, check_inside, regions
 from audioldm2.editing.sound import Recording, at_rate, recordings
 from audioldm2.editing.variation import first_step, noisy
+from audioldm2.sampling import Predict
 
 
 @dataclass(frozen=True)
@@ -118,11 +119,15 @@ class Start(NamedTuple):
         latents: (B, channels, T/4, F/4), at the noise level of the first step.
         begin: the first step.
         after_update: see `denoise`; None if nothing is kept.
+        around: see `denoise`.
+        scheduler: the sampler of this run, if it is not the generation's.
     """
 
     latents: Tensor
     begin: int = 0
     after_update: Callable[[int, Tensor], Tensor] | None = None
+    around: Callable[[Predict], Predict] | None = None
+    scheduler: Any = None
 
 
 def edit_of(

@@ -179,13 +179,12 @@ def inverted(how: str) -> Prepare:
     """Inversion with the source's description, then another prompt."""
 
     def prepare(model: Model, cases: Sequence[Case]) -> Callable[[Setting], Sounds]:
-        noise = {"generator": generators(cases)} if how == "ddpm" else {}
         found = model.pipe.invert(
             **sources(cases),
             prompt=[case.source_text for case in cases],
             num_inference_steps=model.steps,
             method=how,
-            **noise,
+            generator=generators(cases) if how == "ddpm" else None,
         )
         texts = [case.text for case in cases]
 
