@@ -57,7 +57,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--chosen-on",
         type=int,
         metavar="N",
-        help="other sounds of each task on which settings are chosen (default: half as many)",
+        help="other sounds of each task on which settings are chosen (default: a quarter as many)",
     )
     parser.add_argument("--steps", type=int, default=20, help="steps of DPM-Solver++ (default %(default)s)")
     parser.add_argument("--guidance", type=float, default=2.0, help="guidance scale (default %(default)s)")
@@ -73,7 +73,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     if options.chosen_on is None:
-        options.chosen_on = (options.cases + 1) // 2
+        options.chosen_on = -(-options.cases // 4)
     for name in ("cases", "chosen_on", "steps", "threads"):
         value = getattr(options, name)
         if value is not None and value < 1:
