@@ -72,7 +72,7 @@ class Method:
     Attributes:
         name: in the table.
         prepare: see above.
-        settings: to choose from, that which changes the source least first.
+        settings: to choose from, that which changes the source least first; of equals, the first is chosen.
     """
 
     name: str

@@ -101,7 +101,7 @@ def measure_task(
         model: what is measured.
         task: what to do.
         count: how many cases are reported.
-        chosen_on: how many others settings are chosen on: by the share of right sounds, then by the figure.
+        chosen_on: how many others settings are chosen on, the one with the most right sounds.
         seed: of the cases.
         progress: called with the number of sounds that were made.
     """
@@ -117,7 +117,7 @@ def measure_task(
             tried = run(model, method, method.settings, others, progress)
             scores = [score(task, others, sounds) for sounds in tried]
             grid = [*zip(method.settings, scores, strict=True)]
-            setting = max(grid, key=lambda pair: (pair[1].right, -pair[1].figure))[0]
+            setting = max(grid, key=lambda pair: pair[1].right)[0]  # the first of equals
         [sounds] = run(model, method, [setting], cases, progress)
         rows.append(Row(method.name, setting, score(task, cases, sounds), grid))
     return rows
