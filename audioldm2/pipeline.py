@@ -601,7 +601,7 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods):
             inverted: sounds to edit, from `invert`. It settles their length, the sampler (DDIM's steps) and
                 the number of steps. One prompt, or one for each sound.
             skip: the share of the steps that is left out, from 0 (all steps: the prompt has the most effect)
-                to 1 (none: the sound, encoded and decoded); 0.4 by default.
+                to 1 (none: the sound, encoded and decoded); 0.4 by default, or 0.2 with "ddim".
             word_weights: see `encode_prompt`.
             clap_embeds: CLAP's embeddings, (prompts, 512), by which candidates are ranked where
                 `prompt_embeds` replaces the prompt; see `blend`.

@@ -83,19 +83,21 @@ class Adapters:
         names = listed(map(quoted, self.known))
         return f"there {'is' if len(self.known) == 1 else 'are'} {names}" if names else "none is loaded"
 
-    def check_names(self, names: Collection[str], fused: bool = False) -> None:
+    def check_names(self, names: Collection[str], fused: bool = False, argument: str = "") -> None:
         """Check that these are adapters.
 
         Args:
             names: what a caller passed.
             fused: whether they may be fused ones.
+            argument: where they were passed, if the message should name it.
 
         Raises:
             ValueError: one is not; the message lists those that there are.
         """
+        where = f"{argument}: " if argument else ""
         for name in names:
             if name not in self.known:
-                raise ValueError(f"there is no adapter {quoted(name)}; {self.described()}")
+                raise ValueError(f"{where}there is no adapter {quoted(name)}; {self.described()}")
             if name in self.fused and not fused:
                 raise ValueError(
                     f"the adapter {quoted(name)} is fused into the UNet's weights; call unfuse_lora() first"

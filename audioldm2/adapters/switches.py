@@ -255,7 +255,7 @@ def _checked(weights: Mapping[Any, Any], state: Adapters, argument: str) -> dict
     Raises:
         ValueError: there is no adapter of that name, or a weight is not a finite number.
     """
-    state.check_names(weights)
+    state.check_names(weights, argument=argument)
     for name, weight in weights.items():
         check_number(f"{argument} ({quoted(name)})", weight)
     return {name: float(weight) for name, weight in weights.items()}

@@ -134,7 +134,7 @@ def train_unet(library: Library, run: Run) -> None:
         noisy = mix_noise(clean, noise, abar[timesteps])
         vectors, states, mask = conditions.select(text_rows, run.device)
         predicted = predict(noisy.to(run.device), timesteps.to(run.device), vectors, states, mask)
-        target = diffusion_target(SCHEDULER["prediction_type"], clean, noise, abar[timesteps])
+        target = diffusion_target(SCHEDULER["prediction_type"], clean, noise, abar[timesteps])  # v
         return multiscale_loss(predicted, target.to(run.device), weights)
 
     rate = CONTINUED_LEARNING_RATE if run.begin else LEARNING_RATE
