@@ -202,9 +202,7 @@ class AdapterSwitches(StageRunner):
         if weights is None:
             chosen_weights = dict(state.weights) if state.enabled else {}
         elif not isinstance(weights, Mapping):
-            raise TypeError(
-                f'adapters must be weights by name, such as {{"dog": 0.8}}, got {quoted(weights)}'
-            )
+            raise TypeError(f'adapters must be a dict such as {{"dog": 0.8}}, got {quoted(weights)}')
         elif state.fused:
             raise ValueError(
                 f"adapters cannot be chosen for one call while {listed(map(quoted, state.fused))} is fused "
