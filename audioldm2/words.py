@@ -52,7 +52,8 @@ def word_weights_of(value: Any, prompts: Sequence[str]) -> list[dict[str, float]
                 raise TypeError(f"word_weights must have words as keys, got {quoted(word)}")
             if not is_finite(weight) or weight < 0:
                 raise ValueError(
-                    f"the weight of {quoted(word)} must be a number of at least 0, got {quoted(weight)}"
+                    "word_weights must be numbers of at least 0, but that of "
+                    f"{quoted(word)} is {quoted(weight)}"
                 )
             if not shared and not occurrences(prompt, word):
                 raise ValueError(f"word_weights has {quoted(word)}, which is not a word of {quoted(prompt)}")

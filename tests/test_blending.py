@@ -144,8 +144,8 @@ BAD_WEIGHTS: dict[str, tuple[Any, str]] = {
     "list": ([{"rain": 2}], "got 1 word_weights for 2 prompts"),
     "entry": ([2, 3], "word_weights must hold dicts"),
     "text": ("rain", "word_weights must be a dict"),
-    "negative": ({"rain": -1}, "the weight of 'rain' must be a number of at least 0"),
-    "nan": ({"rain": float("nan")}, "must be a number of at least 0"),
+    "negative": ({"rain": -1}, "word_weights must be numbers of at least 0, but that of 'rain' is -1"),
+    "nan": ({"rain": float("nan")}, "that of .rain. is nan"),
     "empty": ({" ": 2}, "word_weights must have words as keys"),
 }
 

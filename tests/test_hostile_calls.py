@@ -64,14 +64,36 @@ def tensors(*shape: int) -> st.SearchStrategy[Any]:
     )
 
 
+WAVE = 0.1 * noise(4000)
+SPANS = st.sampled_from(
+    [
+        None,
+        [(0.0, 0.1)],
+        (0.1, None),
+        (0.1, 0.9),
+        (0.2, 0.1),
+        [],
+        [3],
+        (NAN, 1),
+        (0, 8000),
+        (100, 2000),
+        "0-1",
+        3,
+    ]
+)
+
+
+def is_large(value: object) -> bool:
+    """Whether a value is a number that makes a sound long."""
+    return isinstance(value, float | int) and not isinstance(value, bool) and 0.5 < value <= 3600
+
+
 ARGUMENTS: dict[str, st.SearchStrategy[Any]] = {
     "prompt": TEXTS,
     "transcription": st.sampled_from([None, None, "hello", 3]),
     "audio_length_in_s": st.one_of(
         st.sampled_from([None, 0.16, 0.32, np.float64(0.16)]),
-        NUMBERS.filter(
-            lambda x: not isinstance(x, float | int) or isinstance(x, bool) or not 0.5 < x <= 3600
-        ),
+        NUMBERS.filter(lambda x: not is_large(x)),
     ),
     "num_inference_steps": COUNTS.filter(lambda x: x is not None),  # the default is 200
     "guidance_scale": NUMBERS,
@@ -93,6 +115,37 @@ ARGUMENTS: dict[str, st.SearchStrategy[Any]] = {
     "callback_steps": COUNTS,
     "cross_attention_kwargs": st.sampled_from([None, {}, {"scale": 0.5}, {"scale": None}, {"x": 1}, 3]),
     "adapters": st.sampled_from([None, {}, {"dog": 0.5}, {3: 1}, ["dog"], "dog", 3]),
+    "audio": st.sampled_from(
+        [
+            None,
+            WAVE,
+            WAVE.numpy(),
+            WAVE.double(),
+            [WAVE],
+            [WAVE, WAVE],
+            WAVE[:50],
+            0 * WAVE,
+            WAVE * NAN,
+            [],
+            3,
+            "no.wav",
+        ]
+    ),
+    "sampling_rate": st.one_of(st.sampled_from([None, 16000, 8000, 44100]), COUNTS),
+    "strength": NUMBERS,
+    "keep": SPANS,
+    "replace": SPANS,
+    "replace_band": SPANS,
+    "extend": st.one_of(st.sampled_from([None, 0.1]), NUMBERS.filter(lambda x: not is_large(x))),
+    "loop": st.sampled_from([None, True, False, 3, "x"]),
+    "window": NUMBERS,
+    "exact_decoding": st.sampled_from([None, True, False, 3, "x"]),
+    "inverted": st.sampled_from([None, None, 3, {}]),
+    "skip": NUMBERS,
+    "word_weights": st.sampled_from(
+        [None, {}, {"Rain": 2.0}, {"rain": NAN}, {"x": 1.0}, {3: 1.0}, [{"rain": 0.5}], "rain", 3]
+    ),
+    "clap_embeds": tensors(1, 16),
     "output_type": st.sampled_from(["np", "pt", "latent", "pil", None, 3, ["np"]]),
     "callback_on_step_end": st.sampled_from([None, 3, lambda *step: None, lambda *step: {"latents": 3}]),
     "callback_on_step_end_tensor_inputs": st.sampled_from(["latents", ["latents"], [], ["x"], None, 3, [[]]]),
@@ -102,19 +155,20 @@ ALSO = {
     "prompt": "negative prompts|prompts|prompt_embeds",
     "latents": "audio_length_in_s",
     "generator": "generators",
+    "audio": "no.wav",
 }
 
 
 def call(pipe: AudioLDM2Pipeline, arguments: dict[str, Any]) -> None:
     """Call the pipeline: it returns finite numbers, or what it raises names an argument in one short line."""
     arguments = {"num_inference_steps": 1, "audio_length_in_s": None, "generator": seeded(), **arguments}
-    if arguments["audio_length_in_s"] is None and arguments.get("latents") is None:
+    if all(arguments.get(name) is None for name in ("audio_length_in_s", "latents", "audio")):
         arguments["audio_length_in_s"] = 0.16
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*(cut off|has no effect)")
+        warnings.filterwarnings("ignore", ".*(cut off|has no effect|is quiet)")
         try:
             output = pipe(**arguments)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, FileNotFoundError) as error:
             refused = error
         else:
             refused = None
