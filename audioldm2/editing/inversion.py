@@ -94,10 +94,8 @@ class Inverted:
         return "ddim" if self.residuals is None else "ddpm"
 
     def __repr__(self) -> str:
-        return (
-            f"Inverted({self.method}, {self.sounds} sounds of {self.samples} samples, "
-            f"{len(self.timesteps)} steps)"
-        )
+        sounds = "1 sound" if self.sounds == 1 else f"{self.sounds} sounds"
+        return f"Inverted({self.method}, {sounds} of {self.samples} samples, {len(self.timesteps)} steps)"
 
     @property
     def sounds(self) -> int:

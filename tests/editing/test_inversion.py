@@ -128,7 +128,7 @@ def test_candidates_have_noise_of_their_own_and_are_ranked(tiny: AudioLDM2Pipeli
 def test_what_was_inverted_can_be_pickled_and_moved(tiny: AudioLDM2Pipeline, inverted: Inverted) -> None:
     loaded = pickle.loads(pickle.dumps(inverted)).to("cpu")
     assert np.array_equal(edited(tiny, "A bell", loaded), edited(tiny, "A bell", inverted))
-    assert repr(inverted) == "Inverted(ddpm, 1 sounds of 8000 samples, 4 steps)"
+    assert repr(inverted) == "Inverted(ddpm, 1 sound of 8000 samples, 4 steps)"
 
 
 def test_callbacks_count_the_steps_that_are_taken(tiny: AudioLDM2Pipeline, inverted: Inverted) -> None:
