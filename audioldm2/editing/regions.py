@@ -113,7 +113,7 @@ def check_bands(bands: Sequence[Span] | None, log_mel: LogMelConfig) -> None:
     for band in bands or ():
         if band[0] >= high or band[1] <= low or band[1] > high:
             raise ValueError(
-                f"replace_band has {band[0]:g} to {band[1]:g} Hz, but this checkpoint's spectrograms extend "
+                f"replace_band has {band[0]:g} to {band[1]:g} Hz, but this checkpoint's spectrograms reach "
                 f"from {low:g} to {high:g} Hz"
             )
 
