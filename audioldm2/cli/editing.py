@@ -94,7 +94,8 @@ def add_editing_options(p: argparse.ArgumentParser) -> None:
         type=_share,
         metavar="S",
         help="with --invert, the share of the steps that is left out: 0 changes the most, 1 nothing "
-        "(default: 0.4). --steps is 200 by default, and --guidance of about 10 suits large changes",
+        "(default: 0.4, or 0.2 with ddim). --steps is 200 by default, and --guidance of about 10 suits large "
+        "changes",
     )
 
 

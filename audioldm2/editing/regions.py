@@ -61,12 +61,12 @@ class Regions:
             in_frequency[:] = True
         else:
             # In units of mel bands, a column spans `width` of them. Filter m peaks at m + 1.
-            limits = torch.tensor([log_mel.frequency_min, log_mel.frequency_max], dtype=torch.float64)
-            lowest, highest = hertz_to_mel(limits).tolist()
+            lowest, highest = _mels((log_mel.frequency_min, log_mel.frequency_max))
             width = log_mel.n_mels / columns
             for band in self.bands:
-                mels = hertz_to_mel(torch.tensor(band, dtype=torch.float64))
-                low, high = ((mels - lowest) / (highest - lowest) * (log_mel.n_mels + 1) - 0.5).tolist()
+                low, high = (
+                    (mel - lowest) / (highest - lowest) * (log_mel.n_mels + 1) - 0.5 for mel in _mels(band)
+                )
                 first = min(max(math.floor(low / width), 0), columns - 1)
                 in_frequency[first : max(math.ceil(high / width), first + 1)] = True
         return in_time[:, None] & in_frequency
@@ -108,14 +108,28 @@ def check_inside(name: str, spans: Any, seconds: float) -> None:
 
 
 def check_bands(bands: Sequence[Span] | None, log_mel: LogMelConfig) -> None:
-    """Raise ValueError unless the bands lie within the frequencies of a checkpoint's spectrograms."""
+    """Raise ValueError unless bands lie within a checkpoint's spectrograms, and are as wide as a mel band."""
     low, high = log_mel.frequency_min, log_mel.frequency_max
+    lowest, highest = _mels((low, high))
+    mel_band = (highest - lowest) / (log_mel.n_mels + 1)
     for band in bands or ():
         if band[0] >= high or band[1] <= low or band[1] > high:
             raise ValueError(
                 f"replace_band has {band[0]:g} to {band[1]:g} Hz, but this checkpoint's spectrograms reach "
                 f"from {low:g} to {high:g} Hz"
             )
+        bottom, top = _mels(band)
+        if top - bottom < mel_band:
+            raise ValueError(
+                f"replace_band has {band[0]:g} to {band[1]:g} Hz, which is narrower than a mel band; pass "
+                "hertz, as in (4000, 8000)"
+            )
+
+
+def _mels(band: Span) -> list[float]:
+    """A band in mels."""
+    mels: list[float] = hertz_to_mel(torch.tensor(band, dtype=torch.float64)).tolist()
+    return mels
 
 
 def _merged(spans: Sequence[Span]) -> tuple[Span, ...]:

@@ -252,9 +252,17 @@ def source_of(
     """
     if latents is not None:
         check_tensor("latents", latents, "(B, channels, T/4, F/4)")
-    edit = edit_of(audio, sampling_rate, strength, keep, replace, replace_band, extend, loop)
     lengths = {"audio_length_in_s": audio_length_in_s, "latents": latents}
-    settled = {"audio": audio, **lengths, **others, "loop": loop or None}
+    edits = {
+        "audio": audio,
+        "sampling_rate": sampling_rate,
+        "strength": strength,
+        "keep": keep,
+        "replace": replace,
+        "replace_band": replace_band,
+        "extend": extend,
+    }
+    settled = {**edits, **lengths, **others, "loop": loop or None}
     share = check_inverted(inverted, skip, num_waveforms_per_prompt, settled)
     rows = None
     if window is not None:
@@ -263,6 +271,7 @@ def source_of(
         rows = window_rows(pipe.unet, window, row)
     if share is not None:
         return InvertedSounds(pipe, inverted, share, rows)
+    edit = edit_of(**edits, loop=loop)
     if edit is None:
         return Noise(pipe, latents, audio_length_in_s, rows, loop)
     if edit.extend is None:

@@ -99,3 +99,5 @@ def test_regions_outside_of_the_sound_are_errors() -> None:
     check_bands([(4000, 8000)], LOG_MEL)
     with pytest.raises(ValueError, match="replace_band has 4000 to 9000 Hz"):
         check_bands([(4000, 9000)], LOG_MEL)
+    with pytest.raises(ValueError, match="replace_band has 4 to 8 Hz, which is narrower than a mel band"):
+        check_bands([(4, 8)], LOG_MEL)
