@@ -4,7 +4,7 @@
 
 A layer with updates is the same object as without them: `attach` changes its class, as
 torch.nn.utils.parametrize does, and gives it the updates as submodules. So its weight, its hooks and its
-place in the UNet stay as they are, while everything that walks the UNet's parameters (moving, casting,
+place in the UNet stay as they are, while everything that goes through the UNet's parameters (moving, casting,
 offload, compiling, optimizers) meets the updates, too. `detach` makes it the plain layer again.
 """
 
