@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from scripts.tiny.data.captions import caption
-from scripts.tiny.data.sounds import Scene, Sound, render
+from scripts.tiny.data.sounds import SAMPLING_RATE, Scene, Sound, render
 from scripts.tiny.evaluate.prompts import HELD_OUT_SEED
 
 EDITING_STREAM = 5  # third in every seed sequence here; evaluation.py and prompts.py have those up to 4
@@ -178,11 +178,11 @@ def looped(rng: np.random.Generator, index: int) -> Case:
 
 def samples(seconds: tuple[float, ...]) -> tuple[int, ...]:
     """Times in samples."""
-    return tuple(round(time * 16000) for time in seconds)
+    return tuple(round(time * SAMPLING_RATE) for time in seconds)
 
 
 def above(waveform: np.ndarray, hertz: float) -> np.ndarray:
     """The part of a waveform above a frequency, with zero phase."""
     spectrum = np.fft.rfft(waveform)
-    spectrum[np.fft.rfftfreq(len(waveform), 1 / 16000) < hertz] = 0
+    spectrum[np.fft.rfftfreq(len(waveform), 1 / SAMPLING_RATE) < hertz] = 0
     return np.fft.irfft(spectrum, len(waveform))

@@ -60,8 +60,8 @@ def spectrum_error(original: np.ndarray, waveform: np.ndarray, low: float, high:
 def color_error(original: np.ndarray, waveform: np.ndarray) -> float:
     """Mean distance of two spectra in dB, apart from their levels, where the original has power."""
     spectra = [10 * np.log10(third_octaves(spectrogram(sound).mean(0))) for sound in (original, waveform)]
-    heard = spectra[0] > spectra[0].max() - 25
-    difference = (spectra[1] - spectra[0])[heard]
+    audible = spectra[0] > spectra[0].max() - 25
+    difference = (spectra[1] - spectra[0])[audible]
     return float(np.abs(difference - np.median(difference)).mean())
 
 
