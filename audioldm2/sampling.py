@@ -53,6 +53,8 @@ class Changes(NamedTuple):
 
 # From latents (B, ...) and timestep to the UNet's output, with the conditioning's rows.
 Predict = Callable[[Tensor, Tensor], Tensor]
+# Wraps a predictor, to call it on parts of the latents, for example.
+Around = Callable[[Predict], Predict]
 # From step, timestep, latents, conditioning and guidance scale.
 AfterStep = Callable[[int, Tensor, Tensor, Conditioning, float], Changes | None]
 
@@ -99,7 +101,7 @@ def denoise(
     after_step: AfterStep | None = None,
     progress: Callable[[], object] = lambda: None,
     begin: int = 0,
-    around: Callable[[Predict], Predict] | None = None,
+    around: Around | None = None,
     after_update: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Run the sampler from noise to latents.

@@ -25,9 +25,7 @@ from torch import Tensor
 from audioldm2.arguments import MAX_LENGTH_IN_S, is_finite
 from audioldm2.quoting import quoted
 from audioldm2.runtime.foreign import setting, trained_rows
-from audioldm2.sampling import Predict
-
-Around = Callable[[Predict], Predict]
+from audioldm2.sampling import Around, Predict
 
 # What the VAE sees beyond the ends of a loop. The convolutions of AudioLDM 2's decoder reach over 17 rows of
 # latents, those of its encoder over 13.

@@ -158,14 +158,14 @@ class Adapters:
         self._check_unchanged(unet)
         sums: dict[str, Tensor] = {}
         for name in names:
-            adapter, strength = self.known[name], scale * self.weights.get(name, 1.0)
-            for layer, update in adapter.updates.items() if strength else ():
+            adapter, factor = self.known[name], scale * self.weights.get(name, 1.0)
+            for layer, update in adapter.updates.items() if factor else ():
                 path = adapter.paths[layer]
                 if path not in sums:
                     base = _weight(unet, path)
                     sums[path] = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
                 rows = sums[path].narrow(0, update.first_row, len(update.b))
-                rows.add_(update.product().to(rows), alpha=strength * update.scaling)
+                rows.add_(update.product().to(rows), alpha=factor * update.scaling)
         fused = {path: total.to(_weight(unet, path).dtype) for path, total in sums.items()}
         for path, values in fused.items():
             if not bool(values.isfinite().all()):

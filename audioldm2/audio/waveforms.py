@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+SILENCE = 1e-4  # a peak of -80 dB, above the noise of 16-bit samples; anything softer is silent
+
 
 def check_waveform(name: str, value: Any) -> None:
     """Check that a value is a waveform of shape (..., samples).

@@ -28,7 +28,7 @@ from audioldm2.batch.sources import Source, source_of
 from audioldm2.checkpoints.recommended import recommended_for
 from audioldm2.conditioning import check_transcription, speaks, token_limit
 from audioldm2.decoding import frames_and_samples
-from audioldm2.editing.checks import OF_AUDIO
+from audioldm2.editing.checks import OF_EDITS
 from audioldm2.pipeline import AudioLDM2Pipeline
 from audioldm2.quoting import one_line, quoted
 from audioldm2.schedulers import DDIMScheduler, as_sampler
@@ -44,7 +44,7 @@ SHARED = (
 )
 # The same of edits, and of loops and long sounds; most jobs have none, and the pipeline decides.
 SHARED_OF_EDITS = (
-    *OF_AUDIO[1:],
+    *OF_EDITS,
     *("loop", "window", "exact_decoding", "adapters"),
 )
 SETTINGS = ("prompt", "negative_prompt", "transcription", *SHARED, "seed")  # of a job, in the manifest

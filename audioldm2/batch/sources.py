@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from audioldm2.batch.jobs import Job
-from audioldm2.editing.checks import OF_AUDIO
+from audioldm2.editing.checks import OF_EDITS
 from audioldm2.editing.edit import edit_of
 from audioldm2.pipeline import AudioLDM2Pipeline
 
@@ -42,7 +42,7 @@ def source_of(job: Job, pipe: AudioLDM2Pipeline) -> Source | None:
     vocoder = pipe.part("vocoder")
     rate, row = vocoder.config.sampling_rate, vocoder.hop_length * pipe.part("vae").downsampling
     try:
-        settings = {name: getattr(job, name) for name in OF_AUDIO[1:]}
+        settings = {name: getattr(job, name) for name in OF_EDITS}
         edit = edit_of(job.audio, None, **settings, loop=bool(job.loop))
         digest = sha256(job.audio)
     except OSError as error:

@@ -13,7 +13,7 @@ from audioldm2.audio.file_types import SOUND_TYPES
 from audioldm2.cli.messages import with_option_names
 from audioldm2.cli.options import Parser, number, seconds
 from audioldm2.cli.prompts import STANDARD_INPUT, standard_input
-from audioldm2.editing.checks import METHODS, OF_AUDIO, check_edit, check_inversion, read_pair
+from audioldm2.editing.checks import METHODS, OF_EDITS, check_edit, check_inversion, read_pair
 from audioldm2.extras import install_hint
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from audioldm2.pipeline import AudioLDM2Pipeline
 
-# Of the pipeline's call, besides those of a sound.
-LENGTH = ("loop", "window", "exact_decoding")
+# The pipeline's arguments of loops and long sounds.
+OF_LONG_SOUNDS = ("loop", "window", "exact_decoding")
 
 
 def add_editing_options(p: argparse.ArgumentParser) -> None:
@@ -151,7 +151,7 @@ def check_editing(p: Parser, options: argparse.Namespace) -> None:
     Raises:
         SystemExit: with code 2 for what cannot be used.
     """
-    given = {name: getattr(options, name) for name in (*OF_AUDIO[1:], *LENGTH, "source_prompt", "skip")}
+    given = {name: getattr(options, name) for name in (*OF_EDITS, *OF_LONG_SOUNDS, "source_prompt", "skip")}
     more = {"audio_length_in_s": options.duration, "num_waveforms_per_prompt": options.candidates}
     try:
         check_edit(options.audio is not None, given, options.loop)
@@ -220,7 +220,7 @@ def edited(
         sound: from `read_input`.
         arguments: the others, with the random generator.
     """
-    given = {name: getattr(options, name) for name in (*LENGTH, *OF_AUDIO[1:])}
+    given = {name: getattr(options, name) for name in (*OF_LONG_SOUNDS, *OF_EDITS)}
     arguments.update({name: value for name, value in given.items() if value not in (None, False)})
     if options.exact_decoding is False:
         arguments["exact_decoding"] = False

@@ -18,8 +18,9 @@ Span = tuple[float, float]
 # As a caller passes them: one pair or several.
 Spans = Sequence[float | None] | Sequence[Sequence[float | None]]
 EXAMPLES = {"keep": "[(0.0, 2.5)]", "replace": "[(2.5, 4.0)]", "replace_band": "(4000, 8000)"}
-# Arguments that say what is done with a sound.
-OF_AUDIO = ("sampling_rate", "strength", *EXAMPLES, "extend")
+# Arguments that say what is done with a sound, and those that go with a sound.
+OF_EDITS = ("strength", *EXAMPLES, "extend")
+OF_AUDIO = ("sampling_rate", *OF_EDITS)
 STRENGTH = 0.5  # of a variation, by default
 METHODS = ("ddpm", "ddim")  # of inversion, the better one first
 _NUMBER = r"(\d+(?:\.\d*)?|\.\d+)"
@@ -168,7 +169,7 @@ def check_inversion(has_audio: bool, invert: Any, given: Mapping[str, Any]) -> N
     check_choice("invert", invert, METHODS)
     if not has_audio:
         raise ValueError("invert goes with audio, the sound to edit, which is missing")
-    for name in (*OF_AUDIO[1:], "loop", "window", "eta"):
+    for name in (*OF_EDITS, "loop", "window", "eta"):
         if given.get(name) or (name == "strength" and given.get(name) is not None):
             raise ValueError(f"invert edits all of the sound, so leave out {name}")
     if invert == "ddim" and (given.get("num_waveforms_per_prompt") or 1) > 1:

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from audioldm2.windows import Around, around_predictor
+from audioldm2.sampling import Around
+from audioldm2.windows import around_predictor
 
 
 @dataclass(frozen=True)

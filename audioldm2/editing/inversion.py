@@ -41,7 +41,7 @@ from audioldm2.editing.edit import Start
 from audioldm2.noise import Generators, randn
 from audioldm2.quoting import quoted
 from audioldm2.runtime.foreign import setting
-from audioldm2.sampling import Predict, guide, predictor
+from audioldm2.sampling import Around, Predict, guide, predictor
 from audioldm2.schedulers import as_sampler
 from audioldm2.schedulers.ddim import DDIMScheduler
 
@@ -244,7 +244,7 @@ def guided_predictor(
     unet: nn.Module,
     conditioning: Conditioning,
     guidance_scale: float,
-    around: Callable[[Predict], Predict] | None = None,
+    around: Around | None = None,
 ) -> Predict:
     """The UNet's output with guidance, as a function of latents and timestep; both are (B, ...).
 

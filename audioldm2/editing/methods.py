@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from audioldm2.arguments import check_choice, check_count, check_number
-from audioldm2.blending import Blend, as_blends, mixed, padded
+from audioldm2.blending import Blend, as_blends, blended, padded
 from audioldm2.compatibility import DiffusersMethods
 from audioldm2.conditioning import PromptInputs, Text, condition, speaks, token_limit
 from audioldm2.editing.inversion import (
@@ -68,7 +68,7 @@ class EditingMethods(DiffusersMethods):
                     )
                     for text in texts
                 ]
-                found.append(mixed(each, weights))
+                found.append(blended(each, weights))
             limit = token_limit(self, self.tokenizer_2)
         states, masks, vectors, claps = zip(*found, strict=True)
         for (texts, _), mask in zip(blends, masks, strict=True):

@@ -16,7 +16,7 @@ from audioldm2.arguments import MAX_LENGTH_IN_S, check_count, check_length
 from audioldm2.audio.log_mel import LogMel
 from audioldm2.audio.resample import MAX_RATE, resample
 from audioldm2.audio.sound_file import read_sound
-from audioldm2.audio.waveforms import check_waveform
+from audioldm2.audio.waveforms import SILENCE, check_waveform
 from audioldm2.decoding import FRAMES_AT_ONCE
 from audioldm2.quoting import quoted
 from audioldm2.runtime.precision import stage_device, stage_dtype
@@ -26,8 +26,7 @@ from audioldm2.windows import CONTEXT_ROWS, unwrap, wrap
 Sound = Tensor | np.ndarray | str | os.PathLike[str]
 Audio = Sound | Sequence[Sound]
 MAX_CHANNELS = 64  # of an array in soundfile's layout, (samples, channels)
-SILENCE = 1e-4  # a peak of -80 dB, above the noise of 16-bit samples
-CONTEXT_FRAMES = 256  # encoded on both sides of a piece of a long spectrogram, and discarded
+PIECE_CONTEXT = 256  # frames before and after a piece of a long spectrogram, encoded and discarded
 QUIET = 0.02  # a peak 28 dB below that of the clips in training
 AUDIO = "a waveform (tensor or array), the path of a sound file, or a list of these"
 
@@ -96,8 +95,8 @@ def _recording(name: str, audio: Any, sampling_rate: Any) -> Recording:
     else:
         channels, rate = _as_rows(name, audio, "channels", "its transpose"), int(sampling_rate)
     # float32 at least, for a spectrogram is not accurate in half precision.
-    mixed = channels.detach().to("cpu", torch.promote_types(channels.dtype, torch.float32)).mean(0)
-    peak = float(mixed.abs().max())
+    mono = channels.detach().to("cpu", torch.promote_types(channels.dtype, torch.float32)).mean(0)
+    peak = float(mono.abs().max())
     if peak < SILENCE:
         how = " when its channels are mixed" if len(channels) > 1 else ""
         raise ValueError(f"{name} is silent{how}: its peak is {peak:.1g}")
@@ -107,7 +106,7 @@ def _recording(name: str, audio: Any, sampling_rate: Any) -> Recording:
             "trained on sounds with a peak of 0.5",
             stacklevel=2,
         )
-    return Recording(name, mixed, rate)
+    return Recording(name, mono, rate)
 
 
 def at_rate(
@@ -219,8 +218,8 @@ def _encoded(vae: Any, mel: Tensor) -> Tensor:
         return whole
     pieces = []
     for start in range(0, frames, FRAMES_AT_ONCE):
-        first = max(start - CONTEXT_FRAMES, 0)
-        part = vae.encode(mel[:, :, first : start + FRAMES_AT_ONCE + CONTEXT_FRAMES]).mode()
+        first = max(start - PIECE_CONTEXT, 0)
+        part = vae.encode(mel[:, :, first : start + FRAMES_AT_ONCE + PIECE_CONTEXT]).mode()
         skipped = (start - first) // vae.downsampling
         pieces.append(part[:, :, skipped : skipped + FRAMES_AT_ONCE // vae.downsampling])
     return torch.cat(pieces, dim=2)

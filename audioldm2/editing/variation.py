@@ -37,5 +37,5 @@ def noisy(scheduler: Any, clean: Tensor, noise: Tensor, index: int) -> Tensor:
         return clean
     # A slice, and not its value: a value can occur twice in a run.
     level = scheduler.timesteps[index : index + 1].expand(len(clean))
-    mixed: Tensor = scheduler.add_noise(clean, noise, level)
-    return mixed.to(clean.dtype)
+    result: Tensor = scheduler.add_noise(clean, noise, level)
+    return result.to(clean.dtype)

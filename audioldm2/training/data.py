@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from audioldm2.audio.log_mel import LogMel, LogMelConfig
+from audioldm2.audio.log_mel import LogMel
 from audioldm2.audio.resample import resample
 from audioldm2.audio.sound_file import read_sound
+from audioldm2.audio.waveforms import SILENCE
 from audioldm2.decoding import frames_and_samples
 from audioldm2.pipeline import AudioLDM2Pipeline
 from audioldm2.quoting import one_line
@@ -31,11 +32,11 @@ from audioldm2.training.conditions import EncodedTexts, encode_texts
 from audioldm2.training.table import Item
 
 SHORTEST = 0.1  # s of sound in a file
-SILENCE = 1e-4  # peak, -80 dB of full scale
 PEAK = 0.5  # that examples are scaled to, as in AudioLDM 2's training
 SOUNDS_AT_ONCE = 8  # that the VAE encodes
 # Counted up when this module computes something else from the same files.
 VERSION = 1
+TEXTS = ("states", "mask", "vectors", "uncond")  # the fields of `EncodedTexts`, in the cache
 
 
 # --- sounds
@@ -154,7 +155,7 @@ def encode_items(
         OSError, ValueError: a sound that cannot be used; the message names its line of the table.
         NonFiniteError: an encoder returned numbers that are not finite.
     """
-    log_mel = pipe_log_mel(pipe)
+    log_mel = LogMel(pipe._log_mel_config())
     captions = [item.caption for item in items]
 
     def make() -> dict[str, Tensor]:
@@ -166,16 +167,6 @@ def encode_items(
     tensors = cached(cache, sources, make)
     texts = EncodedTexts(**{name: tensors.pop(name) for name in TEXTS})
     return EncodedData(**tensors, texts=texts, digest=digest_of(sources))
-
-
-TEXTS = ("states", "mask", "vectors", "uncond")
-
-
-def pipe_log_mel(pipe: AudioLDM2Pipeline) -> LogMel:
-    """The front end of a pipeline's VAE."""
-    vocoder = pipe.part("vocoder")
-    settings = {"hop_length": vocoder.hop_length, **pipe._settings.get("log_mel", {})}
-    return LogMel(LogMelConfig.for_vocoder(vocoder.config, **settings))
 
 
 @torch.no_grad()

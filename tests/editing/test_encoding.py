@@ -105,7 +105,7 @@ def test_a_long_sound_is_encoded_in_pieces(tiny: AudioLDM2Pipeline, monkeypatch:
     wave = noise(1, 512 * 100) * 0.1
     whole = tiny.encode_audio(wave, 16000)
     monkeypatch.setattr("audioldm2.editing.sound.FRAMES_AT_ONCE", 48)
-    monkeypatch.setattr("audioldm2.editing.sound.CONTEXT_FRAMES", 24)
+    monkeypatch.setattr("audioldm2.editing.sound.PIECE_CONTEXT", 24)
     pieces = tiny.encode_audio(wave, 16000)
     assert seen == [100, 72, 76, 28]
     assert pieces.shape == whole.shape
