@@ -101,6 +101,13 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a finite number, got {quoted(value)}")
 
 
+def check_share(name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is a number from 0 to less than 1."""
+    check_number(name, value)
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be from 0 to less than 1, got {quoted(value)}")
+
+
 def is_finite(value: Any) -> bool:
     """Whether a value is a finite real number, and not a bool."""
     try:

@@ -12,6 +12,8 @@ from audioldm2.arguments import as_integer
 from audioldm2.checkpoints.errors import CheckpointError
 from audioldm2.quoting import quoted
 
+# The layers that an adapter updates by default: the attention, as in diffusers' and PEFT's examples.
+TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
 # Keys that do not change what an adapter with given tensors computes.
 _WITHOUT_EFFECT = frozenset(
     [

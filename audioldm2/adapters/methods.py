@@ -14,20 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from audioldm2.adapters import writing
-from audioldm2.adapters.config import scaling
+from audioldm2.adapters.config import TARGET_MODULES, scaling
 from audioldm2.adapters.layers import LowRank
 from audioldm2.adapters.reading import open_adapter, read_adapter
 from audioldm2.adapters.state import Adapter, Adapters, adapters_of, layers_for
 from audioldm2.adapters.switches import AdapterSwitches
-from audioldm2.adapters.targets import chosen, targets
-from audioldm2.arguments import check_count, check_flag, check_number, naming_unknown
+from audioldm2.adapters.targets import chosen, targets, weight_of
+from audioldm2.arguments import check_count, check_flag, check_number, check_share, naming_unknown
 from audioldm2.checkpoints.hub import check_subfolder
 from audioldm2.checkpoints.options import load_options
 from audioldm2.quoting import quoted
 from audioldm2.runtime.precision import check_dtype
-
-# Of the attention, as in diffusers' and PEFT's examples.
-TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 class AdapterMethods(AdapterSwitches):
@@ -161,9 +158,7 @@ class AdapterMethods(AdapterSwitches):
         check_count("rank", rank)
         alpha = rank if alpha is None else alpha
         check_number("alpha", alpha)
-        check_number("dropout", dropout)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be from 0 to less than 1, got {quoted(dropout)}")
+        check_share("dropout", dropout)
         stable = check_flag("use_rslora", use_rslora)
         check_dtype(dtype)
         with self._changing() as (unet, state):
@@ -171,7 +166,7 @@ class AdapterMethods(AdapterSwitches):
             layers = layers_for(unet, chosen(targets(unet), target_modules))
             updates = {}
             for layer, target in layers.items():
-                weight: Tensor = unet.get_submodule(target.path).weight  # type: ignore[assignment]
+                weight = weight_of(unet, target.path)
                 # The kernel of a 1x1 convolution that is a linear layer here has no influence on the numbers.
                 a, b = torch.empty(rank, *target.shape[1:]), torch.zeros(target.rows, rank)
                 nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)

@@ -26,7 +26,7 @@ from torch import Tensor
 from audioldm2.adapters.config import LoraConfig, scaling
 from audioldm2.adapters.layers import LowRank
 from audioldm2.adapters.state import Adapter, layers_for
-from audioldm2.adapters.targets import Target, targets
+from audioldm2.adapters.targets import Target, targets, weight_of
 from audioldm2.adapters.writing import (
     DIFFUSERS_METADATA,
     DIFFUSERS_PREFIX,
@@ -257,7 +257,9 @@ def read_adapter(given: Given, unet: UNet) -> Adapter:
             alpha = _default_alpha(names, source, rank)
         dropout = 0.0 if given.config is None else given.config.dropout
         first, factor = layers[layer].first_row, scaling(alpha, rank, use_rslora)
-        updates[layer] = LowRank(a, b, first, alpha, factor, dropout, _weight_of(unet, layers[layer]).dtype)
+        updates[layer] = LowRank(
+            a, b, first, alpha, factor, dropout, weight_of(unet, layers[layer].path).dtype
+        )
     return Adapter(updates, {layer: target.path for layer, target in layers.items()}, use_rslora)
 
 
@@ -294,16 +296,11 @@ def _default_alpha(names: _Names, source: TensorSource, rank: int) -> float:
     return alphas.most_common(1)[0][0] if alphas else rank
 
 
-def _weight_of(unet: UNet, target: Target) -> Tensor:
-    weight: Tensor = unet.get_submodule(target.path).weight  # type: ignore[assignment]
-    return weight
-
-
 def _converted(tensor: Tensor, target: Target, unet: UNet, name: str, given: Given) -> Tensor:
     """A matrix as our layer needs it, in memory of its own, on the layer's device and in its dtype."""
     if target.operation == "squeeze":
         tensor = OPERATIONS[target.operation].apply([tensor])
-    weight = _weight_of(unet, target)
+    weight = weight_of(unet, target.path)
     converted = tensor.detach().to(weight.device, weight.dtype, copy=True).contiguous()
     if not bool(converted.isfinite().all()):
         dtype = str(weight.dtype).removeprefix("torch.")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from audioldm2.adapters.layers import LowRank, attach, can_have_updates
-from audioldm2.adapters.targets import Target, targets
+from audioldm2.adapters.targets import Target, targets, weight_of
 from audioldm2.models.unet import UNet
 from audioldm2.quoting import listed, quoted
 from audioldm2.runtime.foreign import unwrapped
@@ -216,8 +216,7 @@ class Adapters:
 
 def _weight(unet: UNet, path: str) -> Tensor:
     """A layer's weight, without gradients."""
-    weight: Tensor = unet.get_submodule(path).weight  # type: ignore[assignment]
-    return weight.detach()
+    return weight_of(unet, path).detach()
 
 
 def _checksum(weight: Tensor) -> int:

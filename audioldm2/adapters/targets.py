@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from audioldm2.checkpoints.operations import Shape
 from audioldm2.checkpoints.weight_map import weight_map
@@ -59,6 +59,12 @@ def targets(unet: nn.Module) -> dict[str, Target]:
             shape = (rows, *layer.weight.shape[1:])
             found[name] = Target(path, index * rows, rows, shape, recipe.operation)
     return found
+
+
+def weight_of(unet: nn.Module, path: str) -> Tensor:
+    """The weight of the UNet's layer at `Target.path`, a parameter."""
+    weight: Tensor = unet.get_submodule(path).weight  # type: ignore[assignment]
+    return weight
 
 
 def ends_with(name: str, suffix: str) -> bool:

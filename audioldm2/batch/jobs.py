@@ -138,8 +138,6 @@ class Job:
         settings = vars(self)
         check_edit(self.audio is not None, settings, self.loop)
         check_inversion(self.audio is not None, self.invert, settings)
-        if self.extend is not None and self.audio_length_in_s is not None:
-            raise ValueError("extend says how long the sound becomes, so leave out audio_length_in_s")
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Job:
         """The job with the values of `defaults` for the fields that are None."""

@@ -154,10 +154,8 @@ def check_editing(p: Parser, options: argparse.Namespace) -> None:
     given = {name: getattr(options, name) for name in (*OF_EDITS, *OF_LONG_SOUNDS, "source_prompt", "skip")}
     more = {"audio_length_in_s": options.duration, "num_waveforms_per_prompt": options.candidates}
     try:
-        check_edit(options.audio is not None, given, options.loop)
+        check_edit(options.audio is not None, {**given, **more}, options.loop)
         check_inversion(options.audio is not None, options.invert, {**given, **more})
-        if options.extend is not None and options.duration is not None:
-            raise ValueError("extend says how long the sound becomes, so leave out audio_length_in_s")
     except ValueError as error:
         p.error(with_option_names(error) or str(error))
     path = options.audio

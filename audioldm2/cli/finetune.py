@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from audioldm2.adapters.config import TARGET_MODULES
 from audioldm2.arguments import MAX_SEED
 from audioldm2.cli.loading import Loader, check_revision
 from audioldm2.cli.messages import clean, counted, say
@@ -28,7 +29,6 @@ from audioldm2.training.options import (
     LORA_RATE,
     PRECISIONS,
     STEP_SEEDS,
-    TARGETS,
     FinetuneOptions,
 )
 
@@ -177,10 +177,10 @@ def _add_training_options(p: Parser) -> None:
     training.add_argument(
         "--targets",
         nargs="+",
-        default=list(TARGETS),
+        default=list(TARGET_MODULES),
         metavar="NAME",
         help="modules with an adapter, by the ends of their names in diffusers; also ff.net.0.proj, "
-        f"ff.net.2, proj_in, proj_out, conv1, conv2 (default: {' '.join(TARGETS)})",
+        f"ff.net.2, proj_in, proj_out, conv1, conv2 (default: {' '.join(TARGET_MODULES)})",
     )
     count, share = number(int, 1), number(float, 0, 0.99999)
     numbers: tuple[tuple[str, Callable[[str], Any], str, str], ...] = (
@@ -242,7 +242,7 @@ def _add_watch_options(p: Parser) -> None:
         "--sample-every",
         type=number(int, 1),
         metavar="N",
-        help="generate the sample prompts every N steps, with pictures if matplotlib is installed",
+        help="generate the sample prompts every N steps, with spectrograms if matplotlib is installed",
     )
     watch.add_argument(
         "--sample-prompt",

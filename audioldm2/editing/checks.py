@@ -101,12 +101,14 @@ def check_edit(has_audio: bool, given: Mapping[str, Any], loop: Any = False) -> 
 
     Args:
         has_audio: whether there is a sound.
-        given: those of `OF_AUDIO` by their names; None, or no value, is the default.
+        given: those of `OF_AUDIO`, and audio_length_in_s, by their names; None, or no value, is the default.
+            Others are ignored.
         loop: whether the result is to repeat.
 
     Raises:
         ValueError: an argument that cannot be used; the message names it.
     """
+    length = given.get("audio_length_in_s")
     given = {name: given[name] for name in OF_AUDIO if given.get(name) is not None}
     if not has_audio:
         for name in given:
@@ -127,6 +129,8 @@ def check_edit(has_audio: bool, given: Mapping[str, Any], loop: Any = False) -> 
         for name in ("strength", *regions):
             if name in given:
                 raise ValueError(f"extend keeps all of audio, so leave out {name}")
+        if length is not None:
+            raise ValueError("extend says how long the sound becomes, so leave out audio_length_in_s")
     if loop and regions:
         raise ValueError(
             "loop goes with audio and strength, or with extend; with keep, replace or replace_band, the seam "
@@ -145,9 +149,18 @@ def strength_of(given: Mapping[str, Any]) -> float:
 
 def check_strength(strength: Any) -> None:
     """Raise ValueError unless `strength` is a number from 0 to 1."""
-    check_number("strength", strength)
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength must lie between 0 (the sound itself) and 1 (the prompt), got {strength}")
+    _check_between("strength", strength, "the sound itself", "the prompt")
+
+
+def check_skip(skip: Any) -> None:
+    """Raise ValueError unless `skip` is a number from 0 to 1."""
+    _check_between("skip", skip, "all steps", "none")
+
+
+def _check_between(name: str, value: Any, at_0: str, at_1: str) -> None:
+    check_number(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie between 0 ({at_0}) and 1 ({at_1}), got {value}")
 
 
 def check_inversion(has_audio: bool, invert: Any, given: Mapping[str, Any]) -> None:
@@ -177,6 +190,4 @@ def check_inversion(has_audio: bool, invert: Any, given: Mapping[str, Any]) -> N
     if given.get("source_prompt") is not None:
         as_texts("source_prompt", given["source_prompt"], empty=True)
     if given.get("skip") is not None:
-        check_number("skip", given["skip"])
-        if not 0 <= given["skip"] <= 1:
-            raise ValueError(f"skip must lie between 0 (all steps) and 1 (none), got {given['skip']}")
+        check_skip(given["skip"])

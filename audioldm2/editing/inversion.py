@@ -34,9 +34,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from audioldm2.arguments import check_number
 from audioldm2.conditioning import Conditioning
-from audioldm2.editing.checks import METHODS as METHODS
+from audioldm2.editing.checks import METHODS as METHODS, check_skip
 from audioldm2.editing.edit import Start
 from audioldm2.noise import Generators, randn
 from audioldm2.quoting import quoted
@@ -206,9 +205,7 @@ def check_inverted(inverted: Any, skip: Any, waveforms: int, others: Mapping[str
             "pass the same number to pipe.invert"
         )
     skip = SKIP[inverted.method] if skip is None else skip
-    check_number("skip", skip)
-    if not 0 <= skip <= 1:
-        raise ValueError(f"skip must lie between 0 (all steps) and 1 (none), got {skip}")
+    check_skip(skip)
     return float(skip)
 
 

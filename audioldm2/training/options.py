@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from audioldm2.adapters.config import TARGET_MODULES
 from audioldm2.arguments import (
     MAX_SEED,
     as_texts,
@@ -15,11 +16,10 @@ from audioldm2.arguments import (
     check_flag,
     check_length,
     check_number,
+    check_share,
 )
 from audioldm2.quoting import quoted
 
-# The attention's matrices, as in diffusers' training scripts.
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 PRECISIONS = ("float32", "bf16")
 LATENTS = ("sampled", "mean")
 STEP_SEEDS = 1_000_003  # between the seeds of the first steps of two runs with successive seeds
@@ -70,7 +70,7 @@ class FinetuneOptions:
     full: bool = False
     rank: int = 16
     alpha: float | None = None
-    targets: Sequence[str] = TARGETS
+    targets: Sequence[str] = TARGET_MODULES
     steps: int = 1000
     batch_size: int = 4
     accumulate: int = 1
@@ -113,9 +113,7 @@ class FinetuneOptions:
         if not isinstance(self.validation, str | Path):
             shares.append("validation")
         for name in shares:
-            check_number(name, getattr(self, name))
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be from 0 to less than 1, got {quoted(getattr(self, name))}")
+            check_share(name, getattr(self, name))
         check_number("save_every", self.save_every)
         if self.duration is not None:
             check_length(self.duration)
