@@ -10,16 +10,16 @@ only the standard library, so that mistakes are found before anything is loaded.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 from audioldm2.arguments import check_choice
 from audioldm2.batch.jobs import COLUMNS, FLAGS, NUMBERS, Failure, Job, check_columns
 from audioldm2.quoting import listed, one_line, quoted
+from audioldm2.table_rows import SEPARATORS, json_rows, separated_rows
 
 TABLES = ("csv", "tsv", "jsonl", "txt")
 _CELLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -103,37 +103,23 @@ Rows = Iterator[tuple[int, Mapping[str, Any] | str | Exception]]
 
 
 def _read_separated(file: TextIO, separator: str) -> Rows:
-    reader = csv.reader(file, delimiter=separator, strict=True)
-    try:
-        header = [cell.strip() for cell in next(reader, [])]
-    except csv.Error as error:
-        raise ValueError(f"the first line, which names the columns, is broken: {error}") from error
-    if "prompt" not in header:
-        separators = " (the cells must be separated by commas)" if ";" in "".join(header) else ""
-        first_line = quoted(separator.join(header))
-        raise ValueError(
-            f"the first line must name the columns, one of them prompt{separators}; it is {first_line}"
-        )
-    check_columns(header)
-    if len({COLUMNS[column] for column in header}) < len(header):
-        raise ValueError(f"two columns of the same setting in {listed(header)}; keep one")
-    first = reader.line_num + 1
-    while True:
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:  # the reader goes on at the next line
-            yield first, error
-            cells = []
-        if cells is None:
-            return
-        line, first = first, reader.line_num + 1
-        if not any(cell.strip() for cell in cells):
-            continue
-        if len(cells) != len(header):
-            yield line, ValueError(f"the row has {len(cells)} cells, and the header {len(header)}")
+    def check_header(header: list[str]) -> None:
+        if "prompt" not in header:
+            separators = " (the cells must be separated by commas)" if ";" in "".join(header) else ""
+            first_line = quoted(separator.join(header))
+            raise ValueError(
+                f"the first line must name the columns, one of them prompt{separators}; it is {first_line}"
+            )
+        check_columns(header)
+        if len({COLUMNS[column] for column in header}) < len(header):
+            raise ValueError(f"two columns of the same setting in {listed(header)}; keep one")
+
+    for line, row in separated_rows(file, separator, check_header):
+        if isinstance(row, Exception):
+            yield line, row
             continue
         try:
-            yield line, {name: _value(name, cell) for name, cell in zip(header, cells, strict=True) if cell}
+            yield line, {name: _value(name, cell) for name, cell in row.items() if cell}
         except ValueError as error:
             yield line, error
 
@@ -155,17 +141,10 @@ def _value(column: str, cell: str) -> Any:
 
 
 def _read_json_lines(file: TextIO) -> Rows:
-    for line, text in enumerate(file, 1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            yield line, ValueError(f"not JSON: {one_line(error)}")
-            continue
+    for line, row in json_rows(file):
         if isinstance(row, dict):
             yield line, {name: value for name, value in row.items() if value is not None}
-        elif isinstance(row, str):
+        elif isinstance(row, str | Exception):
             yield line, row
         else:
             yield line, ValueError(f"each line is a JSON object or a string, got {quoted(row)}")
@@ -189,8 +168,7 @@ def _read_lines(file: TextIO) -> Rows:
 
 
 _READERS: dict[str, Callable[[TextIO], Rows]] = {
-    "csv": lambda file: _read_separated(file, ","),
-    "tsv": lambda file: _read_separated(file, "\t"),
+    **{kind: partial(_read_separated, separator=separator) for kind, separator in SEPARATORS.items()},
     "jsonl": _read_json_lines,
     "txt": _read_lines,
 }

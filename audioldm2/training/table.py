@@ -7,19 +7,17 @@ mistakes are found before anything is loaded.
 
 from __future__ import annotations
 
-import csv
-import json
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from audioldm2.quoting import one_line, quoted
+from audioldm2.table_rows import SEPARATORS, HeaderError, json_rows, separated_rows
 
 FILE_COLUMNS = ("file_name", "file", "audio", "path")  # the first is that of Hugging Face's audio folders
 CAPTION_COLUMNS = ("caption", "text", "prompt")
 METADATA = ("metadata.csv", "metadata.jsonl")  # of an audio folder
-SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
 class Item(NamedTuple):
@@ -57,46 +55,31 @@ def read_table(source: str | Path) -> list[Item]:
         if not found:
             raise ValueError(f"{path} has no metadata.csv, which names the files and their captions")
         path = found[0]
-    suffix = path.suffix.lower()
-    if suffix not in (*SEPARATORS, ".jsonl"):
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in (*SEPARATORS, "jsonl"):
         raise ValueError(
             f"{path}: unknown type of table; use .csv, .tsv, .jsonl or a folder with metadata.csv"
         )
     items = []
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = _json_rows(file) if suffix == ".jsonl" else _separated_rows(file, SEPARATORS[suffix])
+            rows = json_rows(file) if kind == "jsonl" else separated_rows(file, SEPARATORS[kind])
             for line, row in rows:
                 items.append(_item(row, path, f"{path}:{line}"))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is not a table in UTF-8: {one_line(error)}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
+    except HeaderError as error:
+        raise ValueError(f"{path}: {one_line(error)}") from error
     if not items:
         raise ValueError(f"{path} has no rows")
     return items
 
 
-Rows = Iterator[tuple[int, Mapping[str, Any]]]
-
-
-def _separated_rows(file: Iterable[str], separator: str) -> Rows:
-    reader = csv.reader(file, delimiter=separator, strict=True)
-    header = [cell.strip() for cell in next(reader, [])]
-    for cells in reader:
-        if any(cell.strip() for cell in cells):
-            yield reader.line_num, dict(zip(header, cells, strict=False))
-
-
-def _json_rows(file: Iterable[str]) -> Rows:
-    for line, text in enumerate(file, 1):
-        if text.strip():
-            try:
-                row = json.loads(text)
-            except (ValueError, RecursionError):
-                row = None
-            yield line, row if isinstance(row, dict) else {}
-
-
-def _item(row: Mapping[str, Any], table: Path, where: str) -> Item:
+def _item(row: Any, table: Path, where: str) -> Item:
+    if isinstance(row, Exception):
+        raise ValueError(f"{where}: {one_line(row)}") from row
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: each line is a JSON object, got {quoted(row)}")
     name, caption = (_cell(row, names, where) for names in (FILE_COLUMNS, CAPTION_COLUMNS))
     path = table.parent / Path(name).expanduser()
     if not path.is_file():
@@ -118,7 +101,7 @@ def _cell(row: Mapping[str, Any], names: Sequence[str], where: str) -> str:
 
 
 def hold_out(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
-    """Split items for a validation, all rows of a file on the same side.
+    """Split items for a validation, all rows of a file into the same part.
 
     Args:
         items: all of them.
