@@ -1,4 +1,4 @@
-"""The page: a form, the results with pictures, and the visit's history."""
+"""The page: the form, the results with pictures, and the visit's history."""
 
 from __future__ import annotations
 
@@ -12,20 +12,18 @@ from typing import Any
 
 from audioldm2.editing.checks import STRENGTH
 from audioldm2.extras import import_extra
-from audioldm2.schedulers import SAMPLERS
 from audioldm2.web.api import endpoint
 from audioldm2.web.files import SavedSound, save_sounds, uploaded
-from audioldm2.web.requests import MAX_CHARACTERS, Checkpoint, Limits, Request, new_seed, read_request
+from audioldm2.web.form import SAMPLER_LABELS, Form
+from audioldm2.web.requests import Limits, Request, new_seed, read_request
 from audioldm2.web.studio import Progress, Refused, Sounds, Stopped, Studio
 
 MAX_HISTORY = 50  # results of one visit
-MAX_GUIDANCE_SHOWN = 10.0  # of the slider; the API takes more
 FILES_AGE_S = 24 * 3600  # after which files are deleted
 CLEANING_S = 600  # from one look for old files to the next
 DEVICE = "device"  # the queue of the events that use it
 # Options of events that are answered at once, and are not part of the API.
 QUICK = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-SAMPLER_LABELS = {"dpmsolver++": "DPM-Solver++", "ddim": "DDIM"}
 CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 
 
@@ -57,7 +55,7 @@ def build_page(studio: Studio, folder: Path) -> Any:
     ) as page:
         gr.Markdown("# AudioLDM 2\nDescribe a sound in a sentence, and listen to it.", elem_id="heading")
         with gr.Row(elem_id="areas"):
-            form = _Form(gr, studio)
+            form = Form(gr, studio)
             results = _Results(gr, studio.limits)
             form.add_settings()
         gr.api(endpoint(studio, folder), api_name="generate", concurrency_id=DEVICE, concurrency_limit=1)
@@ -82,172 +80,6 @@ def _forbid_downloads(page: Any) -> None:
     for block in page.blocks.values():
         if hasattr(block, "async_move_resource_to_block_cache"):
             block.async_move_resource_to_block_cache = only_files(block.async_move_resource_to_block_cache)
-
-
-class _Form:
-    """The fields that describe a sound, and the buttons."""
-
-    def __init__(self, gr: Any, studio: Studio):
-        self.gr = gr
-        self.checkpoints, self.limits = studio.checkpoints, studio.limits
-        first = next(iter(self.checkpoints.values()))
-        with gr.Column(elem_id="area-prompt"):
-            self.prompt = gr.Textbox(
-                label="Prompt",
-                placeholder="What makes the sound, how, and where",
-                lines=2,
-                max_length=MAX_CHARACTERS,
-                elem_id="prompt",
-            )
-            self.speech = gr.Textbox(
-                label="Text to speak",
-                visible=first.speaks,
-                max_length=MAX_CHARACTERS,
-                elem_id="speech",
-            )
-            self._add_edit(gr)
-            with gr.Row(elem_id="buttons"):
-                self.run = gr.Button("Generate", variant="primary", min_width=120, elem_id="run")
-                self.stop = gr.Button("Stop", interactive=False, min_width=120, elem_id="stop")
-            self.examples = gr.Dataset(
-                label="Examples",
-                components=[gr.Textbox(visible=False)],
-                samples=_samples(first),
-                layout="gallery",
-                type="index",
-                elem_id="examples",
-            )
-
-    def _add_edit(self, gr: Any) -> None:
-        """Add the fields of a sound to edit."""
-        with gr.Accordion("Edit a sound", open=False, elem_id="edit"):
-            self.audio = gr.Audio(
-                type="filepath",
-                sources=["upload", "microphone"],
-                label=f"Sound, at most {self.limits.duration:g} s",
-                buttons=[],
-                elem_id="audio",
-            )
-            self.strength = gr.Slider(
-                0,
-                1,
-                STRENGTH,
-                step=0.05,
-                label="Strength",
-                info="0 keeps the sound, 1 is the prompt alone; for a sound that is changed as a whole",
-                elem_id="strength",
-            )
-            with gr.Row():
-                self.keep = gr.Textbox(
-                    label="Keep", info="Seconds, as in 0-2.5, 4-", max_length=MAX_CHARACTERS, elem_id="keep"
-                )
-                self.replace = gr.Textbox(
-                    label="Or replace", info="Seconds, likewise", max_length=MAX_CHARACTERS, elem_id="replace"
-                )
-            with gr.Row():
-                self.extend = gr.Number(0, label="Or extend", info="Seconds to add", elem_id="extend")
-                self.loop = gr.Checkbox(
-                    False, label="Loop", info="Repeats without a seam; also a new sound", elem_id="loop"
-                )
-
-    def add_settings(self) -> None:
-        """Add the fields below the prompt. On a phone, the results come before them."""
-        gr, limits = self.gr, self.limits
-        names = list(self.checkpoints)
-        first = self.checkpoints[names[0]]
-        with gr.Column(elem_id="area-settings"):
-            self.negative = gr.Textbox(
-                first.negative,
-                label="Negative prompt",
-                info="What to avoid; may be empty",
-                max_length=MAX_CHARACTERS,
-                elem_id="negative",
-            )
-            with gr.Row():
-                self.duration = gr.Number(
-                    min(first.duration, limits.duration),
-                    label="Length",
-                    info=f"Seconds, at most {limits.duration:g}; an edited sound keeps its own",
-                    elem_id="duration",
-                )
-                self.candidates = gr.Slider(
-                    1,
-                    limits.candidates,
-                    1,
-                    step=1,
-                    label="Candidates",
-                    info="Ranked by CLAP, best first",
-                    visible=limits.candidates > 1,
-                    elem_id="candidates",
-                )
-            with gr.Row():
-                self.sampler = gr.Dropdown(
-                    [(SAMPLER_LABELS.get(name, name), name) for name in SAMPLERS],
-                    value="dpmsolver++",
-                    label="Sampler",
-                    info="DDIM needs ten times the steps",
-                    elem_id="sampler",
-                )
-                self.steps = gr.Slider(
-                    1,
-                    limits.steps,
-                    min(first.steps["dpmsolver++"], limits.steps),
-                    step=1,
-                    label="Steps",
-                    info="More take longer",
-                    elem_id="steps",
-                )
-            self.guidance = gr.Slider(
-                0,
-                max(MAX_GUIDANCE_SHOWN, first.guidance),
-                first.guidance,
-                step=0.1,
-                label="Guidance",
-                info="Larger values follow the prompt more closely; 1 or less switches guidance off",
-                elem_id="guidance",
-            )
-            with gr.Row():
-                self.seed = gr.Number(
-                    precision=0,
-                    label="Seed",
-                    info="Same seed, same sound",
-                    elem_id="seed",
-                )
-                self.reroll = gr.Checkbox(True, label="New seed each time", elem_id="reroll")
-            self.checkpoint = gr.Dropdown(
-                names,
-                value=names[0],
-                label="Checkpoint",
-                info="One is in memory at a time; another one is loaded when it is first used"
-                if len(names) > 1
-                else None,
-                interactive=len(names) > 1,
-                elem_id="checkpoint",
-            )
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """The components by the names of `Request`'s fields."""
-        names = Request.__dataclass_fields__
-        return {name: getattr(self, name) for name in names}
-
-    def defaults(self, name: str, sampler: str) -> dict[Any, Any]:
-        """Updates of the fields for another checkpoint."""
-        gr, checkpoint = self.gr, self.checkpoints[name]
-        return {
-            self.negative: checkpoint.negative,
-            self.duration: min(checkpoint.duration, self.limits.duration),
-            self.steps: self.steps_for(name, sampler),
-            self.guidance: gr.Slider(
-                value=checkpoint.guidance, maximum=max(MAX_GUIDANCE_SHOWN, checkpoint.guidance)
-            ),
-            self.speech: gr.Textbox(value="", visible=checkpoint.speaks),
-            self.examples: gr.Dataset(samples=_samples(checkpoint)),
-        }
-
-    def steps_for(self, name: str, sampler: str) -> int:
-        """The number of steps that suits a checkpoint and a sampler."""
-        return min(self.checkpoints[name].steps[sampler], self.limits.steps)
 
 
 class _Results:
@@ -317,7 +149,7 @@ class _Results:
         return self.gr.Dataset(samples=rows, visible=bool(rows))
 
 
-def _connect(gr: Any, studio: Studio, folder: Path, form: _Form, results: _Results) -> None:
+def _connect(gr: Any, studio: Studio, folder: Path, form: Form, results: _Results) -> None:
     """Say what the buttons and the fields do."""
     stop_event, history = gr.State(), gr.State([])
     fields = form.fields
@@ -435,10 +267,6 @@ def _connect(gr: Any, studio: Studio, folder: Path, form: _Form, results: _Resul
 
 
 # --- what is written on the page
-
-
-def _samples(checkpoint: Checkpoint) -> list[list[str]]:
-    return [[prompt] for prompt, _ in checkpoint.examples]
 
 
 def _label(number: int, count: int, score: float | None) -> str:
