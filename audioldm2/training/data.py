@@ -1,7 +1,9 @@
 """Training data: sound files and captions -> latents and conditions.
 
-items = read_table("data.csv")                 # the path and the caption of each row
-data = encode_items(pipe, items, how, cache)   # computed once, kept in a safetensors file
+    items = read_table("data.csv")                 # the path and the caption of each row
+    data = encode_items(pipe, items, how, cache)   # computed once, kept in a safetensors file
+
+The file is written again when a sound, a caption, a setting or a weight of the encoders has changed.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ its settings and state, the latents, plots of the losses, and samples.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -28,14 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from audioldm2.atomic import check_folder_writable, replacing
-from audioldm2.audio.wav import write_wav
-from audioldm2.checkpoints.recommended import recommended_for
 from audioldm2.conditioning import speaks
 from audioldm2.models.unet import UNet
 from audioldm2.pipeline import AudioLDM2Pipeline
-from audioldm2.plots import plot_sound, save_figure
 from audioldm2.runtime.precision import stage_device, stage_dtype
-from audioldm2.schedulers import as_sampler
 from audioldm2.schedulers.noise_schedule import mix_noise
 from audioldm2.training.data import (
     EncodedData,
@@ -53,8 +48,9 @@ from audioldm2.training.losses import (
     spread_timesteps,
     weighted_mse,
 )
-from audioldm2.training.options import FinetuneOptions
+from audioldm2.training.options import FinetuneOptions as FinetuneOptions
 from audioldm2.training.processes import start_processes
+from audioldm2.training.samples import SampleWriter
 from audioldm2.training.table import Item, hold_out, read_table
 
 ADAPTER = "finetuned"  # the adapter's name in the pipeline
@@ -100,7 +96,7 @@ def finetune(
 
     Args:
         pipe: on the device to train on, its UNet in float32.
-        table: of the files and captions; see `data.read_table`.
+        table: of the files and captions; see `table.read_table`.
         output: the folder for the result. With the output of the same run, the run is resumed.
         options: how; all defaults if None.
         progress: whether to show progress bars; by default on a terminal or in a notebook.
@@ -130,38 +126,16 @@ def finetune(
             f"batch_size = {options.batch_size} cannot be divided among {processes.count} processes"
         )
     items = _Items.read(table, options)
-    how = Excerpting(
-        pipe.part("vocoder").config.sampling_rate,
-        training_samples(pipe, options.duration),
-        options.excerpts,
-        options.keep_level,
-    )
     folder = output / FOLDER
     if processes.is_main:
         _check_output(output)
-    else:
-        processes.wait()  # until the first process has written the cache
-    settings = {
-        **options.settings(),
-        "rehearsed": len(items.rehearse),
-        "held out": len(items.validation),
-        "model": weights_digest(pipe.unet)[:DIGITS],
-    }
-    if processes.is_main:
-        _check_same_run(folder, settings)  # before anything of another run is overwritten
-    show = progress if processes.is_main else False
-    data = encode_items(pipe, items.all, how, folder / "data.safetensors", show=show)
-    settings["data"] = data.digest[:DIGITS]
-    if processes.is_main:
-        _check_same_run(folder, settings)
-        _write_settings(folder, settings)
-        processes.wait()
+    data, settings = _prepared(pipe, items, options, processes, folder, progress)
     task = _Task(pipe, data, items, options, processes)
     watches = []
     if items.validation:
         watches.append(Watch(options.validate_every, task.validate))
     if options.sample_every is not None:
-        watches.append(Watch(options.sample_every, _Sampler(pipe, options, folder / "samples")))
+        watches.append(Watch(options.sample_every, SampleWriter(pipe, options, folder / "samples")))
     with _trained_part(pipe, options) as trained:
         points = train(
             NAME,
@@ -193,6 +167,54 @@ def finetune(
         time.monotonic() - start,
         (seen[0], seen[-1]) if seen else None,
     )
+
+
+def _prepared(
+    pipe: AudioLDM2Pipeline,
+    items: _Items,
+    options: FinetuneOptions,
+    processes: Processes,
+    folder: Path,
+    progress: bool | None,
+) -> tuple[EncodedData, dict[str, Any]]:
+    """The data of a run, and all settings that decide its result, checked against those in its folder.
+
+    Args:
+        pipe: the pipeline.
+        items: the rows of all tables.
+        options: of the fine-tune.
+        processes: the first one writes the files, and the others wait until it has.
+        folder: of the run's files.
+        progress: whether to show progress bars; None is on a terminal or in a notebook.
+
+    Raises:
+        OSError, ValueError: a sound that cannot be used; the message names its line of the table.
+        RunMismatchError: the folder holds another run.
+    """
+    if not processes.is_main:
+        processes.wait()
+    settings = {
+        **options.settings(),
+        "rehearsed": len(items.rehearse),
+        "held out": len(items.validation),
+        "model": weights_digest(pipe.unet)[:DIGITS],
+    }
+    if processes.is_main:
+        _check_same_run(folder, settings)  # before anything of another run is overwritten
+    how = Excerpting(
+        pipe.part("vocoder").config.sampling_rate,
+        training_samples(pipe, options.duration),
+        options.excerpts,
+        options.keep_level,
+    )
+    show = progress if processes.is_main else False
+    data = encode_items(pipe, items.all, how, folder / "data.safetensors", show=show)
+    settings["data"] = data.digest[:DIGITS]
+    if processes.is_main:
+        _check_same_run(folder, settings)
+        _write_settings(folder, settings)
+        processes.wait()
+    return data, settings
 
 
 # --- what is trained, and on what
@@ -385,41 +407,3 @@ class _Task:
         with torch.autocast(device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
             predicted = self.pipe.unet(noisy, timesteps.to(device), *conditions)
         return predicted.float(), diffusion_target(self.kind, clean, noise, abar).to(device)
-
-
-class _Sampler:
-    """Writes sounds of the options' prompts, and pictures of them if matplotlib is installed."""
-
-    def __init__(self, pipe: AudioLDM2Pipeline, options: FinetuneOptions, folder: Path):
-        self.pipe, self.options, self.folder = pipe, options, folder
-
-    def __call__(self, done: int) -> dict[str, float]:
-        pipe, scheduler, bars = self.pipe, self.pipe.scheduler, self.pipe.progress_bar_config
-        pipe.scheduler = as_sampler("dpmsolver++", scheduler)
-        pipe.set_progress_bar_config(disable=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            for number, prompt in enumerate(self.options.sample_prompts, 1):
-                output = pipe(
-                    prompt,
-                    generator=torch.Generator().manual_seed(self.options.seed),
-                    **{
-                        **recommended_for(pipe.recommended, type(pipe.scheduler).__name__),
-                        **(
-                            {}
-                            if self.options.duration is None
-                            else {"audio_length_in_s": self.options.duration}
-                        ),
-                    },
-                )
-                path = self.folder / f"step-{done:06}-{number}.wav"
-                write_wav(path, output.audios[0], output.sampling_rate)
-                if importlib.util.find_spec("matplotlib") is not None:
-                    figure = plot_sound(
-                        output.audios[0], output.sampling_rate, title=f"{prompt} ({done} steps)"
-                    )
-                    save_figure(path.with_suffix(".png"), figure)
-        finally:
-            pipe.scheduler = scheduler
-            pipe.set_progress_bar_config(**bars)
-        return {}

@@ -47,7 +47,7 @@ class Run:
 
     Args:
         folder: for saved states and plots.
-        device: "cpu" or "cuda".
+        device: such as "cpu" or "cuda:1".
         seed: of everything random.
         steps: of each training; None is each one's own number.
     """
@@ -172,14 +172,11 @@ def train(
     module.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in stubs
     module.train()
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-        ],
-        lr=rate,
-        betas=betas,
-    )
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=betas)
     averaged = copy.deepcopy(module.state_dict())
     curves: Curves = {}
     points: Points = {}
@@ -219,17 +216,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate * learning_rate_factor(done, steps, min(warmup, steps))
             optimizer.zero_grad(set_to_none=True)
-            means: dict[str, float] = {}
-            generator = run.generator(done)
-            for _ in range(accumulate):
-                losses = loss(generator)
-                for key, value in losses.items():
-                    means[key] = means.get(key, 0.0) + value.item() / accumulate
-                if not math.isfinite(means["loss"]):
-                    raise FloatingPointError(
-                        f"{name}: the loss is {means['loss']} at step {done + 1}; try a lower learning rate"
-                    )
-                (losses["loss"] / accumulate).backward()
+            means = backward(loss, run.generator(done), accumulate, f"{name}: step {done + 1}")
             processes.average([p.grad for p in parameters if p.grad is not None])
             nn.utils.clip_grad_norm_(parameters, clip)
             optimizer.step()
@@ -248,6 +235,32 @@ def train(
     module.load_state_dict(averaged)
     module.eval()
     return points
+
+
+def backward(loss: Loss, generator: torch.Generator, accumulate: int, where: str) -> dict[str, float]:
+    """Add a step's gradients to those of the parameters.
+
+    Args:
+        loss: see `train`.
+        generator: of the step.
+        accumulate: calls of `loss`, whose gradients are averaged.
+        where: names the step in errors.
+
+    Returns:
+        The means of the losses.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    means: dict[str, float] = {}
+    for _ in range(accumulate):
+        losses = loss(generator)
+        for key, value in losses.items():
+            means[key] = means.get(key, 0.0) + value.item() / accumulate
+        if not math.isfinite(means["loss"]):
+            raise FloatingPointError(f"{where}: the loss is {means['loss']}; try a lower learning rate")
+        (losses["loss"] / accumulate).backward()
+    return means
 
 
 def check_settings(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

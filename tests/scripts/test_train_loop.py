@@ -43,7 +43,7 @@ def test_the_state_of_another_seed_is_refused(tmp_path: Path) -> None:
 
 def test_a_loss_of_nan_stops_the_run(tmp_path: Path) -> None:
     line = nn.Linear(1, 1)
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 1"):
+    with pytest.raises(FloatingPointError, match="line: step 1: the loss is nan"):
         train(
             "line",
             line,
