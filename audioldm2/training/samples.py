@@ -31,13 +31,13 @@ class SampleWriter:
 
     def __call__(self, done: int) -> dict[str, float]:
         """Write the samples after `done` steps; there is nothing to plot."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         pipe, scheduler, bars = self.pipe, self.pipe.scheduler, self.pipe.progress_bar_config
         pipe.scheduler = as_sampler(SAMPLER, scheduler)
         pipe.set_progress_bar_config(disable=True)
         arguments = recommended_for(pipe.recommended, type(pipe.scheduler).__name__)
         if self.options.duration is not None:
             arguments = {**arguments, "audio_length_in_s": self.options.duration}
-        self.folder.mkdir(parents=True, exist_ok=True)
         try:
             for number, prompt in enumerate(self.options.sample_prompts, 1):
                 generator = torch.Generator().manual_seed(self.options.seed)
