@@ -23,7 +23,7 @@ from audioldm2 import AudioLDM2Pipeline, cli, write_wav
 from audioldm2.training.finetune import FOLDER, FinetuneResult, finetune
 from audioldm2.training.loop import Processes, RunMismatchError
 from audioldm2.training.options import FinetuneOptions
-from tests.helpers import HANGS_AFTER, ROOT, load_pipeline, noise, run_python, sound
+from tests.helpers import HANGS_AFTER, ROOT, assert_same_sound, load_pipeline, noise, run_python, sound
 
 FAST = FinetuneOptions(steps=2, batch_size=2, duration=0.64, rate=1e-3, warmup=0, validation=0.3, rank=2)
 WORDS = (
@@ -110,7 +110,10 @@ def test_a_whole_checkpoint_is_written_and_the_loss_falls(
     assert result.validation is not None
     assert result.validation[1] < 0.9 * result.validation[0]
     loaded = load_pipeline(result.folder)
-    assert (sound(loaded) == sound(tiny)).all()
+    saved, trained = loaded.unet.state_dict(), tiny.unet.state_dict()
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in saved.items())
+    # Not to the bit: where a weight begins in memory decides how some CPUs add it up.
+    assert_same_sound(sound(loaded), sound(tiny))
     assert type(loaded.scheduler) is type(tiny.scheduler)
     assert loaded.recommended == tiny.recommended
     assert not tiny.unet.is_gradient_checkpointing
@@ -211,7 +214,7 @@ def test_a_loss_that_is_not_finite_leaves_the_pipeline_as_it_was(
     before = copy.deepcopy(tiny.unet.state_dict())
     for full in (False, True):
         options = dataclasses.replace(FAST, rate=1e30, steps=4, full=full, validation=0.0)
-        with pytest.raises(FloatingPointError, match="the loss is nan at step 2; try a lower learning rate"):
+        with pytest.raises(FloatingPointError, match="step 2: the loss is nan; try a lower learning rate"):
             finetune(tiny, table, tmp_path / str(full), options)
     after = tiny.unet.state_dict()
     assert before.keys() == after.keys()
