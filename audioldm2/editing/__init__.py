@@ -8,7 +8,9 @@
     inversion.py    from a sound to the sampling run that generates it
     checks.py       what can be checked without the sound
     edit.py         what a caller asks for, checked
+    sources.py      what a generation begins with: noise, sounds, or inverted sounds
     methods.py      the pipeline's methods `invert` and `blend`
 
-All but the last work on plain tensors, and all but the inversion on any sampler with diffusers' interface.
+All but the last two work on plain tensors, and all but the inversion on any sampler with diffusers'
+interface.
 """

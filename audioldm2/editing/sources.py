@@ -20,9 +20,9 @@ from audioldm2.editing.edit import Edit, Start, begin_with, edit_of, for_each_wa
 from audioldm2.editing.extending import Extension
 from audioldm2.editing.inversion import Inverted, check_inverted
 from audioldm2.noise import Generators
-from audioldm2.sampling import initial_noise
+from audioldm2.sampling import Around, initial_noise
 from audioldm2.tensors import check_tensor
-from audioldm2.windows import Around, around_predictor, window_rows
+from audioldm2.windows import around_predictor, window_rows
 
 Denoise = Callable[[Start], Tensor]
 

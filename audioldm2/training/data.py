@@ -157,7 +157,7 @@ def encode_items(
         OSError, ValueError: a sound that cannot be used; the message names its line of the table.
         NonFiniteError: an encoder returned numbers that are not finite.
     """
-    log_mel = LogMel(pipe._log_mel_config())
+    log_mel = LogMel(pipe.log_mel_config())
     captions = [item.caption for item in items]
 
     def make() -> dict[str, Tensor]:
