@@ -44,6 +44,7 @@ from audioldm2.checkpoints.options import (
 from audioldm2.checkpoints.recommended import RECOMMENDED, check_recommended
 from audioldm2.conditioning import PromptInputs, Text, condition
 from audioldm2.decoding import decode, vocode
+from audioldm2.editing.edit import Start
 from audioldm2.editing.inversion import Inverted
 from audioldm2.editing.methods import EditingMethods
 from audioldm2.editing.regions import Spans
@@ -695,10 +696,11 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods):
                     self.refreshing(callback_on_step_end),
                     callback_on_step_end_tensor_inputs,
                 )
-                latents = source.generate(
-                    run,
-                    start,
-                    lambda start: denoise(
+
+                def denoise_from(start: Start) -> Tensor:
+                    # A callback may have changed it in the window before this one.
+                    self._guidance_scale = float(guidance_scale)
+                    return denoise(
                         unet,
                         start.scheduler or scheduler,
                         start.latents,
@@ -712,7 +714,12 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods):
                         begin=start.begin,
                         around=start.around,
                         after_update=start.after_update,
-                    ),
+                    )
+
+                latents = source.generate(
+                    run,
+                    start,
+                    denoise_from,
                     stopped=lambda: self._interrupt,
                 )
             check_finite("unet", latents, f"weights and guidance_scale = {guidance_scale:g}")

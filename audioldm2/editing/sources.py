@@ -19,7 +19,7 @@ from audioldm2.decoding import frames_and_samples
 from audioldm2.editing.edit import Edit, Start, begin_with, edit_of, for_each_waveform
 from audioldm2.editing.extending import Extension
 from audioldm2.editing.inversion import Inverted, check_inverted
-from audioldm2.noise import Generators
+from audioldm2.noise import Generators, check_generators
 from audioldm2.sampling import Around, initial_noise
 from audioldm2.tensors import check_tensor
 from audioldm2.windows import around_predictor, window_rows
@@ -216,6 +216,7 @@ class InvertedSounds(Source):
 
     def begin(self, run: Run) -> Start:
         self._inverted.check_batch(run.batch, self._unet)
+        check_generators(run.generator, run.batch)
         sampler, start = self._inverted.run(run.scheduler, self._skip, run.device)
         return start._replace(scheduler=sampler, around=self.around)
 

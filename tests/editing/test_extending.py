@@ -160,6 +160,19 @@ def test_callbacks_see_every_window_and_may_stop(tiny: AudioLDM2Pipeline) -> Non
     assert len(sound) == end * ROW
 
 
+def test_every_window_begins_with_the_guidance_of_the_call(tiny: AudioLDM2Pipeline) -> None:
+    """A callback that switches guidance off after the first step does so in each window alike."""
+    seen: list[tuple[int, float]] = []
+
+    def callback(pipe: Any, step: int, t: Any, tensors: Any) -> None:
+        seen.append((step, pipe.guidance_scale))
+        pipe._guidance_scale = 1.0
+
+    extended(tiny, guidance_scale=2.0, callback_on_step_end=callback)
+    assert len(seen) > 2
+    assert seen == [(0, 2.0), (1, 1.0)] * (len(seen) // 2)
+
+
 @pytest.mark.parametrize("window", [1.024, 5.12])
 def test_an_extended_loop_leads_back_to_its_beginning(tiny: AudioLDM2Pipeline, window: float) -> None:
     (sound,) = extended(tiny, loop=True, window=window)

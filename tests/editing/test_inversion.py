@@ -170,6 +170,12 @@ def test_contradictions_are_named(tiny: AudioLDM2Pipeline, inverted: Inverted, n
         tiny(**{"prompt": "Rain", "inverted": inverted, **arguments})
 
 
+def test_generators_of_an_edit_are_checked(tiny: AudioLDM2Pipeline, inverted: Inverted) -> None:
+    for generator, message in ((5, "generator must be"), ([seeded(1)] * 7, "7 generators for")):
+        with pytest.raises((TypeError, ValueError), match=message):
+            edited(tiny, "Rain", inverted, generator=generator)
+
+
 def test_another_schedule_or_model_is_refused(
     tiny: AudioLDM2Pipeline, pipe: AudioLDM2Pipeline, inverted: Inverted
 ) -> None:
