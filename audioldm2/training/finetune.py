@@ -30,6 +30,7 @@ from audioldm2.atomic import check_folder_writable, replacing
 from audioldm2.conditioning import speaks
 from audioldm2.models.unet import UNet
 from audioldm2.pipeline import AudioLDM2Pipeline
+from audioldm2.quoting import listed, quoted
 from audioldm2.runtime.precision import stage_device, stage_dtype
 from audioldm2.schedulers.noise_schedule import mix_noise
 from audioldm2.training.data import (
@@ -234,6 +235,13 @@ def _check_pipeline(pipe: AudioLDM2Pipeline) -> None:
         )
     if stage_device(pipe.unet) != pipe.device:
         raise ValueError("finetune keeps the UNet on its device; leave out enable_model_cpu_offload()")
+    if on := pipe.get_adapter_weights():
+        raise ValueError(
+            f"the adapters {listed(map(quoted, on))} are on, and would be trained with; call "
+            "unload_lora_weights(), or fuse_lora() first to train on top of them"
+        )
+    if ADAPTER in pipe.get_list_adapters()["unet"]:
+        raise ValueError(f"there is an adapter {quoted(ADAPTER)} already; call delete_adapters({ADAPTER!r})")
     if speaks(pipe):
         raise ValueError("finetune has no transcriptions; speech checkpoints cannot be trained with it")
 

@@ -231,6 +231,19 @@ def test_a_pipeline_that_cannot_be_trained_is_refused(
         finetune(tiny, table, tmp_path / "a", FAST)
 
 
+def test_adapters_must_be_off_and_none_has_the_name(
+    tiny: AudioLDM2Pipeline, table: Path, tmp_path: Path
+) -> None:
+    """A checkpoint that was trained with an adapter on would be saved without it."""
+    tiny.add_adapter("finetuned", 2)
+    with pytest.raises(ValueError, match="the adapters 'finetuned' are on"):
+        finetune(tiny, table, tmp_path / "out", FinetuneOptions(full=True))
+    tiny.disable_lora()
+    with pytest.raises(ValueError, match="there is an adapter 'finetuned' already"):
+        finetune(tiny, table, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_speech_checkpoints_are_refused(random_speech_checkpoint: Path, table: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="speech checkpoints cannot be trained"):
         finetune(load_pipeline(random_speech_checkpoint), table, tmp_path / "a", FAST)
