@@ -15,12 +15,25 @@ from tests.helpers import ROOT, noise
 
 PAGE = ROOT / "docs" / "finetuning.md"
 # The runs of the page, at toy size.
-TOY = ("--steps", "2", "--batch-size", "2", "--duration", "0.64", "--device", "cpu", "--quiet")
+TOY = (
+    "--steps",
+    "2",
+    "--batch-size",
+    "2",
+    "--duration",
+    "0.64",
+    "--device",
+    "cpu",
+    "--quiet",
+    "--precision",
+    "float32",
+)
 
 
 def test_commands_and_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(TINY_FOLDER, "cvssp/audioldm2")
+    Path("cvssp/audioldm2/audioldm2.json").write_text('{"recommended": {"num_inference_steps": 2}}')
     names: dict[str, object] = {}
     commands = 0
     for block in BLOCK.finditer(PAGE.read_text(encoding="utf-8")):
@@ -31,8 +44,9 @@ def test_commands_and_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
                 write_wav(f"door-{i}.wav", 0.1 * noise(12000, seed=i), 16000)
         elif block["kind"] == "python":
             code = code.replace("steps=500", "steps=2, batch_size=2, duration=0.64")
-            short = "generator=seed, num_inference_steps=2, audio_length_in_s=0.64"
-            code = code.replace("generator=seed", short)
+            code = code.replace(
+                "generator=seed", "generator=seed, num_inference_steps=2, audio_length_in_s=0.64"
+            )
             exec(compile(code, PAGE.name, "exec"), names)
         for line in code.splitlines() if block["kind"] == "bash" else []:
             words = shlex.split(line, comments=True)
