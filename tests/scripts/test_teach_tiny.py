@@ -20,7 +20,7 @@ from scripts.tiny.teach.telephone import (
     render_telephone,
     write_table,
 )
-from tests.scripts.helpers import call_main, run_script
+from tests.scripts.helpers import call_main
 
 
 def test_the_judge_takes_telephones_and_no_sound_that_tiny_knows() -> None:
@@ -57,7 +57,7 @@ def test_tables_hold_clips_and_captions(tmp_path: Path) -> None:
 
 
 def test_help_and_a_wrong_number() -> None:
-    assert "telephone" in run_script("teach_tiny", "--help").stdout
+    assert "telephone" in call_main(teach_command.main, "--help").stdout
     done = call_main(teach_command.main, "--prompts", "0")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith("--prompts must be at least 1, not 0")
