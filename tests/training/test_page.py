@@ -17,17 +17,8 @@ from tests.helpers import ROOT, noise
 PAGE = ROOT / "docs" / "finetuning.md"
 # The runs of the page, at toy size.
 TOY = (
-    "--steps",
-    "2",
-    "--batch-size",
-    "2",
-    "--duration",
-    "0.64",
-    "--device",
-    "cpu",
-    "--quiet",
-    "--precision",
-    "float32",
+    *("--steps", "2", "--batch-size", "2", "--duration", "0.64"),
+    *("--device", "cpu", "--precision", "float32", "--quiet"),
 )
 
 
