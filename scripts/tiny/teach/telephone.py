@@ -27,10 +27,10 @@ from scripts.tiny.evaluate.measures import ATTACK_FRAMES, MEASURED_DEPTH, envelo
 from scripts.tiny.teach.table import write_clips
 
 RING, GAP = 0.4, 0.2  # s, of a ring and between two of a pair
-PAUSE = (1.3, 1.5)  # s, after a pair
+PAUSE = (1.38, 1.42)  # s, after a pair
 PITCH = (430.0, 450.0)  # Hz, of the lower tone
 INTERVAL = (38.0, 42.0)  # Hz, from the lower to the higher tone
-START = (0.05, 0.2)  # s
+START = (0.05, 0.12)  # s; a cell of the latents is 0.13 s long
 HARMONICS = (1.0, 0.15, 0.05)  # amplitudes
 EDGE = 0.015  # s in which a ring begins and ends
 
