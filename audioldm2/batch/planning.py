@@ -24,7 +24,7 @@ from audioldm2.audio.file_types import FILE_FORMATS, sound_type
 from audioldm2.audio.sound_file import check_can_write
 from audioldm2.batch.jobs import Failure, Job
 from audioldm2.batch.names import distinct, file_name, split_name
-from audioldm2.batch.sources import Source, source_of
+from audioldm2.batch.sources import InputFile, input_file
 from audioldm2.checkpoints.recommended import recommended_for
 from audioldm2.conditioning import check_transcription, speaks, token_limit
 from audioldm2.decoding import frames_and_samples
@@ -109,7 +109,7 @@ class Request:
     tokens: tuple[int, ...]
     stored: Mapping[str, Any]
     seconds: float
-    source: Source | None = None
+    source: InputFile | None = None
 
 
 class Group(NamedTuple):
@@ -156,14 +156,14 @@ def plan(jobs: Sequence[Job], pipe: AudioLDM2Pipeline, files: FileOptions) -> Pl
     check_steps = cache(lambda name, steps: copy.deepcopy(sampler_of(name)).set_timesteps(steps))
     sampler_of = cache(lambda name: pipe.scheduler if name is None else as_sampler(name, pipe.scheduler))
     check_suffix(f".{files.file_format}")
-    completed: list[tuple[Job, str, tuple[int, ...], float, Source | None]] = []
+    completed: list[tuple[Job, str, tuple[int, ...], float, InputFile | None]] = []
     failures = []
     with pipe.progress("Checking jobs", len(jobs), leave=False, delay=PROGRESS_DELAY_S) as bar:
         for job in jobs:
             try:
                 suffix = split_name(job.name or "")[1] or f".{files.file_format}"
                 check_suffix(suffix)
-                source = source_of(job, pipe)
+                source = input_file(job, pipe)
                 whole, seconds = _completed(job, pipe, sampler_of(job.scheduler), check_steps, source)
                 completed.append((whole, suffix, _tokens(job, pipe), seconds, source))
             except (ValueError, TypeError) as error:
@@ -213,7 +213,7 @@ def _completed(
     pipe: AudioLDM2Pipeline,
     sampler: Any,
     check_steps: Callable[[str | None, int | None], object],
-    source: Source | None,
+    source: InputFile | None,
 ) -> tuple[Job, float]:
     """A job with the default of every setting but the seed, and the length of its sound in seconds.
 
@@ -257,7 +257,7 @@ def _completed(
     return job, job.audio_length_in_s
 
 
-def _edit_settings(job: Job, source: Source | None) -> dict[str, Any]:
+def _edit_settings(job: Job, source: InputFile | None) -> dict[str, Any]:
     """What a sound depends on if it is an edit, a loop, or made in windows; {} for other sounds."""
     given = {name: getattr(job, name) for name in SETTINGS_OF_EDITS if getattr(job, name) is not None}
     if "adapters" in given:
@@ -274,7 +274,7 @@ def _tokens(job: Job, pipe: AudioLDM2Pipeline) -> tuple[int, ...]:
     return tuple(min(len(pipe.tokenizer_2(text, verbose=False).input_ids), limit) for text in prompts)
 
 
-def _with_seeds(jobs: Sequence[tuple[Job, Source | None]]) -> list[Job]:
+def _with_seeds(jobs: Sequence[tuple[Job, InputFile | None]]) -> list[Job]:
     """Jobs with a seed each. Equal jobs without one get different seeds."""
     counts: Counter[str] = Counter()
     result = []

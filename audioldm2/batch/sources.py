@@ -13,7 +13,7 @@ from audioldm2.editing.edit import edit_of
 from audioldm2.pipeline import AudioLDM2Pipeline
 
 
-class Source(NamedTuple):
+class InputFile(NamedTuple):
     """The sound that a job edits.
 
     Attributes:
@@ -31,7 +31,7 @@ class Source(NamedTuple):
     strength: float | None
 
 
-def source_of(job: Job, pipe: AudioLDM2Pipeline) -> Source | None:
+def input_file(job: Job, pipe: AudioLDM2Pipeline) -> InputFile | None:
     """The sound of a job, checked with what the job does with it; None if the job has none.
 
     Raises:
@@ -53,10 +53,10 @@ def source_of(job: Job, pipe: AudioLDM2Pipeline) -> Source | None:
     samples = edit.waveforms(pipe.log_mel_config(), job.audio_length_in_s, shortest=row / rate).shape[1]
     length = edit.samples(samples, row, rate) / rate
     strength = None if job.extend is not None or job.invert is not None else edit.strength
-    return Source(os.path.abspath(job.audio), digest, samples, length, strength)
+    return InputFile(os.path.abspath(job.audio), digest, samples, length, strength)
 
 
-def check_unchanged(source: Source | None) -> None:
+def check_unchanged(source: InputFile | None) -> None:
     """Raise ValueError if the file of a source has changed since the batch was planned."""
     if source is not None and sha256(source.path) != source.sha256:
         raise ValueError(f"{source.path} has changed since the batch began; run the batch again")
