@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from audioldm2.atomic import check_folder_writable, replacing
 from audioldm2.conditioning import speaks
@@ -32,7 +31,6 @@ from audioldm2.models.unet import UNet
 from audioldm2.pipeline import AudioLDM2Pipeline
 from audioldm2.quoting import listed, quoted
 from audioldm2.runtime.precision import stage_device, stage_dtype
-from audioldm2.schedulers.noise_schedule import mix_noise
 from audioldm2.training.data import (
     EncodedData,
     Excerpting,
@@ -41,27 +39,16 @@ from audioldm2.training.data import (
     weights_digest,
 )
 from audioldm2.training.loop import Processes, Run, RunMismatchError, Watch, check_settings, train
-from audioldm2.training.losses import (
-    diffusion_target,
-    drop_conditions,
-    min_snr_weights,
-    prediction_type,
-    spread_timesteps,
-    weighted_mse,
-)
 from audioldm2.training.options import FinetuneOptions as FinetuneOptions
 from audioldm2.training.processes import start_processes
 from audioldm2.training.samples import SampleWriter
-from audioldm2.training.table import Item, hold_out, read_table
+from audioldm2.training.task import VALIDATION, Items, Task
 
 ADAPTER = "finetuned"  # the adapter's name in the pipeline
 FOLDER = "training"  # of the run's files, in the output folder
 SETTINGS = "settings.json"
 NAME = "finetune"  # of the state and the plots
-VALIDATION_TIMESTEPS = 8  # of each held-out example
-VALIDATION = "validation"  # the name of that loss
 DIGITS = 16  # of a digest, in the settings
-VALIDATION_SEED = 0  # of their noise, whatever the run's seed is
 
 
 @dataclass(frozen=True)
@@ -126,12 +113,12 @@ def finetune(
         raise ValueError(
             f"batch_size = {options.batch_size} cannot be divided among {processes.count} processes"
         )
-    items = _Items.read(table, options)
+    items = Items.read(table, options)
     folder = output / FOLDER
     if processes.is_main:
         _check_output(output)
     data, settings = _prepared(pipe, items, options, processes, folder, progress)
-    task = _Task(pipe, data, items, options, processes)
+    task = Task(pipe, data, items, options, processes)
     watches = []
     if items.validation:
         watches.append(Watch(options.validate_every, task.validate))
@@ -172,7 +159,7 @@ def finetune(
 
 def _prepared(
     pipe: AudioLDM2Pipeline,
-    items: _Items,
+    items: Items,
     options: FinetuneOptions,
     processes: Processes,
     folder: Path,
@@ -270,28 +257,6 @@ def _write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-@dataclass(frozen=True)
-class _Items:
-    """The rows of all tables: to train on, to rehearse, and held out."""
-
-    train: list[Item]
-    rehearse: list[Item]
-    validation: list[Item]
-
-    @classmethod
-    def read(cls, table: str | Path, options: FinetuneOptions) -> _Items:
-        rows = read_table(table)
-        rehearse = [] if options.rehearse is None else read_table(options.rehearse)
-        if isinstance(options.validation, str | Path):
-            return cls(rows, rehearse, read_table(options.validation))
-        kept, held = hold_out(rows, options.validation, options.seed)
-        return cls(kept, rehearse, held)
-
-    @property
-    def all(self) -> list[Item]:
-        return [*self.train, *self.rehearse, *self.validation]
-
-
 @contextmanager
 def _trained_part(pipe: AudioLDM2Pipeline, options: FinetuneOptions) -> Iterator[nn.Module]:
     """The UNet or a new adapter in it, to be trained in the block; after an error it is as it was."""
@@ -329,89 +294,3 @@ def _trained_part(pipe: AudioLDM2Pipeline, options: FinetuneOptions) -> Iterator
         for parameter in unet.parameters():
             parameter.requires_grad_(required.get(parameter, True))
         unet.eval()
-
-
-class _Task:
-    """The losses of a fine-tune.
-
-    Args:
-        pipe: its UNet is trained, on the targets that its scheduler's config says.
-        data: of all items.
-        items: which of them are for what.
-        options: of the fine-tune.
-        processes: each computes the loss of its share of a batch, all of which draw the whole batch: so the
-            result is the same for any number of processes, up to rounding.
-    """
-
-    def __init__(
-        self,
-        pipe: AudioLDM2Pipeline,
-        data: EncodedData,
-        items: _Items,
-        options: FinetuneOptions,
-        processes: Processes,
-    ):
-        self.pipe, self.data, self.options, self.processes = pipe, data, options, processes
-        self.kind = prediction_type(pipe.scheduler.config)
-        self.abar = pipe.scheduler.alphas_cumprod.float().cpu()  # (T,)
-        self.weights = torch.ones_like(self.abar)
-        if options.min_snr is not None:
-            self.weights = min_snr_weights(self.kind, self.abar, options.min_snr)
-        ends = [len(items.train), len(items.train) + len(items.rehearse)]
-        self.train = torch.nonzero(data.items < ends[0])[:, 0]
-        self.rehearse = torch.nonzero((data.items >= ends[0]) & (data.items < ends[1]))[:, 0]
-        self.validation = torch.nonzero(data.items >= ends[1])[:, 0]
-
-    def loss(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """The losses of one batch: "loss", weighted by timestep, and "mse", not weighted."""
-        options, batch = self.options, self.options.batch_size
-        rehearsed = 0
-        if len(self.rehearse):  # on average the share that was asked for, whatever the size of a batch
-            rehearsed = int(options.rehearse_share * batch + torch.rand(1, generator=generator).item())
-        rows = torch.cat(
-            [
-                part[torch.randint(len(part), (count,), generator=generator)]
-                for part, count in ((self.train, batch - rehearsed), (self.rehearse, rehearsed))
-                if count
-            ]
-        )
-        texts = drop_conditions(self.data.items[rows], self.data.texts.uncond, options.dropout, generator)
-        timesteps = spread_timesteps(batch, len(self.abar), generator)
-        timesteps = timesteps[torch.randperm(batch, generator=generator)]
-        clean = self.data.means[rows]
-        if options.latents == "sampled":
-            clean = clean + self.data.spreads[rows] * torch.randn(clean.shape, generator=generator)
-        noise = torch.randn(clean.shape, generator=generator)
-        own = slice(self.processes.index, None, self.processes.count)
-        predicted, target = self._predict(clean[own], noise[own], timesteps[own], texts[own])
-        weights = self.weights[timesteps[own]].to(predicted.device)
-        with torch.no_grad():
-            mse = F.mse_loss(predicted, target)
-        return {"loss": weighted_mse(predicted, target, weights), "mse": mse}
-
-    def validate(self, done: int) -> dict[str, float]:
-        """The mean squared error on the held-out examples, always with the same noise and timesteps."""
-        generator = torch.Generator().manual_seed(VALIDATION_SEED)
-        middle = (torch.arange(VALIDATION_TIMESTEPS) + 0.5) / VALIDATION_TIMESTEPS
-        timesteps = (middle * len(self.abar)).long()
-        total = 0.0
-        for rows in self.validation.split(self.options.batch_size):
-            for timestep in timesteps:
-                clean = self.data.means[rows]
-                noise = torch.randn(clean.shape, generator=generator)
-                same = timestep.expand(len(rows))
-                predicted, target = self._predict(clean, noise, same, self.data.items[rows])
-                total += len(rows) * F.mse_loss(predicted, target).item()
-        return {VALIDATION: total / (len(self.validation) * len(timesteps))}
-
-    def _predict(
-        self, clean: Tensor, noise: Tensor, timesteps: Tensor, texts: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """What the UNet predicts of noisy latents, and what it should, both (B, C, T, F) float32."""
-        device = self.pipe.device
-        abar = self.abar[timesteps]
-        noisy = mix_noise(clean, noise, abar).to(device)
-        conditions = self.data.texts.select(texts, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
-            predicted = self.pipe.unet(noisy, timesteps.to(device), *conditions)
-        return predicted.float(), diffusion_target(self.kind, clean, noise, abar).to(device)

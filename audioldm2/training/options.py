@@ -55,7 +55,8 @@ class FinetuneOptions:
             a peak of 0.5, as in AudioLDM 2's training.
         latents: "sampled" draws the latents of an example anew each time from the VAE's posterior, as in
             AudioLDM 2's training, and "mean" takes its mean.
-        rehearse: another table, of sounds that should not be forgotten.
+        rehearse: another table, of sounds that should not be forgotten: what the UNet predicts of them should
+            stay what it was.
         rehearse_share: of each batch, drawn from that table.
         validation: share of the files that are held out to measure the loss on, or another table.
         validate_every: steps from one validation to the next.

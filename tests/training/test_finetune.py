@@ -184,6 +184,19 @@ def test_accelerate_trains_on_two_processes(table: Path, tmp_path: Path) -> None
         torch.testing.assert_close(two[name], one[name], rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_what_is_rehearsed_has_the_predictions_from_before_as_targets(
+    tiny: AudioLDM2Pipeline, table: Path, tmp_path: Path, full: bool
+) -> None:
+    """With nothing else in the batch, there is nothing to learn."""
+    options = dataclasses.replace(FAST, validation=0.0, rehearse=table, rehearse_share=0.99, full=full)
+    options = dataclasses.replace(options, steps=1)
+    finetune(tiny, table, tmp_path / "a", options)
+    with open(tmp_path / "a" / FOLDER / "plots" / "finetune.csv", encoding="utf-8") as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    assert losses[0] < 1e-6
+
+
 # --- mistakes
 
 
