@@ -65,7 +65,6 @@ class Training:
 ADAPTER = Training("adapter", LORA, True)
 OTHERS = (
     Training("adapter without rehearsal", LORA, False),
-    Training("all weights", ("--full", "--rate", "1e-3"), True),
     Training("all weights without rehearsal", ("--full", "--rate", "1e-3"), False),
 )
 EXAMPLES = """\
@@ -105,7 +104,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--folder", type=Path, default=ROOT / "out" / "teach-tiny", help="where to work (default %(default)s)"
     )
     parser.add_argument(
-        "--all", action="store_true", help="also train without rehearsal, and all weights of the UNet"
+        "--all", action="store_true", help="also train an adapter and all weights without rehearsal"
     )
     parser.add_argument(
         "--prompts", type=int, default=100, help="held-out prompts of telephones (default %(default)s)"
