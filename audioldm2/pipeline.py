@@ -585,7 +585,7 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods):
                 (see `audioldm2.editing.inpainting`). An end of None is the end of the sound.
             replace: the opposite, spans that are generated.
             replace_band: a band in Hz, as in (4000, 8000), or several; only these frequencies are generated,
-                in all of the sound or in the spans.
+                in all of the sound or in the spans. The prompt says what is generated in them.
             extend: seconds to add to the end of `audio`, which is kept. They are generated in windows of
                 `window` seconds, each of which begins with the end of what there is (see
                 `audioldm2.editing.extending`). The steps that callbacks see begin anew in each window.
@@ -685,7 +685,7 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods):
             run = Run(scheduler, steps, conditioning.batch, waveforms, generator, self.device, dtype)
             start = source.begin(run)
             with (
-                self._run_of(len(scheduler.timesteps), float(guidance_scale)),
+                self._run_of(len((start.scheduler or scheduler).timesteps), float(guidance_scale)),
                 self.running("unet") as unet,
                 self.progress("Denoising", source.total(start, steps), main=True) as bar,
             ):

@@ -40,9 +40,7 @@ class AdapterSwitches(StageRunner):
         Example:
             >>> pipe.set_adapters(["dog", "rain"], [0.8, 0.3])
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        if not isinstance(names, list | tuple):
-            raise TypeError(f"adapter_names must be a list of names, got {quoted(adapter_names)}")
+        names = _listed_names(adapter_names)
         weights = adapter_weights
         if not isinstance(weights, list | tuple):
             weights = [weights] * len(names)  # type: ignore[list-item]
@@ -101,9 +99,10 @@ class AdapterSwitches(StageRunner):
             adapter_names: one or several.
 
         Raises:
+            TypeError: `adapter_names` is something else.
             ValueError: there is no adapter of that name, or it is fused; nothing is deleted then.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else [*dict.fromkeys(adapter_names)]
+        names = [*dict.fromkeys(_listed_names(adapter_names))]
         with self._changing() as (unet, state):
             state.check_names(names)
             state.remove(unet, names)
@@ -141,9 +140,8 @@ class AdapterSwitches(StageRunner):
         check_flag("safe_fusing", safe_fusing)
         _check_components(components)
         with self._changing() as (unet, state):
-            names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
             active = [*state.weights] if state.enabled else []
-            names = active if names is None else [*dict.fromkeys(names)]
+            names = active if adapter_names is None else [*dict.fromkeys(_listed_names(adapter_names))]
             state.check_names(names)
             if not names:
                 raise ValueError(
@@ -240,6 +238,18 @@ class AdapterSwitches(StageRunner):
         )
         with state.using(unet, {}):
             yield
+
+
+def _listed_names(adapter_names: Any) -> list[str]:
+    """One name or several, as a list.
+
+    Raises:
+        TypeError: anything else.
+    """
+    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"adapter_names must be a name or a list of names, got {quoted(adapter_names)}")
+    return [*names]
 
 
 def _check_components(components: Any) -> None:

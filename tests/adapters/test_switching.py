@@ -321,7 +321,7 @@ def test_names_and_weights_that_cannot_be_used_are_named(adapted: AudioLDM2Pipel
         (lambda: adapted.set_adapters(["dog", "cat"]), "no adapter 'cat'; there are 'dog', 'rain'"),
         (lambda: adapted.set_adapters("dog", [1.0, 2.0]), "2 adapter_weights for 1 adapter_names"),
         (lambda: adapted.set_adapters(["dog", "dog"]), "twice"),
-        (lambda: adapted.set_adapters(3), "adapter_names must be a list of names, got 3"),
+        (lambda: adapted.set_adapters(3), "adapter_names must be a name or a list of names, got 3"),
         (lambda: adapted.set_adapters("dog", nan), r"adapter_weights \('dog'\) must be a finite number"),
         (lambda: adapted.set_adapters("dog", {"unet": 1.0}), r"adapter_weights .* must be a finite number"),
         (lambda: adapted("rain", adapters={"cat": 1.0}), "no adapter 'cat'"),
