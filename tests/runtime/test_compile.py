@@ -373,6 +373,7 @@ def test_a_changed_weight_is_used(folder: Path, pipe: AudioLDM2Pipeline, compile
         same(sound(pipe), expected)
 
 
+@pytest.mark.slow  # compiling takes long
 def test_a_unet_that_the_caller_compiled_is_used(
     pipe: AudioLDM2Pipeline, plain: AudioLDM2Pipeline, compiler: Compiler
 ) -> None:

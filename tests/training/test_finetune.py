@@ -118,6 +118,7 @@ def test_a_whole_checkpoint_is_written_and_the_loss_falls(
     assert not tiny.unet.is_gradient_checkpointing
 
 
+@pytest.mark.slow  # two runs in processes of their own
 def test_a_killed_run_ends_with_the_bits_of_a_whole_one(table: Path, tmp_path: Path) -> None:
     words = [*WORDS, "--steps", "4", "--quiet"]
     assert cli.main(["finetune", str(table), "-o", str(tmp_path / "whole"), *words]) == 0
