@@ -257,13 +257,13 @@ TASKS = (
         judge=judge_quarters,
         unit="%",
         figure=share_wrong,
-        floor=Method("at once", from_text, ({"audio_length_in_s": LONG_SECONDS},)),
+        floor=Method("at once", from_text, ({"seconds": LONG_SECONDS},)),
         ceiling=Method("5.12 s alone", from_text),
         methods=(
             Method(
                 "in windows",
                 from_text,
-                ({"audio_length_in_s": LONG_SECONDS, "window": CLIP_SECONDS},),
+                ({"seconds": LONG_SECONDS, "window": CLIP_SECONDS},),
             ),
         ),
     ),
