@@ -17,7 +17,7 @@ from audioldm2.editing.inpainting import keeping, mixed
 from audioldm2.editing.regions import Regions, check_bands, check_inside, regions
 from audioldm2.editing.sound import Recording, at_rate, recordings
 from audioldm2.editing.variation import first_step, noisy
-from audioldm2.sampling import Predict
+from audioldm2.sampling import Around
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Start(NamedTuple):
     latents: Tensor
     begin: int = 0
     after_update: Callable[[int, Tensor], Tensor] | None = None
-    around: Callable[[Predict], Predict] | None = None
+    around: Around | None = None
     scheduler: Any = None
 
 

@@ -160,9 +160,10 @@ class Sounds(Source):
 
     def encoded(self, run: Run, loop: bool) -> Tensor:
         """The sounds' latents for each waveform, (B, channels, T/4, F/4)."""
-        self._originals = for_each_waveform(self._originals, run.batch, run.waveforms)
-        clean = self._pipe.encode_audio(self._originals[:: run.waveforms], self._rate, loop)
-        return clean.to(run.device, run.dtype).repeat_interleave(run.waveforms, dim=0)
+        originals = for_each_waveform(self._originals, run.batch, run.waveforms)
+        clean = self._pipe.encode_audio(self._originals, self._rate, loop).to(run.device, run.dtype)
+        self._originals = originals
+        return for_each_waveform(clean, run.batch, run.waveforms)
 
     def begin(self, run: Run) -> Start:
         clean = self.encoded(run, self._edit.loop)
