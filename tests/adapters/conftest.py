@@ -17,7 +17,7 @@ def _adapted(_pipe: AudioLDM2Pipeline) -> AudioLDM2Pipeline:
 
 @pytest.fixture
 def pipe(_adapted: AudioLDM2Pipeline) -> AudioLDM2Pipeline:
-    """A pipeline whose UNet is the test's own; the other parts are shared."""
-    pipe = AudioLDM2Pipeline(**{**_adapted.components, "unet": copy.deepcopy(_adapted.unet)})
+    """A pipeline of the test's own: a test may convert any of its stages."""
+    pipe = copy.deepcopy(_adapted)
     pipe.set_progress_bar_config(disable=True)
     return pipe
