@@ -224,7 +224,11 @@ def report(scores: Sequence[Score], costs: dict[str, dict[str, float]], judged: 
     ]
     for one in scores:
         cost = costs.get(one.name)
-        spent = f"{cost['cpu'] / 60:.1f} CPU min | {cost['bytes'] / 1e6:.2f} MB" if cost else "|"
+        spent = (
+            f"{cost['seconds'] / 60:.1f} min ({cost['cpu'] / 60:.1f} CPU min) | {cost['bytes'] / 1e6:.2f} MB"
+            if cost
+            else "|"
+        )
         lines.append(
             f"| {one.name} | {one.telephones:.1%} | {one.known:.1%} | {one.mistaken:.1%} | {spent} |"
         )
