@@ -25,6 +25,7 @@ _HOMES = {
     "ClapModel": "audioldm2.models.clap",
     "DDIMScheduler": "audioldm2.schedulers",
     "DPMSolverMultistepScheduler": "audioldm2.schedulers",
+    "FeatureCaching": "audioldm2.feature_cache",
     "GPT2": "audioldm2.models.gpt2",
     "HifiGan": "audioldm2.models.hifigan",
     "LatentRecorder": "audioldm2.sampling",
@@ -57,6 +58,7 @@ if TYPE_CHECKING:  # `as` marks what is exported
         CheckpointError as CheckpointError,
         MissingCheckpointError as MissingCheckpointError,
     )
+    from audioldm2.feature_cache import FeatureCaching as FeatureCaching
     from audioldm2.models.clap import ClapModel as ClapModel
     from audioldm2.models.gpt2 import GPT2 as GPT2
     from audioldm2.models.hifigan import HifiGan as HifiGan

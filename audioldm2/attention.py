@@ -213,7 +213,7 @@ def record_attention(pipe: Any) -> Iterator[AttentionRecord]:
 
     Raises:
         TypeError: `pipe.unet`, or one of its cross-attentions, is not this package's.
-        ValueError: the UNet is compiled, or it has no cross-attention.
+        ValueError: the UNet is compiled, or has no cross-attention; in a generation, feature caching is on.
 
     Example:
         >>> with record_attention(pipe) as attention:
@@ -323,6 +323,8 @@ class _Recorder:
 
     def _begin(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = _UNET_SIGNATURE.bind(unet, *args, **kwargs).arguments
+        if given.get("level") is not None:
+            raise ValueError("record_attention needs all levels at every step; pass feature_cache=False")
         sample, contexts = given["sample"], given.get("contexts")
         rows = contexts.rows if contexts is not None else len(given["encoder_hidden_states"])
         # With guidance, the latents come once for both halves of the conditions, of which the second is cond.

@@ -32,6 +32,8 @@ from audioldm2.tensors import check_finite, check_tensor
 from audioldm2.words import WordWeights, token_weights, word_weights_of
 
 Text = str | Sequence[str]
+# What guidance steers away from without a negative prompt: the empty text, or zeros for GPT-2's vectors.
+UNCONDITIONAL = ("text", "zeros")
 
 # VITS's tokenizer adds no end-of-sequence token; the speech checkpoints were trained with this one.
 VITS_END_TOKEN = 182
@@ -197,6 +199,7 @@ def condition(
     transcription: Text | None = None,
     max_new_tokens: int | None = None,
     waveforms: int = 1,
+    unconditional: str = UNCONDITIONAL[0],
 ) -> Conditioning:
     """Encode prompts, and negative prompts for guidance, in one batch.
 
@@ -208,6 +211,7 @@ def condition(
         transcription: the words to speak, for the speech checkpoints.
         max_new_tokens: how many vectors GPT-2 generates; its config's number by default.
         waveforms: number of times that each prompt's rows are repeated.
+        unconditional: one of UNCONDITIONAL; "zeros" goes without a negative prompt.
 
     Returns:
         The conditioning of prompts times `waveforms` sounds.
@@ -217,7 +221,12 @@ def condition(
     """
     cond_encoded = _fitting(pipe, cond)
     uncond_encoded = _fitting(pipe, uncond)
+    zeros = unconditional == "zeros"
+    if zeros and (uncond.text or uncond_encoded is not None):
+        raise ValueError("unconditional = 'zeros' replaces the negative prompt; leave out one of them")
     if not guided:
+        if zeros:
+            raise ValueError("unconditional has no effect without guidance; pass a guidance_scale over 1")
         _check_unused(uncond)
         uncond_encoded = None
     prompts: list[str] = []
@@ -258,6 +267,8 @@ def condition(
         weighted = (cond_encoded.states.float() * factors).to(cond_encoded.states.dtype)
         cond_encoded = cond_encoded._replace(states=weighted)
     assert cond_encoded is not None
+    if zeros and uncond_encoded is not None:
+        uncond_encoded = uncond_encoded._replace(vectors=torch.zeros_like(uncond_encoded.vectors))
     both = [cond_encoded] if uncond_encoded is None else _aligned(uncond_encoded, cond_encoded)
     states, mask, vectors = (
         torch.cat([repeat(x.to(pipe.device), "b ... -> (b n) ...", n=waveforms) for x in parts])

@@ -42,7 +42,7 @@ from audioldm2.checkpoints.options import (
     save_options,
 )
 from audioldm2.checkpoints.recommended import RECOMMENDED, check_recommended
-from audioldm2.conditioning import PromptInputs, Text, condition
+from audioldm2.conditioning import UNCONDITIONAL, PromptInputs, Text, condition
 from audioldm2.decoding import decode, vocode
 from audioldm2.editing.edit import Start
 from audioldm2.editing.inversion import Inverted
@@ -50,7 +50,9 @@ from audioldm2.editing.methods import EditingMethods
 from audioldm2.editing.regions import Spans
 from audioldm2.editing.sound import Audio, as_waveforms, encode
 from audioldm2.editing.sources import Run, source_of
+from audioldm2.feature_cache import FeatureCacheMethods, FeatureCaching, as_feature_caching
 from audioldm2.frozen import FrozenMapping
+from audioldm2.guidance import guidance_of
 from audioldm2.models.clap import ClapModel
 from audioldm2.models.gpt2 import GPT2
 from audioldm2.models.hifigan import HifiGan
@@ -77,7 +79,7 @@ from audioldm2.tensors import check_finite, check_tensor
 from audioldm2.words import WordWeights
 
 
-class AudioLDM2Pipeline(AdapterMethods, EditingMethods):
+class AudioLDM2Pipeline(AdapterMethods, EditingMethods, FeatureCacheMethods):
     """The seven stages of AudioLDM 2 and what joins them.
 
     Any part can be replaced, as in `pipe.unet = mine`: with one of this package's interface, or with one of
@@ -532,6 +534,10 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods):
         skip: float | None = None,
         word_weights: WordWeights | None = None,
         clap_embeds: Tensor | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float = 0.0,
+        unconditional: str = UNCONDITIONAL[0],
+        feature_cache: int | FeatureCaching | bool | None = None,
     ) -> AudioPipelineOutput:
         """Generate sound from text, or from text and sound.
 
@@ -606,6 +612,15 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods):
             word_weights: see `encode_prompt`.
             clap_embeds: CLAP's embeddings, (prompts, 512), by which candidates are ranked where
                 `prompt_embeds` replaces the prompt; see `blend`.
+            guidance_interval: the steps with guidance, as shares of all steps: (0, 0.75) leaves it out of the
+                last quarter, whose steps then take half of the time (Kynkäänniemi et al. 2024).
+            guidance_rescale: from 0 to 1, how far the standard deviation of the guided prediction is brought
+                back to that of the prompt's (Lin et al. 2024).
+            unconditional: what guidance steers away from without a negative prompt: "text", the empty text,
+                as in diffusers; or "zeros", which has zeros in place of GPT-2's vectors, as in the original
+                repository.
+            feature_cache: an interval such as 3, or a `FeatureCaching`: only every third step runs the whole
+                UNet. False runs it at every step. By default what `enable_feature_cache` says.
 
         Returns:
             `.audios`: B waveforms, those of one prompt together, the best of ranked candidates first.
@@ -630,7 +645,9 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods):
         ):
             if count is not None or name in ("num_waveforms_per_prompt", "callback_steps"):
                 check_count(name, count)
-        check_number("guidance_scale", guidance_scale)
+        guidance = guidance_of(guidance_scale, guidance_interval, guidance_rescale)
+        check_choice("unconditional", unconditional, UNCONDITIONAL)
+        caching = self._feature_caching if feature_cache is None else as_feature_caching(feature_cache)
         check_number("eta", eta)
         check_callbacks(callback, callback_on_step_end, callback_on_step_end_tensor_inputs)
         loop, exact = check_flag("loop", loop), check_flag("exact_decoding", exact_decoding)
@@ -679,13 +696,20 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods):
             steps = source.steps(num_inference_steps, scheduler)
             scheduler.set_timesteps(steps, device=self.device)
             conditioning = condition(
-                self, cond, uncond, guidance_scale > 1, transcription, max_new_tokens, waveforms
+                self,
+                cond,
+                uncond,
+                guidance_scale > 1,
+                transcription,
+                max_new_tokens,
+                waveforms,
+                unconditional,
             )
             dtype = conditioning.t5_states.dtype
             run = Run(scheduler, steps, conditioning.batch, waveforms, generator, self.device, dtype)
             start = source.begin(run)
             with (
-                self._run_of(len((start.scheduler or scheduler).timesteps), float(guidance_scale)),
+                self._run_of(len((start.scheduler or scheduler).timesteps), guidance.scale),
                 self.running("unet") as unet,
                 self.progress("Denoising", source.total(start, steps), main=True) as bar,
             ):
@@ -699,13 +723,13 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods):
 
                 def denoise_from(start: Start) -> Tensor:
                     # A callback may have changed it in the window before this one.
-                    self._guidance_scale = float(guidance_scale)
+                    self._guidance_scale = guidance.scale
                     return denoise(
                         unet,
                         start.scheduler or scheduler,
                         start.latents,
                         conditioning,
-                        float(guidance_scale),
+                        guidance,
                         steps,
                         generator=generator,
                         eta=float(eta),
@@ -714,6 +738,7 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods):
                         begin=start.begin,
                         around=start.around,
                         after_update=start.after_update,
+                        caching=caching,
                     )
 
                 latents = source.generate(

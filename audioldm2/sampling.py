@@ -1,10 +1,7 @@
-"""From noise to latents: the initial noise, classifier-free guidance, and the loop over the sampler's steps.
+"""From noise to latents: the initial noise, and the loop over the sampler's steps.
 
 At each step the UNet predicts the noise in the latents twice: with the prompt (cond) and with an empty or
-negative prompt (uncond). Guidance extrapolates from uncond past cond (Ho and Salimans 2021, eq. 6, whose
-1 + w is the w here):
-
-    noise = uncond + w (cond - uncond),     w = guidance_scale
+negative prompt (uncond). Guidance extrapolates from uncond past cond (`audioldm2.guidance`).
 """
 
 from __future__ import annotations
@@ -23,6 +20,8 @@ from torch import Tensor, nn
 
 from audioldm2.arguments import check_number
 from audioldm2.conditioning import Conditioning
+from audioldm2.feature_cache import FeatureCache, FeatureCaching, state_of
+from audioldm2.guidance import Guidance, guide
 from audioldm2.noise import Generators, check_generators, randn
 from audioldm2.quoting import quoted
 from audioldm2.runtime.foreign import outputs
@@ -53,7 +52,8 @@ class Changes(NamedTuple):
 
 # From latents (B, ...) and timestep to the UNet's output, with the conditioning's rows.
 Predict = Callable[[Tensor, Tensor], Tensor]
-# Wraps a predictor, to call it on parts of the latents, for example.
+# Wraps a predictor, to call it on parts of the latents, for example: for one evaluation of the UNet, or for
+# those that share features (see `feature_cache`).
 Around = Callable[[Predict], Predict]
 # From step, timestep, latents, conditioning and guidance scale.
 AfterStep = Callable[[int, Tensor, Tensor, Conditioning, float], Changes | None]
@@ -94,7 +94,7 @@ def denoise(
     scheduler: Any,
     latents: Tensor,
     conditioning: Conditioning,
-    guidance_scale: float,
+    guidance: Guidance,
     num_inference_steps: int | None = None,
     generator: Generators = None,
     eta: float = 0.0,
@@ -103,6 +103,7 @@ def denoise(
     begin: int = 0,
     around: Around | None = None,
     after_update: Callable[[int, Tensor], Tensor] | None = None,
+    caching: FeatureCaching | None = None,
 ) -> Tensor:
     """Run the sampler from noise to latents.
 
@@ -111,7 +112,7 @@ def denoise(
         scheduler: any sampler with diffusers' interface, after `set_timesteps`.
         latents: noise, or noisy latents at the level of the first step, (B, channels, T/4, F/4).
         conditioning: what the UNet attends to; with guidance, 2 B rows.
-        guidance_scale: the weight w of guidance.
+        guidance: its weight, and at which steps; without uncond in `conditioning` it has no effect.
         num_inference_steps: what `set_timesteps` was called with, which is less than the number of timesteps
             for samplers that evaluate the UNet several times a step; by default, the number of timesteps.
         generator: draws the noise that some samplers add.
@@ -127,9 +128,14 @@ def denoise(
         after_update: called as after_update(index, latents) after each update of the sampler, with the index
             of the next timestep, or the number of timesteps after the last; what it returns replaces the
             latents.
+        caching: which evaluations of the UNet run all of it; without it, all of them do.
 
     Returns:
         (B, channels, T/4, F/4).
+
+    Raises:
+        TypeError: `caching` needs this package's UNet.
+        ValueError: `caching` does not fit the UNet or the number of steps.
     """
     accepted = inspect.signature(scheduler.step).parameters
     options = {name: v for name, v in {"eta": eta, "generator": generator}.items() if name in accepted}
@@ -142,16 +148,28 @@ def denoise(
     # Evaluations with which a sampler starts and which are not steps of their own, as in diffusers.
     starting = len(timesteps) - (num_inference_steps or len(timesteps)) * order
 
-    def predictor_of(conditioning: Conditioning) -> Predict:
-        predict = predictor(unet, conditioning)
-        return predict if around is None else around(predict)
+    first = begin * order
+    cache = None if caching is None else FeatureCache(caching, len(timesteps) - first)
+    guided = conditioning.guided
+    predictors: dict[bool, Predict] = {}
 
-    predict = predictor_of(conditioning)
-    for i in range(begin * order, len(timesteps)):
+    def predict_now(latents: Tensor, t: Tensor) -> Tensor:
+        """The UNet's output, with rows for uncond if this step is guided."""
+        if guided not in predictors:
+            rows = conditioning if guided == conditioning.guided else conditioning.without_guidance()
+            predictors[guided] = predictor(unet, rows, cache)
+        return predictors[guided](latents, t)
+
+    predict: Predict = predict_now
+    for i in range(first, len(timesteps)):
         t = timesteps[i]
+        guided = conditioning.guided and guidance.has_step(i, len(timesteps))
+        rows = conditioning.batch * (2 if guided else 1)
+        if (cache is None or cache.begin_step(i - first, rows)) and around is not None:
+            predict = around(predict_now)
         noise = predict(scheduler.scale_model_input(latents, t), t)
-        if conditioning.guided:
-            noise = guide(noise, guidance_scale)
+        if guided:
+            noise = guide(noise, guidance.scale, guidance.rescale)
         with recorded("scheduler"):
             latents = scheduler.step(noise, t, latents, **options).prev_sample
         if after_update is not None:
@@ -159,20 +177,18 @@ def denoise(
         if i + 1 < len(timesteps) and (i < starting or (i + 1) % order):
             continue
         if after_step is not None:
-            changed = after_step(i // order - begin, t, latents, conditioning, guidance_scale)
+            before = [] if cache is None else state_of(unet, conditioning)
+            changed = after_step(i // order - begin, t, latents, conditioning, guidance.scale)
             if changed is not None:
-                latents, conditioning, guidance_scale, stop = changed
+                latents, conditioning, scale, stop = changed
                 if stop:
                     return latents
-                predict = predictor_of(conditioning)
+                guidance = dataclasses.replace(guidance, scale=scale)
+                predictors.clear()
+                if cache is not None and before != state_of(unet, conditioning):
+                    cache.forget()
         progress()
     return latents
-
-
-def guide(noise: Tensor, guidance_scale: float) -> Tensor:
-    """Classifier-free guidance: the halves uncond and cond of a batch (2 B, ...) to (B, ...)."""
-    uncond, cond = noise.chunk(2)
-    return uncond + guidance_scale * (cond - uncond)
 
 
 def check_callbacks(callback: Any, on_step_end: Any, tensor_inputs: Any) -> None:
@@ -303,7 +319,7 @@ class LatentRecorder:
         self(step, timestep, tensors["latents"])
 
 
-def predictor(unet: nn.Module, conditioning: Conditioning) -> Predict:
+def predictor(unet: nn.Module, conditioning: Conditioning, cache: FeatureCache | None = None) -> Predict:
     """The UNet as a function of latents (B, ...) and timestep alone; the result has the conditioning's rows.
 
     Our UNet computes the keys and values of the conditions once, here, and takes the latents once for both
@@ -312,13 +328,25 @@ def predictor(unet: nn.Module, conditioning: Conditioning) -> Predict:
     Args:
         unet: this package's, or any module that is called like diffusers'.
         conditioning: what it attends to, of B sounds, or with guidance of 2 B rows.
+        cache: says at which steps only a part of the UNet runs.
+
+    Raises:
+        TypeError: `cache` needs this package's UNet.
     """
     dtype = stage_dtype(unet)
     states, vectors = conditioning.t5_states.to(dtype), conditioning.gpt2_vectors.to(dtype)
     mask = conditioning.t5_mask
-    if _takes_contexts(unet):
+    if _takes(unet, "contexts"):
         contexts = unet.contexts(vectors, states, mask)  # type: ignore[operator]
-        return lambda latents, t: unet(latents.to(dtype), t, contexts=contexts)
+        if cache is None:
+            return lambda latents, t: unet(latents.to(dtype), t, contexts=contexts)
+        if _takes(unet, "features"):
+            return lambda latents, t: cache.predict(unet, latents.to(dtype), t, contexts)
+    if cache is not None:
+        raise TypeError(
+            f"feature_cache needs a UNet that takes level and features, as this package's does; "
+            f"{type(unet).__name__} does not"
+        )
 
     copies = 2 if conditioning.guided else 1
 
@@ -341,12 +369,12 @@ def predictor(unet: nn.Module, conditioning: Conditioning) -> Predict:
     return predict
 
 
-def _takes_contexts(unet: nn.Module) -> bool:
-    """Whether a UNet, or a wrapper of one, has the method `contexts` and takes what it returns."""
+def _takes(unet: nn.Module, argument: str) -> bool:
+    """Whether a UNet, or a wrapper of one, has the method `contexts` and takes an argument of our UNet's."""
     if not callable(getattr(unet, "contexts", None)):
         return False
     parameters = inspect.signature(unet.forward).parameters.values()
-    return any(p.name == "contexts" or p.kind is p.VAR_KEYWORD for p in parameters)
+    return any(p.name == argument or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 # --- schedulers have state

@@ -122,18 +122,20 @@ def in_windows(window: int | None, circular: bool = False) -> Around:
 
 
 def shifted() -> Around:
-    """Predict latents on a circle: each evaluation begins at another row.
+    """Predict latents on a circle, which is cut at another row each time that a predictor is wrapped.
 
     The shifts are the multiples of the golden ratio, so a run needs no random numbers for them.
 
     Returns:
         A wrapper of predictors, for one run.
     """
-    calls = itertools.count()
+    cuts = itertools.count()
 
     def around(predict: Predict) -> Predict:
+        share = next(cuts) * GOLDEN_RATIO % 1
+
         def on_a_circle(latents: Tensor, t: Tensor) -> Tensor:
-            shift = int(next(calls) * GOLDEN_RATIO % 1 * latents.shape[2])
+            shift = int(share * latents.shape[2])
             return predict(latents.roll(-shift, 2), t).roll(shift, 2)
 
         return on_a_circle

@@ -19,6 +19,7 @@ import audioldm2
 import audioldm2.pipeline
 from audioldm2 import AudioLDM2Pipeline, DDIMScheduler, DPMSolverMultistepScheduler
 from audioldm2.conditioning import Conditioning
+from audioldm2.guidance import Guidance
 from audioldm2.models.unet import UNet
 from audioldm2.sampling import denoise, exclusive
 from tests.helpers import HAMMER, RAIN, assert_same_sound, noise, seeded, sound
@@ -74,7 +75,7 @@ def test_guidance_extrapolates_from_the_unconditional_prediction(scale: float, e
             return SimpleNamespace(prev_sample=sample)
 
     conditioning = Conditioning(noise(2, 3, 20), torch.ones(2, 3), noise(2, 8, 16), True, None)
-    denoise(Stub(), Scheduler(), noise(1, 4, 8, 4), conditioning, scale)
+    denoise(Stub(), Scheduler(), noise(1, 4, 8, 4), conditioning, Guidance(scale))
     assert torch.equal(predictions[0], torch.full((1, 4, 8, 4), expected))
 
 

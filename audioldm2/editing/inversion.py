@@ -37,10 +37,11 @@ from torch import Tensor, nn
 from audioldm2.conditioning import Conditioning
 from audioldm2.editing.checks import METHODS as METHODS, check_skip
 from audioldm2.editing.edit import Start
+from audioldm2.guidance import guide
 from audioldm2.noise import Generators, randn
 from audioldm2.quoting import quoted
 from audioldm2.runtime.foreign import setting
-from audioldm2.sampling import Around, Predict, guide, predictor
+from audioldm2.sampling import Around, Predict, predictor
 from audioldm2.schedulers import as_sampler
 from audioldm2.schedulers.ddim import DDIMScheduler
 

@@ -230,13 +230,15 @@ class Level(nn.Module):
 class DownLevel(Level):
     """A level of the downsampling path. All but the last end by halving the resolution."""
 
-    def forward(self, x: Tensor, time: Tensor, contexts: LevelContexts) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, x: Tensor, time: Tensor, contexts: LevelContexts, resample: bool = True
+    ) -> tuple[Tensor, list[Tensor]]:
         """(B, C_in, H, W) -> (B, C, H/2, W/2), and each layer's output for the skip connections."""
         skips = []
         for index in range(len(self.resnets)):
             x = self.layer(index, x, time, contexts)
             skips.append(x)
-        if self.resample is not None:
+        if resample and self.resample is not None:
             x = self.resample(x)
             skips.append(x)
         return x, skips
@@ -395,7 +397,9 @@ class UNet(Stage[UNetConfig]):
         encoder_attention_mask: Tensor | None = None,
         *,
         contexts: Contexts | None = None,
-    ) -> Tensor:
+        level: int | None = None,
+        features: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Predict the noise in `sample`.
 
         Args:
@@ -409,13 +413,17 @@ class UNet(Stage[UNetConfig]):
             encoder_attention_mask_1: (B, M), 1 for T5's tokens and 0 for padding; None attends to all.
             encoder_attention_mask: (B, N), the same for GPT-2's vectors.
             contexts: what the method `contexts` returned, in place of the encoder arguments.
+            level: also return the features that enter this level of the upsampling path from below, to be
+                used again at another timestep (see `audioldm2.feature_cache`); 0 is the highest resolution.
+            features: what a call with this `level` returned. Only the levels from 0 to `level` are run.
 
         Returns:
-            (B, out_channels, T/4, F/4).
+            (B, out_channels, T/4, F/4); with `level` and without `features`, this and the features,
+            (B, C, T/4, F/4) for level 0.
 
         Raises:
-            ValueError: a shape that does not fit, or not exactly one of `encoder_hidden_states` and
-                `contexts`.
+            ValueError: a shape that does not fit, not exactly one of `encoder_hidden_states` and `contexts`,
+                `features` without `level`, or a level that has none below it.
         """
         given = (
             encoder_hidden_states,
@@ -431,25 +439,33 @@ class UNet(Stage[UNetConfig]):
             timestep = torch.tensor(timestep, device=sample.device)
         timestep = timestep.to(sample.device).reshape(-1)
         self._check(sample, timestep, contexts.rows)
+        self._check_level(level, features, contexts.rows)
         if len(timestep) > 1:
             sample, timestep = (_repeated(x, contexts.rows) for x in (sample, timestep))
         time = self.time_embedding(timestep)
 
         levels = len(self.down)
         down, middle, up = contexts.levels[:levels], contexts.levels[levels], contexts.levels[levels + 1 :]
+        entered = levels - 1 - (level or 0)  # where in `up` the features enter
+        depth, first = (levels, 0) if features is None else (levels - entered, entered)
         x = self.conv_in(sample)
         skips = [x]
-        for down_level, context in zip(self.down, down, strict=True):
-            x, outputs = down_level(x, time, context)
+        for index in range(depth):
+            resample = features is None or index + 1 < depth
+            x, outputs = self.down[index](x, time, down[index], resample)
             skips += outputs
-        x = self.middle(x, time, middle)
-        for up_level, context in zip(self.up, up, strict=True):
-            last_first = [skips.pop() for _ in up_level.resnets]
+        x = self.middle(x, time, middle) if features is None else features
+        entering = x
+        for index in range(first, levels):
+            if index == entered:
+                entering = x
+            last_first = [skips.pop() for _ in self.up[index].resnets]
             # Halving rounds odd sizes up, so doubling may be one too many.
             size = tuple(skips[-1].shape[2:]) if skips else None
-            x = up_level(x, last_first, time, context, size)
+            x = self.up[index](x, last_first, time, up[index], size)
         x = self.conv_out(self.act(self.norm_out(x)))
-        return _repeated(x, contexts.rows).contiguous()
+        x = _repeated(x, contexts.rows).contiguous()
+        return x if level is None or features is not None else (x, entering)
 
     def enable_gradient_checkpointing(self) -> None:
         """Store only the inputs of each layer for the backward pass, and compute the rest again there.
@@ -482,6 +498,23 @@ class UNet(Stage[UNetConfig]):
             raise ValueError(f"sample has a batch of {batch}, the encoder states have one of {rows}")
         if len(timestep) not in (1, batch):
             raise ValueError(f"{len(timestep)} timesteps for a batch of {batch}; pass one, or one per row")
+
+    def _check_level(self, level: int | None, features: Tensor | None, rows: int) -> None:
+        below = len(self.down) - 1
+        if level is None:
+            if features is not None:
+                raise ValueError("features go with level; pass the one that they were returned for")
+        elif not 0 <= level < below:
+            raise ValueError(
+                f"level = {level} has none below it; this UNet has features for 0 to {below - 1}"
+            )
+        elif features is not None:
+            channels = self.config.block_out_channels[level + 1]
+            if features.dim() != 4 or features.shape[1] != channels or rows % len(features):
+                raise ValueError(
+                    f"features have shape {tuple(features.shape)}; for level {level} and {rows} rows they "
+                    f"should be ({rows}, {channels}, time, frequency)"
+                )
 
 
 def _conv(channels_in: int, channels_out: int, kernel: int) -> nn.Conv2d:

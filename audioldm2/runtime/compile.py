@@ -140,11 +140,14 @@ class CompiledUNet(CompiledStage):
 
         return padded
 
-    def __call__(self, sample: Tensor, timestep: Tensor, **kwargs: Any) -> Tensor:
+    def __call__(self, sample: Tensor, timestep: Tensor, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
         # The timestep is copied: it is a view into a longer tensor, and Inductor specializes on alignment.
         result = self.stage(sample, timestep.clone(), **kwargs)
-        prediction: Tensor = result if isinstance(result, Tensor) else result[0]
-        return prediction.clone()
+        if isinstance(result, Tensor):
+            return result.clone()
+        # With `level`, also the features; a foreign UNet's prediction may come in a tuple of one.
+        copies = tuple(x.clone() for x in result)
+        return copies if len(copies) > 1 else copies[0]
 
 
 class CompiledVAE(CompiledStage):
