@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from audioldm2.arguments import as_texts, is_finite
-from audioldm2.conditioning import Conditioning
+from audioldm2.conditioning import Conditioning, Encoders, token_count, token_limit
 from audioldm2.quoting import quoted
 
 Blend = Sequence[tuple[str, float]]
@@ -58,6 +58,15 @@ def as_blends(value: Any) -> list[tuple[list[str], list[float]]]:
         total = sum(float(weight) for _, weight in blend)
         blends.append((texts, [float(weight) / total for _, weight in blend]))
     return blends
+
+
+def check_tokens(pipe: Encoders, prompts: Sequence[str]) -> None:
+    """Raise ValueError if prompts that are blended have more tokens together than the encoders read."""
+    tokens, limit = sum(token_count(pipe, text) for text in prompts), token_limit(pipe, pipe.tokenizer_2)
+    if tokens > limit:
+        raise ValueError(
+            f"blend has the prompts {quoted(prompts)}, with {tokens} tokens together; {limit} are read"
+        )
 
 
 def blended(parts: Sequence[Conditioning], weights: Sequence[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

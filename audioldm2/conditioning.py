@@ -451,6 +451,12 @@ def tokenize(
     return ids, torch.tensor(tokens.attention_mask, device=pipe.device)
 
 
+def token_count(pipe: Encoders, text: str) -> int:
+    """The number of tokens that the second encoder reads of a text, at most its limit."""
+    limit = token_limit(pipe, pipe.tokenizer_2)
+    return min(len(pipe.tokenizer_2(text, verbose=False).input_ids), limit)
+
+
 def token_limit(pipe: Encoders, tokenizer: Any) -> int:
     """The most tokens a text may have: the tokenizer's limit, or the number of positions if that is less."""
     limit: int = tokenizer.model_max_length

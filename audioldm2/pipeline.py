@@ -49,7 +49,7 @@ from audioldm2.editing.inversion import Inverted
 from audioldm2.editing.methods import EditingMethods
 from audioldm2.editing.regions import Spans
 from audioldm2.editing.sound import Audio, as_waveforms, encode
-from audioldm2.editing.sources import Run, source_of
+from audioldm2.editing.sources import Sampling, source_of
 from audioldm2.feature_cache import FeatureCacheMethods, FeatureCaching, as_feature_caching
 from audioldm2.frozen import FrozenMapping
 from audioldm2.guidance import guidance_of
@@ -706,7 +706,7 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods, FeatureCacheMethods):
                 unconditional,
             )
             dtype = conditioning.t5_states.dtype
-            run = Run(scheduler, steps, conditioning.batch, waveforms, generator, self.device, dtype)
+            run = Sampling(scheduler, steps, conditioning.batch, waveforms, generator, self.device, dtype)
             start = source.begin(run)
             with (
                 self._run_of(len((start.scheduler or scheduler).timesteps), guidance.scale),

@@ -334,19 +334,18 @@ def test_an_uploaded_sound_is_edited(server: Server, tmp_path: Path) -> None:
         ({"strength": 0.5}, {"strength": 0.5}),
         ({"keep": "0-0.1, 0.3-"}, {"keep": [(0, 0.1), (0.3, None)]}),
         ({"extend": 0.3, "loop": True}, {"extend": 0.3, "loop": True}),
+        ({"strength": 0.5, "word_weights": "rain: 2"}, {"strength": 0.5, "word_weights": {"rain": 2}}),
+        ({"invert": "ddim", "source_prompt": "Wind", "skip": 0.5, "steps": 2}, {"skip": 0.5}),
     ):
         name, data = generate(server, prompt="Rain", audio=sound, seed=5, **values)
         assert name == "complete", data
         (tmp_path / "out.wav").write_bytes(HTTP.get(data[0]["sounds"][0]["file"]["url"]).content)
         waveform, _ = read_wav(tmp_path / "out.wav")
-        expected = pipe(
-            "Rain",
-            audio=path,
-            guidance_scale=2.0,
-            num_inference_steps=2,
-            generator=seeded(5),
-            **arguments,
-        ).audios[0]
+        given: dict[str, Any] = {"audio": path, "num_inference_steps": 2}
+        if "invert" in values:
+            found = pipe.invert(path, prompt="Wind", num_inference_steps=2, method="ddim")
+            given = {"inverted": found}
+        expected = pipe("Rain", guidance_scale=2.0, generator=seeded(5), **given, **arguments).audios[0]
         np.testing.assert_allclose(waveform[0].numpy(), expected, atol=1e-3)
 
 

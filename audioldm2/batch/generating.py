@@ -19,6 +19,7 @@ from audioldm2.audio.resample import resample
 from audioldm2.batch.jobs import Failure, Job
 from audioldm2.batch.planning import SHARED, SHARED_OF_EDITS, Group, Request, scheduler_of
 from audioldm2.batch.sources import check_unchanged
+from audioldm2.editing.generations import with_inverted, with_prompts
 from audioldm2.pipeline import AudioLDM2Pipeline
 from audioldm2.quoting import one_line
 
@@ -116,12 +117,14 @@ def _sounds(pipe: AudioLDM2Pipeline, group: Group, requests: Sequence[Request]) 
         **{name: getattr(first, name) for name in SHARED},
     }
     with _sampler_of(first, pipe):
-        output = pipe(
+        arguments = with_prompts(
+            pipe,
+            _with_edits(arguments, requests, pipe),
             [job.prompt for job in jobs],
-            negative_prompt=negatives if any(negatives) else None,
-            output_type="pt",
-            **_with_edits(arguments, requests, pipe),
+            [job.blend or () for job in jobs],
+            [job.word_weights or () for job in jobs],
         )
+        output = pipe(negative_prompt=negatives if any(negatives) else None, output_type="pt", **arguments)
     audio: Tensor = output.audios
     rate = pipe.vocoder.config.sampling_rate
     sounds = []
@@ -144,24 +147,21 @@ def _with_edits(
     given = {name: getattr(first, name) for name in SHARED_OF_EDITS if getattr(first, name) is not None}
     if "adapters" in given:
         given["adapters"] = dict(given["adapters"])
+    arguments = {**arguments, **given}
     sounds = [request.source.path for request in requests if request.source is not None]
     if not sounds:
-        return {**arguments, **given}
+        return arguments
     if first.invert is None:
-        return {**arguments, **given, "audio": sounds}
-    inverted = pipe.invert(
+        return {**arguments, "audio": sounds}
+    return with_inverted(
+        pipe,
+        arguments,
         sounds,
-        prompt=[request.job.source_prompt or "" for request in requests],
-        transcription=arguments["transcription"],
-        # The inversion says how long the sound becomes, and in how many steps.
-        num_inference_steps=arguments.pop("num_inference_steps"),
-        audio_length_in_s=arguments.pop("audio_length_in_s"),
-        num_waveforms_per_prompt=arguments["num_waveforms_per_prompt"],
+        None,
         method=first.invert,
-        generator=arguments["generator"] if first.invert == "ddpm" else None,
+        source_prompt=[request.job.source_prompt or "" for request in requests],
+        skip=first.skip,
     )
-    skip = {} if first.skip is None else {"skip": first.skip}
-    return {**arguments, **given, **skip, "inverted": inverted}
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from audioldm2.editing.checks import (
     pairs,
     read_pairs,
 )
+from audioldm2.prompt_weights import FORMS, Weights, check_weights, weights_of
 from audioldm2.quoting import listed, quoted
 from audioldm2.schedulers import SAMPLERS
 
@@ -94,6 +95,9 @@ class Job:
         skip: with `invert`, the share of the steps that is left out.
         adapters: weights of adapters (LoRA) by name, or text such as "dog:0.8, rain"; by default, those that
             the pipeline has on.
+        blend: other prompts to mix in and their weights, of which the prompt has the rest: a mapping such as
+            {"a bell": 0.3}, a list of pairs, or text such as "a bell: 0.3, wind: 0.1".
+        word_weights: how strongly words of the prompt act, likewise: {"siren": 1.5}.
         where: the file and line that the job was read from, for messages.
 
     Raises:
@@ -125,6 +129,8 @@ class Job:
     source_prompt: str | None = None
     skip: float | None = None
     adapters: tuple[tuple[str, float], ...] | None = None
+    blend: Weights | None = None
+    word_weights: Weights | None = None
     where: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -138,6 +144,7 @@ class Job:
         settings = vars(self)
         check_edit(self.audio is not None, settings, self.loop)
         check_inversion(self.audio is not None, self.invert, settings)
+        check_weights(self.prompt, self.blend or (), self.word_weights or (), self.transcription)
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Job:
         """The job with the values of `defaults` for the fields that are None."""
@@ -230,6 +237,11 @@ def _adapters(name: str, value: Any) -> tuple[tuple[str, float], ...]:
     return tuple(sorted(found))
 
 
+def _weights(name: str, value: Any) -> Weights | None:
+    """Weights in one order, as theirs makes no difference; None for no weights."""
+    return tuple(sorted(weights_of(name, value))) or None
+
+
 _CHECKS: dict[str, Callable[[str, Any], object]] = {
     "prompt": _text,
     "name": _name,
@@ -256,6 +268,7 @@ _CHECKS: dict[str, Callable[[str, Any], object]] = {
     "source_prompt": _text,
     "skip": check_number,
     "adapters": _adapters,
+    **dict.fromkeys(FORMS, weights_of),
 }
 # What a cell of a table is read as.
 NUMBERS: dict[str, Callable[[Any], Any]] = {
@@ -280,6 +293,7 @@ _CONVERTED: dict[str, Callable[[Any], Any]] = {
     **{name: partial(_spans, name) for name in EXAMPLES},
     "audio": os.fspath,
     "adapters": partial(_adapters, "adapters"),
+    **{name: partial(_weights, name) for name in FORMS},
 }
 COLUMNS = {
     **{name: name for name in _CHECKS},
@@ -298,6 +312,7 @@ SHOWN_COLUMNS = (
     *("steps", "guidance", "candidates", "scheduler", "eta", "max_new_tokens"),
     *("from", "strength", "keep", "replace", "replace_band", "extend"),
     *("invert", "source_prompt", "skip", "loop", "window", "exact_decoding", "adapters"),
+    *FORMS,
 )
 
 

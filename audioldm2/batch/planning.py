@@ -1,8 +1,9 @@
 """From jobs to requests, which have every setting, and to groups that are generated together.
 
-The requests of a group share all settings but the prompt, the negative prompt, the transcription, the seed
-and the sound to edit. Their prompts have the same number of tokens, and their sounds the same number of
-samples. These need no padding, so a sound does not depend on the others of its group, up to rounding.
+The requests of a group share all settings but the prompt and its weights, the negative prompt, the
+transcription, the seed and the sound to edit. Their prompts have the same number of tokens, and their sounds
+the same number of samples. These need no padding, so a sound does not depend on the others of its group, up
+to rounding.
 """
 
 from __future__ import annotations
@@ -25,13 +26,16 @@ from audioldm2.audio.sound_file import check_can_write
 from audioldm2.batch.jobs import Failure, Job
 from audioldm2.batch.names import distinct, file_name, split_name
 from audioldm2.batch.sources import InputFile, input_file
+from audioldm2.blending import check_tokens
 from audioldm2.checkpoints.recommended import recommended_for
-from audioldm2.conditioning import check_transcription, speaks, token_limit
+from audioldm2.conditioning import check_transcription, speaks, token_count, token_limit
 from audioldm2.decoding import frames_and_samples
 from audioldm2.editing.checks import OF_EDITS
 from audioldm2.pipeline import AudioLDM2Pipeline
+from audioldm2.prompt_weights import FORMS
 from audioldm2.quoting import one_line, quoted
 from audioldm2.schedulers import DDIMScheduler, as_sampler
+from audioldm2.words import token_weights
 
 # Arguments of a generation that all sounds of a group share.
 SHARED = (
@@ -49,7 +53,8 @@ SHARED_OF_EDITS = (
 )
 SETTINGS = ("prompt", "negative_prompt", "transcription", *SHARED, "seed")  # of a job, in the manifest
 # In the manifest, and in what a seed is made from, only if a job has them.
-SETTINGS_OF_EDITS = (*SHARED_OF_EDITS, "invert", "source_prompt", "skip")
+SETTINGS_OF_EDITS = (*SHARED_OF_EDITS, "invert", "source_prompt", "skip", *FORMS)
+WEIGHTS = ("adapters", *FORMS)  # settings that are pairs of a text and a number
 PROGRESS_DELAY_S = 2.0  # before a bar appears for what takes long only in large batches
 # Fields of a job that its seed is made from, besides the settings of edits.
 _SEEDING = (*SETTINGS, "scheduler")
@@ -96,7 +101,8 @@ class Request:
             and the settings of edits may still be None, and `audio_length_in_s` if there is a sound.
         files: the names of its files, that of the best candidate first.
         key: a digest of all that the sounds depend on; a sound with another key is generated again.
-        tokens: the number to which the second encoder's states are padded; that of `source_prompt` follows.
+        tokens: the number to which the second encoder's states are padded, of a blend all together; that of
+            `source_prompt` follows.
         stored: the settings in the manifest's line of each of its sounds.
         seconds: the length of its sounds.
         source: the sound that is edited; None if there is none.
@@ -241,6 +247,9 @@ def _completed(
         defaults["strength"] = source.strength
     job = job.with_defaults(defaults)
     check_transcription(job.transcription, speaks(pipe))
+    for field in FORMS:
+        if getattr(job, field) and speaks(pipe):
+            raise ValueError(f"{field} is not for speech checkpoints, which read a transcription")
     if job.adapters:
         known = pipe.get_list_adapters()["unet"]
         for adapter, _ in job.adapters:
@@ -260,18 +269,27 @@ def _completed(
 def _edit_settings(job: Job, source: InputFile | None) -> dict[str, Any]:
     """What a sound depends on if it is an edit, a loop, or made in windows; {} for other sounds."""
     given = {name: getattr(job, name) for name in SETTINGS_OF_EDITS if getattr(job, name) is not None}
-    if "adapters" in given:
-        given["adapters"] = dict(given["adapters"])
+    given |= {name: dict(given[name]) for name in WEIGHTS if name in given}
     return given if source is None else {**given, "audio_sha256": source.sha256}
 
 
 def _tokens(job: Job, pipe: AudioLDM2Pipeline) -> tuple[int, ...]:
-    """The numbers of tokens to which the second encoder's states are padded, those of each prompt."""
-    limit = token_limit(pipe, pipe.tokenizer_2)
+    """The numbers of tokens to which the second encoder's states are padded, those of each prompt.
+
+    Raises:
+        ValueError: prompts that are blended are too long together, or a word with a weight is cut off.
+    """
     prompts = [job.prompt] if job.invert is None else [job.prompt, job.source_prompt or ""]
     if speaks(pipe):
-        return (limit,) * len(prompts)
-    return tuple(min(len(pipe.tokenizer_2(text, verbose=False).input_ids), limit) for text in prompts)
+        return (token_limit(pipe, pipe.tokenizer_2),) * len(prompts)
+    tokens = [token_count(pipe, text) for text in prompts]
+    if job.word_weights:
+        token_weights(pipe.tokenizer_2, job.prompt, dict(job.word_weights), tokens[0])
+    if job.blend:
+        blended = [job.prompt, *(text for text, _ in job.blend)]
+        check_tokens(pipe, blended)
+        tokens[0] = sum(token_count(pipe, text) for text in blended)
+    return tuple(tokens)
 
 
 def _with_seeds(jobs: Sequence[tuple[Job, InputFile | None]]) -> list[Job]:
@@ -314,6 +332,7 @@ def in_groups(plan: Plan, batch_size: int) -> list[Group]:
         shared = tuple(
             getattr(job, name) for name in (*SHARED, *SHARED_OF_EDITS, "scheduler", "invert", "skip")
         )
+        shared = (*shared, job.blend is None)  # embeddings take the place of blended prompts
         samples = None if source is None else source.samples
         alike.setdefault((*shared, request.tokens, samples), []).append(request)
     groups = []

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from audioldm2.batch.jobs import Job
 from audioldm2.editing.checks import OF_EDITS
 from audioldm2.editing.edit import edit_of
+from audioldm2.editing.sources import latent_samples
 from audioldm2.pipeline import AudioLDM2Pipeline
 
 
@@ -39,8 +40,7 @@ def input_file(job: Job, pipe: AudioLDM2Pipeline) -> InputFile | None:
     """
     if job.audio is None:
         return None
-    vocoder = pipe.part("vocoder")
-    rate, row = vocoder.config.sampling_rate, vocoder.hop_length * pipe.part("vae").downsampling
+    rate, row = pipe.part("vocoder").config.sampling_rate, latent_samples(pipe)
     try:
         settings = {name: getattr(job, name) for name in OF_EDITS}
         edit = edit_of(job.audio, None, **settings, loop=bool(job.loop))

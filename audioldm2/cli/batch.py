@@ -36,7 +36,7 @@ from audioldm2.cli.options import (
 from audioldm2.cli.process import print_line
 from audioldm2.cli.prompts import STANDARD_INPUT, standard_input
 from audioldm2.extras import install_hint
-from audioldm2.quoting import shortened
+from audioldm2.quoting import one_line, shortened
 
 ENGINES = ("local", "ray")
 MAX_LISTED = 20  # failures at the end
@@ -50,6 +50,8 @@ file with an object on each line, or a .txt file with a prompt on each line, or
 
   prompt, name (of the file), negative, transcription, duration, seed,
   steps, guidance, candidates, scheduler, eta and max_new_tokens
+for prompts and words with weights:
+  blend, as in "a bell: 0.3", and word_weights, as in "siren: 1.5, rain: 0.5"
 to edit a sound:
   from (a file, relative to the table's folder), strength, keep, replace,
   replace_band, extend, invert, source_prompt and skip
@@ -59,7 +61,8 @@ of loops, long sounds and adapters:
 
 Only prompt is required. The options below are the defaults of what a row
 leaves out; "audioldm2 --help" says what the settings of edits mean. Cells of
-keep, replace and replace_band are like "0-2.5, 4-".
+keep, replace and replace_band are like "0-2.5, 4-". In .jsonl, weights may be
+objects, such as {"a bell": 0.3}.
 
 A batch that was stopped, at any moment, is resumed by giving the same command
 again. A sound is generated again if its row or an option has changed. The
@@ -292,7 +295,13 @@ def _read_table(parser: Parser, options: argparse.Namespace) -> tuple[list[Job],
         "scheduler": options.scheduler,
         "seed": options.seed,
     }
-    return [job.with_defaults(defaults) for job in jobs], failures
+    completed = []
+    for job in jobs:
+        try:
+            completed.append(job.with_defaults(defaults))
+        except ValueError as error:  # an option does not go with the row
+            failures.append(Failure(job.where, one_line(error)))
+    return completed, failures
 
 
 def _pipeline_and_engine(

@@ -227,19 +227,14 @@ def edited(
     arguments["audio_length_in_s"] = options.duration  # not the checkpoint's
     if options.invert is None:
         return {**arguments, "audio": sound[0], "sampling_rate": sound[1]}
-    # The inversion says how long the sound becomes, and in how many steps.
-    del arguments["num_inference_steps"]
-    inverted = pipe.invert(
-        sound[0],
-        sound[1],
-        options.source_prompt or "",
-        transcription=options.transcription,
-        num_inference_steps=options.steps,
+    from audioldm2.editing.generations import with_inverted
+
+    arguments["num_inference_steps"] = options.steps  # not what suits the sampler, but the inversion
+    return with_inverted(
+        pipe,
+        arguments,
+        *sound,
         method=options.invert,
-        num_waveforms_per_prompt=options.candidates,
-        generator=arguments["generator"] if options.invert == "ddpm" else None,
-        audio_length_in_s=arguments.pop("audio_length_in_s"),
+        source_prompt=options.source_prompt or "",
+        skip=options.skip,
     )
-    if options.skip is not None:
-        arguments["skip"] = options.skip
-    return {**arguments, "inverted": inverted}

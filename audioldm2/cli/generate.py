@@ -37,7 +37,7 @@ from audioldm2.cli.options import (
 )
 from audioldm2.cli.process import give_up, print_line
 from audioldm2.cli.profiling import Profile, check_trace_name
-from audioldm2.cli.prompts import STANDARD_INPUT, read_prompt
+from audioldm2.cli.prompts import STANDARD_INPUT, add_weight_options, check_prompt_weights, read_prompt
 from audioldm2.extras import install_hint
 from audioldm2.quoting import shortened
 
@@ -70,6 +70,8 @@ examples:
   echo "A slow scale" | audioldm2 - --model tiny -o - | aplay
   audioldm2 "A telephone rings" -o ring.wav --lora ./telephone-lora:0.8
   audioldm2 "Rain" --model tiny --steps 5 --profile trace.json.gz
+  audioldm2 "Rain" --blend "a bell: 0.3" -o rain-and-bell.wav
+  audioldm2 "A siren over rain" --word-weights "siren: 0.5" -o far-siren.wav
 
 examples of editing:
   audioldm2 "A cat meows" --from dog.wav --strength 0.6 -o cat.wav
@@ -137,6 +139,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
         "its trace large: use few --steps",
     )
     add_sound_options(p)
+    add_weight_options(p)
     add_editing_options(p)
     add_length_options(p)
     add_quality_options(p)
@@ -181,6 +184,7 @@ def parse(p: Parser, arguments: Sequence[str]) -> argparse.Namespace:
     except ValueError as error:
         p.error(str(error))
     check_words(p, options)
+    check_prompt_weights(p, options)
     check_editing(p, options)
     return options
 
@@ -207,6 +211,7 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
 
     from audioldm2.audio.sound_file import check_can_write, write_sound
     from audioldm2.audio.wav import write_wav
+    from audioldm2.editing.generations import with_prompts
     from audioldm2.plots import check_can_draw, save_spectrogram
 
     to_stdout = options.output in STANDARD_OUTPUT
@@ -233,7 +238,10 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
                 "generator": torch.Generator(pipe.device).manual_seed(seed),
                 **arguments_of(options, pipe.recommended),
             }
-            result = pipe(options.prompt, **edited(options, pipe, sound, arguments))
+            arguments = edited(options, pipe, sound, arguments)
+            result = pipe(
+                **with_prompts(pipe, arguments, [options.prompt], [options.blend], [options.word_weights])
+            )
     best = result[0][0]  # (samples,), the best candidate
 
     if to_stdout:

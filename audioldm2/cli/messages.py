@@ -27,10 +27,12 @@ OPTIONS = {
     "source_prompt": "--source-prompt",
     "torch_dtype": "--dtype",
     "transcription": "--transcription",
+    "word_weights": "--word-weights",
 }
 # Those that are also words: only a message that begins with one of them is about an argument.
 WORDS = {
     "audio": "--from",
+    "blend": "--blend",
     "extend": "--extend",
     "invert": "--invert",
     "keep": "--keep",
@@ -45,7 +47,7 @@ _ALL = {**OPTIONS, **WORDS}
 _COLUMNS = {name: option.strip("-").replace("-", "_") for name, option in _ALL.items()}
 _COLUMNS["exact_decoding"] = "exact_decoding"
 _ANY = re.compile(rf"(?<![\w-])({'|'.join(_ALL)})(?!\w)")
-_BEGINNING = re.compile(rf"({'|'.join([*WORDS, 'replace_band', 'source_prompt'])}) ")
+_BEGINNING = re.compile(rf"({'|'.join([*WORDS, 'replace_band', 'source_prompt', 'word_weights'])}) ")
 _QUOTATION = re.compile(rf"""(['"])((?:(?!\1).){{{MAX_QUOTATION},}})\1""")
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{6,}|(?<=[Bb]earer )[^\s'\"\\]+")
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")

@@ -1,12 +1,16 @@
-"""Prompts from text files, and standard input."""
+"""Prompts from text files and standard input, and the weights of prompts and words."""
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Callable
 from typing import BinaryIO
 
 from audioldm2.cli.commands import PROGRAM
-from audioldm2.cli.messages import say
+from audioldm2.cli.messages import say, with_option_names
+from audioldm2.cli.options import Parser
+from audioldm2.prompt_weights import Weights, check_weights, weights_of
 
 STANDARD_INPUT = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
 MAX_BYTES = 100_000  # of a prompt
@@ -67,3 +71,50 @@ def _one_line(data: bytes, name: str) -> str:
     if len(data) > MAX_BYTES:
         raise ValueError(f"{name} is larger than {MAX_BYTES:,} bytes; a prompt has a sentence or two")
     return lines[0].strip()
+
+
+def add_weight_options(p: argparse.ArgumentParser) -> None:
+    """Add the options of blends and of word weights."""
+    mix = p.add_argument_group("prompts and words with weights")
+    mix.add_argument(
+        "--blend",
+        type=_weights("blend"),
+        action="extend",
+        metavar="TEXT:WEIGHT",
+        help='another prompt to mix in, as in "a bell: 0.3". The prompt has the rest, here 0.7. '
+        'May be given several times, or several at once, as in "a bell: 0.3, wind: 0.1"',
+    )
+    mix.add_argument(
+        "--word-weights",
+        type=_weights("word_weights"),
+        action="extend",
+        metavar="WORD:WEIGHT",
+        help="how strongly words or phrases of the prompt act, compared with 1, as in "
+        '"siren: 1.5, rain: 0.5". May be given several times',
+    )
+
+
+def _weights(name: str) -> Callable[[str], Weights]:
+    """An argparse type: texts with their weights."""
+
+    def parse(text: str) -> Weights:
+        try:
+            return weights_of(name, text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix(f"{name} ")) from error
+
+    return parse
+
+
+def check_prompt_weights(p: Parser, options: argparse.Namespace) -> None:
+    """Check the options of `add_weight_options` with the prompt, and make them `Weights`.
+
+    Raises:
+        SystemExit: with code 2 for what cannot be used.
+    """
+    try:
+        for name in ("blend", "word_weights"):
+            setattr(options, name, weights_of(name, getattr(options, name) or ()))
+        check_weights(options.prompt, options.blend, options.word_weights, options.transcription)
+    except ValueError as error:
+        p.error(with_option_names(error) or str(error))

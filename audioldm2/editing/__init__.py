@@ -10,7 +10,8 @@
     edit.py         what a caller asks for, checked
     sources.py      what a generation begins with: noise, sounds, or inverted sounds
     methods.py      the pipeline's methods `invert` and `blend`
+    generations.py  generations that invert sounds or blend prompts first, for commands, batches and the page
 
-All but the last two work on plain tensors, and all but the inversion on any sampler with diffusers'
+All but the last three work on plain tensors, and all but the inversion on any sampler with diffusers'
 interface.
 """

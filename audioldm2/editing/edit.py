@@ -139,6 +139,8 @@ def edit_of(
     replace_band: Any,
     extend: Any = None,
     loop: bool = False,
+    audio_length_in_s: Any = None,
+    latents: Any = None,
 ) -> Edit | None:
     """Check the arguments of the pipeline that go with a sound; None if there is no sound.
 
@@ -155,7 +157,9 @@ def edit_of(
         "replace_band": replace_band,
         "extend": extend,
     }
-    check_edit(audio is not None, others, loop)
+    check_edit(
+        audio is not None, {**others, "audio_length_in_s": audio_length_in_s, "latents": latents}, loop
+    )
     if audio is None:
         return None
     asked = regions(keep, replace, replace_band)

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from audioldm2.conditioning import Conditioning
-from audioldm2.editing.checks import METHODS as METHODS, check_skip
+from audioldm2.editing.checks import METHODS as METHODS, SKIP, check_skip
 from audioldm2.editing.edit import Start
 from audioldm2.guidance import guide
 from audioldm2.noise import Generators, randn
@@ -45,8 +45,6 @@ from audioldm2.sampling import Around, Predict, predictor
 from audioldm2.schedulers import as_sampler
 from audioldm2.schedulers.ddim import DDIMScheduler
 
-# Of an edit, by default: more of DDIM's steps decide what the sound is (measured on "tiny").
-SKIP = {"ddpm": 0.4, "ddim": 0.2}
 ITERATIONS = 2  # by which a step of DDIM is inverted, each with an evaluation of the UNet
 DDIM_EVALUATIONS = ITERATIONS + 1  # for each step of an inversion, one of them to measure the error
 # The settings that an edit's sampler must share with that of the inversion.

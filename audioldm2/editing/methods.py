@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,10 @@ import torch
 from torch import Tensor
 
 from audioldm2.arguments import check_choice, check_count, check_number
-from audioldm2.blending import Blend, as_blends, blended, padded
+from audioldm2.audio.log_mel import LogMelConfig
+from audioldm2.blending import Blend, as_blends, blended, check_tokens, padded
 from audioldm2.compatibility import DiffusersMethods
-from audioldm2.conditioning import PromptInputs, Text, condition, speaks, token_limit
+from audioldm2.conditioning import PromptInputs, Text, condition, speaks
 from audioldm2.editing.inversion import (
     DDIM_EVALUATIONS,
     METHODS,
@@ -23,10 +26,11 @@ from audioldm2.editing.inversion import (
     invert,
 )
 from audioldm2.editing.sound import Audio, at_rate, recordings
+from audioldm2.editing.sources import encoded_for_each, latent_samples, prompts_for, window_of
 from audioldm2.noise import Generators, check_generators
 from audioldm2.quoting import quoted
 from audioldm2.tensors import check_finite
-from audioldm2.windows import around_predictor, window_rows
+from audioldm2.windows import around_predictor
 
 
 class EditingMethods(DiffusersMethods):
@@ -40,13 +44,26 @@ class EditingMethods(DiffusersMethods):
     ) -> Tensor:
         """Encode sounds into latents."""
 
+    @abstractmethod
+    def log_mel_config(self) -> LogMelConfig:
+        """The settings of the spectrograms that fit the vocoder."""
+
+    @abstractmethod
+    def _adapters_of_call(
+        self, weights: Mapping[str, float] | None, cross_attention_kwargs: Mapping[str, Any] | None
+    ) -> AbstractContextManager[None]:
+        """Have the adapters of one generation active in the block."""
+
     @torch.no_grad()
-    def blend(self, prompts: Blend | Sequence[Blend]) -> dict[str, Tensor]:
+    def blend(
+        self, prompts: Blend | Sequence[Blend], *, max_new_tokens: int | None = None
+    ) -> dict[str, Tensor]:
         """Mix prompts, of any lengths: `pipe(**pipe.blend([("rain", 0.7), ("a bell", 0.3)]))`.
 
         Args:
             prompts: (prompt, weight) of each, or a list of such lists for several sounds. The weights are
                 positive, and are divided by their sum.
+            max_new_tokens: how many vectors GPT-2 generates; its config's number (8) by default.
 
         Returns:
             Arguments for a generation: `prompt_embeds`, `generated_prompt_embeds` and `attention_mask`, which
@@ -59,23 +76,20 @@ class EditingMethods(DiffusersMethods):
         blends = as_blends(prompts)
         if speaks(self):
             raise ValueError("blend is not for speech checkpoints, which read a transcription")
+        if max_new_tokens is not None:
+            check_count("max_new_tokens", max_new_tokens)
+        for texts, _ in blends:
+            check_tokens(self, texts)
         found = []
+        none = PromptInputs("negative_prompt", None)
         with self.generation():
             for texts, weights in blends:
                 each = [
-                    condition(
-                        self, PromptInputs("prompts", text), PromptInputs("negative_prompt", None), False
-                    )
+                    condition(self, PromptInputs("prompts", text), none, False, max_new_tokens=max_new_tokens)
                     for text in texts
                 ]
                 found.append(blended(each, weights))
-            limit = token_limit(self, self.tokenizer_2)
         states, masks, vectors, claps = zip(*found, strict=True)
-        for (texts, _), mask in zip(blends, masks, strict=True):
-            if mask.shape[1] > limit:
-                raise ValueError(
-                    f"the prompts {quoted(texts)} have {mask.shape[1]} tokens together; {limit} are read"
-                )
         return {
             "prompt_embeds": padded(states),
             "generated_prompt_embeds": torch.cat(vectors),
@@ -99,6 +113,8 @@ class EditingMethods(DiffusersMethods):
         generator: Generators = None,
         audio_length_in_s: float | None = None,
         window: float | None = None,
+        adapters: Mapping[str, float] | None = None,
+        callback: Callable[[int, int], object] | None = None,
     ) -> Inverted:
         """Find the run of the sampler that generates a sound, to edit the sound with another prompt.
 
@@ -109,7 +125,8 @@ class EditingMethods(DiffusersMethods):
         Args:
             audio: as in a generation: a waveform, the path of a sound file, or a list of these.
             sampling_rate: of the waveforms in `audio`, in Hz; files say their own.
-            prompt: what the sound is; one for all sounds, or one for each. It may be empty.
+            prompt: what the sound is; one for all sounds, or one for each. It may be empty. Several prompts
+                for one sound invert it with each of them.
             transcription: the words that are spoken, for the speech checkpoints.
             negative_prompt: as in a generation; without guidance it has no effect, and a warning says so.
             guidance_scale: the weight of guidance; 1 or less disables it.
@@ -124,6 +141,9 @@ class EditingMethods(DiffusersMethods):
                 by default, which must be the same for all.
             window: seconds; as in a generation, longer sounds are inverted in windows of this length. Edits
                 need it, too.
+            adapters: as in a generation, weights of adapters by name for this call.
+            callback: called as callback(step, steps) after each evaluation of the UNet, of which there are
+                `steps`; step counts from 1.
 
         Returns:
             What edits need; `inverted.error` is the error of "ddim".
@@ -149,41 +169,43 @@ class EditingMethods(DiffusersMethods):
             )
         if method == "ddim" and generator is not None:
             raise ValueError("generator goes with method 'ddpm'; 'ddim' draws no noise")
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback must be a function, got {quoted(callback)}")
         sounds = recordings(audio, sampling_rate)
-        prompts = [prompt] * len(sounds) if isinstance(prompt, str) else prompt
-        with self.generation():
+        with self.generation(), self._adapters_of_call(adapters, None):
             self.check_stages()
-            vae, vocoder = self.part("vae"), self.part("vocoder")
-            rate = vocoder.config.sampling_rate
-            latent = vae.downsampling * vocoder.hop_length  # samples
-            width = None if window is None else window_rows(self.unet, window, latent / rate)
+            rate = self.part("vocoder").config.sampling_rate
+            width = window_of(self, window)
             sampler = inversion_sampler(self.scheduler, num_inference_steps, self.device)
-            wave = at_rate(sounds, rate, audio_length_in_s, latent / rate)
+            wave = at_rate(sounds, rate, audio_length_in_s, latent_samples(self) / rate)
             conditioning = condition(
                 self,
-                PromptInputs("prompt", prompts),
+                PromptInputs("prompt", prompts_for(len(sounds), prompt)),
                 PromptInputs("negative_prompt", negative_prompt),
                 guidance_scale > 1,
                 transcription,
                 waveforms=waveforms,
             )
-            if conditioning.batch != len(sounds) * waveforms:
-                raise ValueError(
-                    f"{conditioning.batch // waveforms} prompts for {len(sounds)} sounds; pass one, or one "
-                    "per sound"
-                )
             check_generators(generator, conditioning.batch)
-            clean = self.encode_audio(wave, rate).to(self.device).repeat_interleave(waveforms, dim=0)
+            wave, clean = encoded_for_each(self, wave, conditioning.batch, waveforms)
             steps = len(sampler.timesteps) * (DDIM_EVALUATIONS if method == "ddim" else 1)
+            done = itertools.count(1)
+            after_step = self.refreshing(callback)
             with (
                 self.running("unet") as unet,
                 self.progress("Inverting", steps, main=True) as bar,
             ):
+
+                def progress() -> None:
+                    bar.update()
+                    if after_step is not None:
+                        after_step(next(done), steps)
+
                 predict = guided_predictor(
                     unet, conditioning, float(guidance_scale), around_predictor(width, False)
                 )
                 latents, residuals, error = invert(
-                    predict, sampler, clean.float(), method, generator, bar.update
+                    predict, sampler, clean.to(self.device).float(), method, generator, progress
                 )
             check_finite("unet", latents if residuals is None else residuals)
         timesteps = tuple(sampler.timesteps.tolist())

@@ -43,7 +43,7 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True)
-class Run:
+class Sampling:
     """What the sampling runs of a generation share.
 
     Attributes:
@@ -67,6 +67,50 @@ class Run:
     def noise(self, shape: Sequence[int], latents: Tensor | None = None) -> Tensor:
         """Draw noise of a shape, or take `latents` for it."""
         return initial_noise(shape, self.generator, self.device, self.dtype, latents)
+
+
+def latent_samples(pipe: Encoder) -> int:
+    """The samples of a row of latents."""
+    samples: int = pipe.part("vae").downsampling * pipe.part("vocoder").hop_length
+    return samples
+
+
+def window_of(pipe: Encoder, window: float | None) -> int | None:
+    """A caller's window, in seconds, as rows of latents; None is none.
+
+    Raises:
+        ValueError: it cannot be used.
+    """
+    rate = pipe.part("vocoder").config.sampling_rate
+    return None if window is None else window_rows(pipe.unet, window, latent_samples(pipe) / rate)
+
+
+def prompts_for(sounds: int, prompt: Any) -> Any:
+    """The caller's prompts; a single one is for each of several sounds."""
+    return [prompt] * sounds if isinstance(prompt, str) else prompt
+
+
+def encoded_for_each(
+    pipe: Encoder, waveforms: Tensor, batch: int, count: int, loop: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Sounds and their latents for each waveform that is generated. Each sound is encoded once.
+
+    Args:
+        pipe: encodes them.
+        waveforms: one, or one for each prompt, (B, samples), at the checkpoint's rate.
+        batch: prompts times `count`.
+        count: candidates per prompt.
+        loop: see `encode_audio`.
+
+    Returns:
+        (batch, samples) and (batch, channels, T/4, F/4).
+
+    Raises:
+        ValueError: the number of sounds is neither 1 nor that of the prompts.
+    """
+    each = for_each_waveform(waveforms, batch, count)
+    clean = pipe.encode_audio(waveforms, pipe.part("vocoder").config.sampling_rate, loop)
+    return each, for_each_waveform(clean, batch, count)
 
 
 class Source(ABC):
@@ -93,10 +137,10 @@ class Source(ABC):
         return steps - start.begin
 
     @abstractmethod
-    def begin(self, run: Run) -> Start:
+    def begin(self, run: Sampling) -> Start:
         """How the sampling run begins."""
 
-    def generate(self, run: Run, start: Start, denoise: Denoise, stopped: Callable[[], bool]) -> Tensor:
+    def generate(self, run: Sampling, start: Start, denoise: Denoise, stopped: Callable[[], bool]) -> Tensor:
         """The latents of the result, (B, channels, T/4, F/4).
 
         Args:
@@ -130,7 +174,7 @@ class Noise(Source):
             vocoder.config.model_in_dim // vae.downsampling,
         )
 
-    def begin(self, run: Run) -> Start:
+    def begin(self, run: Sampling) -> Start:
         noise = run.noise((run.batch, *self._shape), self._latents)
         return Start(noise * run.scheduler.init_noise_sigma, around=self.around)
 
@@ -146,9 +190,8 @@ class Sounds(Source):
         seconds: float | None,
         window: int | None,
     ):
-        vae, vocoder = pipe.part("vae"), pipe.part("vocoder")
         self._pipe, self._edit, self._latents = pipe, edit, latents
-        self._rate, self._row = vocoder.config.sampling_rate, vae.downsampling * vocoder.hop_length
+        self._rate, self._row = pipe.part("vocoder").config.sampling_rate, latent_samples(pipe)
         self._log_mel = pipe.log_mel_config()
         originals = edit.waveforms(self._log_mel, seconds, shortest=self._row / self._rate)
         self.samples = edit.samples(originals.shape[1], self._row, self._rate)
@@ -156,16 +199,14 @@ class Sounds(Source):
         self.around = around_predictor(window, edit.loop)
 
     def prompts(self, prompt: Any) -> Any:
-        return [prompt] * len(self._originals) if isinstance(prompt, str) else prompt
+        return prompts_for(len(self._originals), prompt)
 
-    def encoded(self, run: Run, loop: bool) -> Tensor:
+    def encoded(self, run: Sampling, loop: bool) -> Tensor:
         """The sounds' latents for each waveform, (B, channels, T/4, F/4)."""
-        originals = for_each_waveform(self._originals, run.batch, run.waveforms)
-        clean = self._pipe.encode_audio(self._originals, self._rate, loop).to(run.device, run.dtype)
-        self._originals = originals
-        return for_each_waveform(clean, run.batch, run.waveforms)
+        self._originals, clean = encoded_for_each(self._pipe, self._originals, run.batch, run.waveforms, loop)
+        return clean.to(run.device, run.dtype)
 
-    def begin(self, run: Run) -> Start:
+    def begin(self, run: Sampling) -> Start:
         clean = self.encoded(run, self._edit.loop)
         noise = run.noise(clean.shape, self._latents)
         replaced = self._edit.replaced_latents(clean, self._row, self._log_mel)
@@ -189,10 +230,10 @@ class Continued(Sounds):
     def total(self, start: Start, steps: int) -> int:
         return steps * len(self._extension.windows)
 
-    def begin(self, run: Run) -> Start:
+    def begin(self, run: Sampling) -> Start:
         return Start(self.encoded(run, loop=False)[:, :, : self._extension.known])
 
-    def generate(self, run: Run, start: Start, denoise: Denoise, stopped: Callable[[], bool]) -> Tensor:
+    def generate(self, run: Sampling, start: Start, denoise: Denoise, stopped: Callable[[], bool]) -> Tensor:
         def window(clean: Tensor, replaced: Tensor) -> Tensor:
             run.scheduler.set_timesteps(run.steps, device=run.device)
             begin = begin_with(run.scheduler, run.steps, clean, run.noise(clean.shape), 1.0, replaced)
@@ -210,12 +251,12 @@ class InvertedSounds(Source):
         self.around = around_predictor(window, loop=False)
 
     def prompts(self, prompt: Any) -> Any:
-        return [prompt] * self._inverted.sounds if isinstance(prompt, str) else prompt
+        return prompts_for(self._inverted.sounds, prompt)
 
     def steps(self, asked: int | None, scheduler: Any) -> int:
         return len(self._inverted.timesteps)
 
-    def begin(self, run: Run) -> Start:
+    def begin(self, run: Sampling) -> Start:
         self._inverted.check_batch(run.batch, self._unet)
         check_generators(run.generator, run.batch)
         sampler, start = self._inverted.run(run.scheduler, self._skip, run.device)
@@ -254,7 +295,7 @@ def source_of(
     """
     if latents is not None:
         check_tensor("latents", latents, "(B, channels, T/4, F/4)")
-    lengths = {"audio_length_in_s": audio_length_in_s, "latents": latents}
+    lengths: dict[str, Any] = {"audio_length_in_s": audio_length_in_s, "latents": latents}
     edits = {
         "audio": audio,
         "sampling_rate": sampling_rate,
@@ -266,19 +307,12 @@ def source_of(
     }
     settled = {**edits, **lengths, **others, "loop": loop or None}
     share = check_inverted(inverted, skip, num_waveforms_per_prompt, settled)
-    rows = None
-    if window is not None:
-        vocoder = pipe.part("vocoder")
-        row = pipe.part("vae").downsampling * vocoder.hop_length / vocoder.config.sampling_rate
-        rows = window_rows(pipe.unet, window, row)
+    rows = window_of(pipe, window)
     if share is not None:
         return InvertedSounds(pipe, inverted, share, rows)
-    edit = edit_of(**edits, loop=loop)
+    edit = edit_of(**edits, **lengths, loop=loop)
     if edit is None:
         return Noise(pipe, latents, audio_length_in_s, rows, loop)
     if edit.extend is None:
         return Sounds(pipe, edit, latents, audio_length_in_s, rows)
-    for name, length in lengths.items():
-        if length is not None:
-            raise ValueError(f"extend says how long the sound becomes, so leave out {name}")
     return Continued(pipe, edit, rows)

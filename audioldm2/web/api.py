@@ -42,6 +42,11 @@ def endpoint(studio: Studio, folder: Path) -> Callable[..., Iterator[dict[str, A
         replace: str | None = None,
         extend: float | None = None,
         loop: bool | None = None,
+        invert: str | None = None,
+        source_prompt: str | None = None,
+        skip: float | None = None,
+        blend: str | None = None,
+        word_weights: str | None = None,
     ) -> Iterator[dict]:  # type: ignore[type-arg]  # Gradio publishes the type, and knows the plain one
         """Generate sounds from a prompt, or edit a sound, which is an uploaded file.
 
@@ -65,6 +70,11 @@ def endpoint(studio: Studio, folder: Path) -> Callable[..., Iterator[dict[str, A
             "replace": replace,
             "extend": extend,
             "loop": loop,
+            "invert": invert,
+            "source_prompt": source_prompt,
+            "skip": skip,
+            "blend": blend,
+            "word_weights": word_weights,
         }
         try:
             values["audio"] = uploaded(audio, folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from audioldm2.editing.checks import STRENGTH
+from audioldm2.editing.checks import SKIP, STRENGTH
 from audioldm2.schedulers import SAMPLERS
 from audioldm2.web.requests import MAX_CHARACTERS, Checkpoint, Request
 from audioldm2.web.studio import Studio
@@ -39,6 +39,7 @@ class Form:
                 max_length=MAX_CHARACTERS,
                 elem_id="speech",
             )
+            self._add_weights(gr, first)
             self._add_edit(gr)
             with gr.Row(elem_id="buttons"):
                 self.run = gr.Button("Generate", variant="primary", min_width=120, elem_id="run")
@@ -62,27 +63,75 @@ class Form:
                 buttons=[],
                 elem_id="audio",
             )
-            self.strength = gr.Slider(
-                0,
-                1,
-                STRENGTH,
-                step=0.05,
-                label="Strength",
-                info="0 keeps the sound, 1 is the prompt alone; for a sound that is changed as a whole",
-                elem_id="strength",
+            self.invert = gr.Radio(
+                [("Variation", ""), ("Inversion", "ddpm"), ("Inversion by DDIM", "ddim")],
+                value="",
+                label="How",
+                info="A variation is made of the sound and noise; an inversion stays closer to the sound",
+                elem_id="invert",
             )
-            with gr.Row():
-                self.keep = gr.Textbox(
-                    label="Keep", info="Seconds, as in 0-2.5, 4-", max_length=MAX_CHARACTERS, elem_id="keep"
+            with gr.Column(elem_id="variation") as self.variation:
+                self.strength = gr.Slider(
+                    0,
+                    1,
+                    STRENGTH,
+                    step=0.05,
+                    label="Strength",
+                    info="0 keeps the sound, 1 is the prompt alone; for a sound that is changed as a whole",
+                    elem_id="strength",
                 )
-                self.replace = gr.Textbox(
-                    label="Or replace", info="Seconds, likewise", max_length=MAX_CHARACTERS, elem_id="replace"
+                with gr.Row():
+                    self.keep = gr.Textbox(
+                        label="Keep",
+                        info="Seconds, as in 0-2.5, 4-",
+                        max_length=MAX_CHARACTERS,
+                        elem_id="keep",
+                    )
+                    self.replace = gr.Textbox(
+                        label="Or replace",
+                        info="Seconds, likewise",
+                        max_length=MAX_CHARACTERS,
+                        elem_id="replace",
+                    )
+                with gr.Row():
+                    self.extend = gr.Number(0, label="Or extend", info="Seconds to add", elem_id="extend")
+                    self.loop = gr.Checkbox(
+                        False, label="Loop", info="Repeats without a seam; also a new sound", elem_id="loop"
+                    )
+            with gr.Column(visible=False, elem_id="inversion") as self.inversion:
+                self.source_prompt = gr.Textbox(
+                    label="Source prompt",
+                    info="What the sound is now; may be empty",
+                    max_length=MAX_CHARACTERS,
+                    elem_id="source-prompt",
                 )
-            with gr.Row():
-                self.extend = gr.Number(0, label="Or extend", info="Seconds to add", elem_id="extend")
-                self.loop = gr.Checkbox(
-                    False, label="Loop", info="Repeats without a seam; also a new sound", elem_id="loop"
+                self.skip = gr.Slider(
+                    0,
+                    1,
+                    SKIP["ddpm"],
+                    step=0.05,
+                    label="Skip",
+                    info="Share of the steps to leave out: 0 changes the most, 1 nothing",
+                    elem_id="skip",
                 )
+
+    def _add_weights(self, gr: Any, first: Checkpoint) -> None:
+        """Add the fields of prompts and words with weights."""
+        with gr.Accordion(
+            "Blend prompts, weigh words", open=False, visible=not first.speaks, elem_id="weights"
+        ) as self.weights:
+            self.blend = gr.Textbox(
+                label="Blend in",
+                info="Other prompts and their weights, as in a bell: 0.3, wind: 0.1; the prompt has the rest",
+                max_length=MAX_CHARACTERS,
+                elem_id="blend",
+            )
+            self.word_weights = gr.Textbox(
+                label="Word weights",
+                info="Words of the prompt, as in siren: 1.5, rain: 0.5; 1 changes nothing",
+                max_length=MAX_CHARACTERS,
+                elem_id="word-weights",
+            )
 
     def add_settings(self) -> None:
         """Add the fields below the prompt. On a phone, the results come before them."""
@@ -177,6 +226,25 @@ class Form:
             ),
             self.speech: gr.Textbox(value="", visible=checkpoint.speaks),
             self.examples: gr.Dataset(samples=_samples(checkpoint)),
+            self.weights: gr.Accordion(visible=not checkpoint.speaks),
+            # Hidden fields must be empty.
+            **({self.blend: "", self.word_weights: ""} if checkpoint.speaks else {}),
+        }
+
+    def kinds_of_edit(self, method: str) -> dict[Any, Any]:
+        """Updates of what is visible for a method of inversion; "" is none."""
+        return {
+            self.variation: self.gr.Column(visible=not method),
+            self.inversion: self.gr.Column(visible=bool(method)),
+        }
+
+    def defaults_of_edit(self, method: str, name: str) -> dict[Any, Any]:
+        """Updates of the fields for another method of inversion; "" is none."""
+        sampler = "ddim" if method else "dpmsolver++"
+        return {
+            self.sampler: sampler,
+            self.steps: self.steps_for(name, sampler),
+            self.skip: SKIP.get(method, SKIP["ddpm"]),
         }
 
     def steps_for(self, name: str, sampler: str) -> int:

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from audioldm2.editing.checks import STRENGTH
+from audioldm2.editing.checks import SKIP, STRENGTH
 from audioldm2.extras import import_extra
 from audioldm2.web.api import endpoint
 from audioldm2.web.files import SavedSound, save_sounds, uploaded
@@ -21,6 +21,9 @@ from audioldm2.web.studio import Progress, Refused, Sounds, Stopped, Studio
 MAX_HISTORY = 50  # results of one visit
 FILES_AGE_S = 24 * 3600  # after which files are deleted
 CLEANING_S = 600  # from one look for old files to the next
+# Fields that are visible only for one kind of edit.
+OF_VARIATIONS = ("strength", "keep", "replace", "extend", "loop")
+OF_INVERSIONS = ("source_prompt", "skip")
 DEVICE = "device"  # the queue of the events that use it
 # Options of events that are answered at once, and are not part of the API.
 QUICK = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -177,6 +180,8 @@ def _connect(gr: Any, studio: Studio, folder: Path, form: Form, results: _Result
             given["audio"] = uploaded(given["audio"], folder)
             if given["audio"] is not None:
                 given["duration"] = None
+            # Fields that are hidden do not count.
+            given |= dict.fromkeys(OF_VARIATIONS if given["invert"] else OF_INVERSIONS)
             given["extend"] = given["extend"] or None  # 0 adds nothing
             if given["audio"] is None or given["keep"] or given["replace"] or given["extend"]:
                 given["strength"] = None  # the slider is for a sound that is changed as a whole
@@ -241,7 +246,12 @@ def _connect(gr: Any, studio: Studio, folder: Path, form: Form, results: _Result
     )
 
     changed = [form.negative, form.duration, form.steps, form.guidance, form.speech, form.examples]
+    changed += [form.weights, form.blend, form.word_weights]
     form.checkpoint.input(form.defaults, [form.checkpoint, form.sampler], changed, **QUICK)
+    # The kind of an edit changes with an old sound that is shown again, too, which has settings of its own.
+    form.invert.change(form.kinds_of_edit, form.invert, [form.variation, form.inversion], **QUICK)
+    of_edit = [form.sampler, form.steps, form.skip]
+    form.invert.input(form.defaults_of_edit, [form.invert, form.checkpoint], of_edit, **QUICK)
     form.sampler.input(form.steps_for, [form.checkpoint, form.sampler], form.steps, **QUICK)
 
     def use_example(index: int, name: str) -> tuple[str, str]:
@@ -257,6 +267,8 @@ def _connect(gr: Any, studio: Studio, folder: Path, form: Form, results: _Result
         if shown.request.strength is None:
             again[fields["strength"]] = STRENGTH
         again[fields["extend"]] = shown.request.extend or 0
+        if shown.request.skip is None:
+            again[fields["skip"]] = SKIP.get(shown.request.invert, SKIP["ddpm"])
         speaks = studio.checkpoints[shown.request.checkpoint].speaks
         again[form.speech] = gr.Textbox(value=shown.request.speech or "", visible=speaks)
         return {results.status: shown.summary, **results.show(shown.saved), **again}
@@ -309,6 +321,12 @@ def _summary(sounds: Sounds) -> str:
         f"{request.steps} steps, guidance {request.guidance:g}, seed {request.seed}",
         f"made in {sounds.seconds:.1f} s",
     ]
+    if request.invert:
+        facts.insert(3, f"by inversion, {request.taken_steps} of them taken")
+    if request.word_weights:
+        facts.insert(1, f"word weights {request.word_weights}")
+    if request.blend:
+        facts.insert(1, f"blended with {request.blend}")
     title = f"<strong>{escape(_shortened(request.prompt))}</strong>"
     scored = (
         "<p>The score says how well a sound matches the prompt, as judged by CLAP, from -1 to 1.</p>"

@@ -22,7 +22,8 @@ from audioldm2.arguments import (
     check_length,
     check_number,
 )
-from audioldm2.editing.checks import check_edit, read_pairs
+from audioldm2.editing.checks import METHODS, SKIP, check_edit, check_inversion, read_pairs
+from audioldm2.prompt_weights import Weights, check_weights, weights_of
 from audioldm2.quoting import quoted
 from audioldm2.schedulers import SAMPLERS
 
@@ -40,11 +41,17 @@ WORDS = {
 # Those that are also words: only an error that begins with one of them is about an argument.
 WORDS_OF_EDITS = {
     "audio": "the sound",
+    "blend": "the blend",
     "extend": "the time to add",
+    "invert": "the inversion",
     "keep": "the part to keep",
     "replace": "the part to replace",
+    "skip": "the share to skip",
+    "source_prompt": "the source prompt",
     "strength": "the strength",
+    "word_weights": "the word weights",
 }
+TEXTS = ("keep", "replace", "source_prompt", "blend", "word_weights")  # those that are texts, "" by default
 _OF_EDITS = re.compile(rf"\b({'|'.join(WORDS_OF_EDITS)})\b")
 BYTES_PER_SECOND = 48_000 * 2 * 4  # of an uploaded sound: stereo at 48 kHz, as 32-bit floats
 
@@ -105,6 +112,11 @@ class Request:
         keep: spans as text, such as "0-2.5, 4-"; "" for none.
         replace: likewise.
         extend: in seconds; None for no extension.
+        invert: the method of an edit by inversion; "" for another edit.
+        source_prompt: what the sound is, for an inversion.
+        skip: the share of an inversion's steps that is left out; None is the method's default.
+        blend: prompts to mix in as text, such as "a bell: 0.3"; "" for none.
+        word_weights: of words of the prompt, likewise.
     """
 
     prompt: str
@@ -123,6 +135,23 @@ class Request:
     replace: str = ""
     extend: float | None = None
     loop: bool = False
+    invert: str = ""
+    source_prompt: str = ""
+    skip: float | None = None
+    blend: str = ""
+    word_weights: str = ""
+
+    @property
+    def weights(self) -> dict[str, Weights]:
+        """`blend` and `word_weights`, each as texts and numbers."""
+        given = {"blend": self.blend, "word_weights": self.word_weights}
+        return {name: weights_of(name, text) if text else () for name, text in given.items()}
+
+    @property
+    def taken_steps(self) -> int:
+        """The steps that an edit by inversion takes."""
+        skip = SKIP[self.invert] if self.skip is None else self.skip
+        return self.steps - round(skip * self.steps)
 
     @property
     def edits(self) -> dict[str, Any]:
@@ -158,8 +187,13 @@ def read_request(values: Mapping[str, Any], checkpoints: Mapping[str, Checkpoint
     name = given.get("checkpoint", next(iter(checkpoints)))
     check_choice("the checkpoint", name, list(checkpoints))
     checkpoint = checkpoints[name]
-    sampler = given.get("sampler", "dpmsolver++")
+    invert = given.get("invert") or ""
+    if invert:
+        check_choice("the inversion", invert, METHODS)
+    sampler = given.get("sampler", "ddim" if invert else "dpmsolver++")
     check_choice("the sampler", sampler, list(SAMPLERS))
+    if invert and sampler != "ddim":
+        raise ValueError("an inversion takes the steps of DDIM; choose the sampler ddim")
     prompt = _text("the prompt", given.get("prompt", ""))
     negative = _text("the negative prompt", given.get("negative", checkpoint.negative), empty=True)
     steps = _integer("the number of steps", given.get("steps", checkpoint.steps[sampler]), 1, limits.steps)
@@ -184,13 +218,21 @@ def read_request(values: Mapping[str, Any], checkpoints: Mapping[str, Checkpoint
         speech=_speech(given.get("speech") or None, checkpoint.speaks),
         audio=audio,
         strength=given.get("strength"),
-        keep=_text("the part to keep", given.get("keep", ""), empty=True).strip(),
-        replace=_text("the part to replace", given.get("replace", ""), empty=True).strip(),
+        **{name: _text(WORDS_OF_EDITS[name], given.get(name, ""), empty=True).strip() for name in TEXTS},
         extend=given.get("extend"),
         loop=check_flag("the loop", given.get("loop")),
+        invert=invert,
+        skip=given.get("skip"),
     )
+    inversion = {
+        "source_prompt": request.source_prompt or None,
+        "skip": request.skip,
+        "num_waveforms_per_prompt": candidates,
+    }
     try:
         check_edit(audio is not None, request.edits, request.loop)
+        check_inversion(audio is not None, invert or None, {**request.edits, **inversion})
+        check_weights(prompt, **request.weights, transcription=request.speech)
     except ValueError as error:
         raise ValueError(in_words(str(error))) from error
     if request.extend is not None:

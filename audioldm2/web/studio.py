@@ -174,6 +174,7 @@ class Studio:
     def _generate(self, request: Request, stop: threading.Event, put: Callable[[Any], None]) -> Sounds:
         import torch
 
+        from audioldm2.editing.generations import with_inverted, with_prompts
         from audioldm2.editing.variation import first_step
 
         def on_step_end(pipe: Any, step: int, timestep: Any, tensors: Any) -> None:
@@ -182,36 +183,59 @@ class Studio:
             text = "Denoising" if done < steps else "Decoding"
             put(Progress(text, done, steps))
 
+        def on_inversion(done: int, steps: int) -> None:
+            check_stop()
+            put(Progress("Inverting", done, steps))
+
         def check_stop() -> None:
             if stop.is_set():
                 raise Stopped
 
         check_stop()
-        arguments: dict[str, Any] = {**request.edits, "audio_length_in_s": request.duration}
-        steps = request.steps
+        sound, steps = None, request.steps
         if request.audio is not None:
             put(Progress("Reading the sound"))
-            arguments["audio"], arguments["sampling_rate"] = self._read(request.audio, request.extend)
-            steps -= first_step(steps, strength_of(arguments))
+            sound = self._read(request.audio, request.extend)
+            steps = (
+                request.taken_steps
+                if request.invert
+                else steps - first_step(steps, strength_of(request.edits))
+            )
         if self._loaded is None or self._loaded[0] != request.checkpoint:
             put(Progress(f"Loading {request.checkpoint}"))
         pipe = self.load(request.checkpoint)
         check_stop()
         put(Progress("Encoding the prompt"))
         pipe.scheduler = as_sampler(request.sampler, pipe.scheduler)
+        arguments: dict[str, Any] = {
+            **request.edits,
+            "audio_length_in_s": request.duration,
+            "transcription": request.speech,
+            "num_inference_steps": request.steps,
+            "num_waveforms_per_prompt": request.candidates,
+            "generator": torch.Generator(pipe.device).manual_seed(request.seed),
+        }
         begin = time.monotonic()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            if sound is not None and request.invert:
+                arguments = with_inverted(
+                    pipe,
+                    arguments,
+                    *sound,
+                    method=request.invert,
+                    source_prompt=request.source_prompt,
+                    skip=request.skip,
+                    callback=on_inversion,
+                )
+            elif sound is not None:
+                arguments["audio"], arguments["sampling_rate"] = sound
+            blend, word_weights = request.weights.values()
             output = pipe(
-                request.prompt,
-                transcription=request.speech,
-                num_inference_steps=request.steps,
                 guidance_scale=request.guidance,
                 negative_prompt=request.negative or None,
-                num_waveforms_per_prompt=request.candidates,
-                generator=torch.Generator(pipe.device).manual_seed(request.seed),
                 callback_on_step_end=on_step_end,
-                **arguments,
+                **with_prompts(pipe, arguments, [request.prompt], [blend], [word_weights]),
             )
         check_stop()
         # Other threads' warnings are caught, too.

@@ -75,7 +75,7 @@ def test_cells_of_edits(tmp_path: Path) -> None:
         "loop must be yes or no, got 'maybe'",
         "loop goes with audio and strength, or with extend; with keep, replace or replace_band, the seam "
         "would be in what is kept",
-        "skip goes with invert, the method of the inversion, which is missing",
+        "skip goes with invert, which is missing",
         "invert edits all of the sound, so leave out keep",
     ]
     job = Job.of({"prompt": "Rain", "audio": Path("a.wav"), "keep": [[0, 1], [np.float32(2), None]]})

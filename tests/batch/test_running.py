@@ -215,10 +215,10 @@ def test_a_job_that_fails_stops_no_other(
 ) -> None:
     call = AudioLDM2Pipeline.__call__
 
-    def failing(pipe: AudioLDM2Pipeline, prompts: list[str], **arguments: Any) -> Any:
-        if "Snow" in prompts:
+    def failing(pipe: AudioLDM2Pipeline, prompt: list[str], **arguments: Any) -> Any:
+        if "Snow" in prompt:
             raise RuntimeError("no snow\nat all")
-        return call(pipe, prompts, **arguments)
+        return call(pipe, prompt, **arguments)
 
     monkeypatch.setattr(AudioLDM2Pipeline, "__call__", failing)
     jobs = [{"prompt": each, **SHORT} for each in ("Rain", "Snow", "Wind")]

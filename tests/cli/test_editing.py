@@ -36,7 +36,7 @@ BAD_ARGUMENTS = {
     "--from in.wav --invert sdedit": "--invert: must be ddpm or ddim, got 'sdedit'; write the prompt before",
     "--from in.wav --invert --strength 0.4": "--invert edits all of the sound, so leave out --strength",
     "--from in.wav --invert --skip 1.5": "--skip: must be a number from 0 to 1, got '1.5'",
-    "--from in.wav --invert ddim --candidates 2": "--invert = ddim has no candidates",
+    "--from in.wav --invert ddim --candidates 2": "--invert with ddim has no candidates",
     "--from none.wav": "--from: there is no file none.wav",
     "--from .": "--from: . is a folder; name a sound file",
     "--from in.txt": "--from: is for a sound; read the prompt from in.txt with --from-file",

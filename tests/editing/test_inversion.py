@@ -131,6 +131,24 @@ def test_what_was_inverted_can_be_pickled_and_moved(tiny: AudioLDM2Pipeline, inv
     assert repr(inverted) == "Inverted(ddpm, 1 sound of 8000 samples, 4 steps)"
 
 
+def test_callbacks_of_an_inversion_count_evaluations_and_a_sound_has_several_prompts(
+    tiny: AudioLDM2Pipeline,
+) -> None:
+    seen: list[tuple[int, int]] = []
+    found = tiny.invert(
+        SOUND,
+        RATE,
+        ["Rain", "A bell"],
+        num_inference_steps=2,
+        method="ddim",
+        callback=lambda step, steps: seen.append((step, steps)),
+    )
+    assert seen == [(step, 6) for step in range(1, 7)]
+    assert found.sounds == 2
+    assert torch.equal(found.latents[-1, 0], found.latents[-1, 1])
+    assert not torch.equal(found.latents[0, 0], found.latents[0, 1])
+
+
 def test_callbacks_count_the_steps_that_are_taken(tiny: AudioLDM2Pipeline, inverted: Inverted) -> None:
     seen: list[tuple[int, int]] = []
     edited(tiny, "A bell", inverted, skip=0.5, callback=lambda step, t, x: seen.append((step, int(t))))
@@ -191,7 +209,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "candidates of ddim": ({"method": "ddim", "num_waveforms_per_prompt": 2}, "needs method 'ddpm'"),
     "generator of ddim": ({"method": "ddim", "generator": seeded()}, "generator goes with method 'ddpm'"),
     "generators": ({"generator": [seeded()] * 2}, "2 generators for 1 waveforms"),
-    "prompts": ({"prompt": ["Rain", "Wind"]}, "2 prompts for 1 sounds"),
+    "prompts": ({"audio": [SOUND] * 2, "prompt": ["Rain"] * 3}, "audio has 2 sounds for 3 prompts"),
+    "adapters": ({"adapters": {"dog": 1}}, "adapters"),
+    "callback": ({"callback": 5}, "callback must be a function, got 5"),
     "steps": ({"num_inference_steps": 0}, "num_inference_steps must be an integer"),
     "guidance": ({"guidance_scale": float("inf")}, "guidance_scale must be a finite number"),
     "silence": ({"audio": torch.zeros(8000)}, "audio is silent"),
