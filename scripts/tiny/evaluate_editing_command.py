@@ -17,6 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from audioldm2 import AudioLDM2Pipeline, CheckpointError, DPMSolverMultistepScheduler
+from scripts.tiny.evaluate.editing.details import DETAILS
 from scripts.tiny.evaluate.editing.methods import Model
 from scripts.tiny.evaluate.editing.running import measure_task, sounds_to_make
 from scripts.tiny.evaluate.editing.table import task_section
@@ -28,7 +29,8 @@ PAGE = Path("docs") / "editing-measured.md"
 EXAMPLES = """\
 examples:
   .venv/bin/python scripts/evaluate_editing --kinds sweep bell --cases 4
-  .venv/bin/python scripts/evaluate_editing --write  # everything that docs/editing-measured.md shows"""
+  .venv/bin/python scripts/evaluate_editing --write  # everything that docs/editing-measured.md shows
+  .venv/bin/python scripts/evaluate_editing --details windows decoding seams skip --write"""
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -50,6 +52,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="KIND",
         help=f"tasks to measure: {', '.join(names)} (default: all)",
     )
+    details = [detail.name for detail in DETAILS]
+    parser.add_argument(
+        "--details",
+        nargs="+",
+        choices=details,
+        default=[],
+        metavar="NAME",
+        help=f"instead, the tables inside of other documents: {', '.join(details)}",
+    )
     parser.add_argument(
         "--cases", type=int, default=16, metavar="N", help="sounds of each task (default %(default)s)"
     )
@@ -69,7 +80,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="?",
         const=ROOT,
         metavar="CHECKOUT",
-        help=f"update the measured kinds in {PAGE} of a checkout (default: this one)",
+        help=f"update what was measured in {PAGE} and the other documents of a checkout (default: this one)",
     )
     options = parser.parse_args(arguments)
     if options.chosen_on is None:
@@ -92,6 +103,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     model = Model(pipe, options.steps, options.guidance)
+    for detail in DETAILS:
+        if detail.name in options.details:
+            table = detail.measure(model, options.cases, options.seed)
+            print(table, end="\n\n", flush=True)
+            if options.write:
+                replace_block(options.write / detail.page, f"detail: {detail.name}", table)
+    if options.details:
+        return
     tasks = [task for task in TASKS if task.name in options.kinds]
     about = (
         f"{options.steps} steps (DPM-Solver++; DDIM for inversion), guidance {options.guidance:g} unless a "

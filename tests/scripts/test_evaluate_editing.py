@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from scripts.tiny import evaluate_editing_command as command
 from scripts.tiny.data.sounds import CLIP_SAMPLES, SAMPLING_RATE, Scene, Sound, loudest_level, render
-from scripts.tiny.evaluate.editing import judges
+from scripts.tiny.evaluate.editing import details, judges
 from scripts.tiny.evaluate.editing.cases import GAP, Case, draw_cases, samples
 from scripts.tiny.evaluate.editing.methods import Method, from_text, unchanged
 from scripts.tiny.evaluate.editing.running import Row, Score, sounds_to_make
@@ -195,3 +198,46 @@ def test_wrong_arguments_are_one_line(arguments: list[str], message: str) -> Non
     done = call_main(command.main, *arguments)
     assert done.returncode == 2
     assert message in done.stderr.strip().splitlines()[-1]
+
+
+# --- tables inside of documents
+
+
+def test_levels_and_spectrograms_that_differ_by_known_amounts() -> None:
+    tone = 0.1 * np.sin(2 * np.pi * 480 * np.arange(16000) / SAMPLING_RATE)
+    louder = np.concatenate([tone[:8000], 10 ** (6 / 20) * tone[8000:]])
+    changes = details.level_changes(louder, 1000)
+    np.testing.assert_allclose(changes, [0] * 7 + [6] + [0] * 7, atol=1e-6)
+    mel = torch.linspace(-8, 0, 50).expand(1, 1, 4, 50)
+    assert details.mel_distance(mel, mel) == 0
+    assert details.mel_distance(mel, mel + math.log(10) / 20) == pytest.approx(1, abs=1e-4)
+    # What is 80 dB below the maximum counts as silence.
+    quiet = torch.cat([mel, mel - 20], dim=2)
+    assert details.mel_distance(quiet, torch.cat([mel, mel - 30], dim=2)) == 0
+
+
+def test_the_seam_of_a_loop() -> None:
+    noise = np.random.default_rng(0).normal(scale=0.1, size=SAMPLING_RATE).astype(np.float32)
+    level_step, elsewhere, spectrum_step, spectrum_elsewhere, gap = details.seam(noise)
+    assert level_step < 3 * elsewhere < 3
+    assert spectrum_step < 2 * spectrum_elsewhere
+    assert gap < 3
+    faded = noise * np.minimum(1, np.linspace(0, 10, len(noise)))
+    level_step, elsewhere, _, _, gap = details.seam(faded)
+    assert level_step > 4 > elsewhere
+    assert gap > 7
+
+
+@pytest.mark.slow
+def test_the_tables_are_put_into_their_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "docs").mkdir()
+    for page in {detail.page for detail in details.DETAILS}:
+        shutil.copy(ROOT / page, tmp_path / page)
+    names = [detail.name for detail in details.DETAILS]
+    command.main(["--details", *names, "--cases", "2", "--steps", "2", "--write", str(tmp_path)])
+    printed = capsys.readouterr().out
+    for detail in details.DETAILS:
+        text = (tmp_path / detail.page).read_text(encoding="utf-8")
+        start, end = f"<!-- detail: {detail.name} -->", f"<!-- /detail: {detail.name} -->"
+        assert text.split(start)[1].split(end)[0].strip() in printed
+    assert printed.count("| --- |") == 3
