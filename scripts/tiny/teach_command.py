@@ -42,7 +42,7 @@ SAMPLING: dict[str, Any] = {"steps": 20, "guidance": 2.0, "batch": 16}
 REHEARSED = 800  # clips of the kinds that it knows
 # tiny was trained on the means of the latents and with equal weights, and its captions speak of the level.
 SHARED = (
-    *("--keep-level", "--latents", "mean", "--min-snr", "0", "--rehearse-share", "0.6"),
+    *("--keep-level", "--latents", "mean", "--min-snr", "0", "--rehearse-share", "0.7"),
     *("--steps", "600", "--batch-size", "16", "--warmup", "20"),
 )
 # The attention of so small a UNet is on its lowest level alone; the rest needs updates, too.
@@ -216,8 +216,10 @@ def result_files(output: Path) -> list[Path]:
     return [path for path in output.rglob("*") if path.is_file() and "training" not in path.parts]
 
 
-def report(scores: Sequence[Score], costs: dict[str, dict[str, float]], judged: tuple[float, float]) -> str:
-    """The table, in Markdown."""
+def report(
+    scores: Sequence[Score], costs: dict[str, dict[str, float]], judged: tuple[float, float], about: str
+) -> str:
+    """The table, in Markdown, with a sentence about how it was made."""
     lines = [
         "| model | telephones right | known kinds right | known kinds as telephones | training | file |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -234,6 +236,7 @@ def report(scores: Sequence[Score], costs: dict[str, dict[str, float]], judged: 
         )
     lines += [
         "",
+        about,
         f"The judge takes {judged[0]:.1%} of synthesized telephones that are in no table for telephones, and "
         f"{judged[1]:.1%} of the sounds of the seventeen kinds.",
     ]
@@ -262,7 +265,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not all(np.array_equal(a, b) for a, b in zip(before[1:], after[1:], strict=True)):
             sys.exit(f"teach_tiny: error: with the {one.name} off, the sounds are not those of tiny")
         pipe.unload_lora_weights()
-    text = report(scores, costs, check_judge(options.real))
+    known = len(draw_prompts(options.clips, DATA_SEED))
+    about = f"{options.prompts} prompts of telephones and {known} of known kinds; {threads} threads."
+    text = report(scores, costs, check_judge(options.real), about)
     print(text)
     content = {"scores": [asdict(one) for one in scores], "costs": costs}
     (options.folder / "scores.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
