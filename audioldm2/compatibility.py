@@ -12,7 +12,7 @@ from torch import Tensor
 
 from audioldm2.arguments import GUIDANCE, as_texts, check_count
 from audioldm2.checkpoints.formats import pipeline_config
-from audioldm2.conditioning import Text, tokenize
+from audioldm2.conditioning import Text, clap_embeddings
 from audioldm2.noise import Generators
 from audioldm2.runtime.device import named_device
 from audioldm2.runtime.precision import check_dtype, stage_device, stage_dtype
@@ -254,10 +254,7 @@ class DiffusersMethods(StageRunner, ABC):
         if dtype is not None and dtype != stage_dtype(self.text_encoder):
             raise ValueError(f"dtype = {dtype}, but CLAP is in {stage_dtype(self.text_encoder)}")
         with self.generation():
-            ids, mask = tokenize(self, self.tokenizer, texts)
-            with self.running("text_encoder") as clap:
-                embeddings = clap.text_features(input_ids=ids, attention_mask=mask)
-            ranked, _ = self.rank(audio, embeddings)
+            ranked, _ = self.rank(audio, clap_embeddings(self, texts))
         return ranked.to(audio.device if device is None else named_device(device))
 
     # --- switches

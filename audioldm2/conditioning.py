@@ -293,10 +293,7 @@ def _encode(
 ) -> tuple[Encoded, Tensor]:
     """Both encoders, the projection and GPT-2; also returns CLAP's embeddings, (B, 512)."""
     with pipe.progress("Encoding text", 4) as bar:
-        ids, mask = tokenize(pipe, pipe.tokenizer, texts, warned=warned)
-        with pipe.running("text_encoder") as text_encoder:
-            clap = text_encoder.text_features(input_ids=ids, attention_mask=mask)  # (B, 512)
-        check_finite("text_encoder", clap)
+        clap = clap_embeddings(pipe, texts, warned)
         bar.update()
         mask_2 = torch.cat([tokens.mask for tokens in tokens_2])
         spoken = [tokens for tokens in tokens_2 if tokens.ids is not None]
@@ -324,6 +321,27 @@ def _encode(
         check_finite("language_model", vectors)
         bar.update()
     return Encoded(states, mask_2, vectors), clap
+
+
+def clap_embeddings(pipe: Any, texts: list[str], warned: set[str] | None = None) -> Tensor:
+    """CLAP's embeddings of texts.
+
+    Args:
+        pipe: CLAP and its tokenizer: a pipeline, or `audioldm2.metrics.ClapScorer`.
+        texts: B texts.
+        warned: see `tokenize`.
+
+    Returns:
+        (B, 512), of unit length.
+
+    Raises:
+        NonFiniteError: CLAP returned numbers that are not finite.
+    """
+    ids, mask = tokenize(pipe, pipe.tokenizer, texts, warned=warned)
+    with pipe.running("text_encoder") as text_encoder:
+        clap: Tensor = text_encoder.text_features(input_ids=ids, attention_mask=mask)
+    check_finite("text_encoder", clap)
+    return clap
 
 
 def _aligned(uncond: Encoded, cond: Encoded) -> list[Encoded]:

@@ -43,7 +43,7 @@ def score(
     Returns:
         Cosine similarities, (prompts, n).
     """
-    rate = setting(feature_extractor, "sampling_rate") or feature_extractor.sampling_rate
+    rate = clap_rate(feature_extractor)
     resampled = resample(audio.to(stage_device(text_encoder)), sampling_rate, rate)
     if isinstance(generator, Sequence) and len(generator) > 1:
         count = len(audio) // len(text_embeddings)
@@ -52,10 +52,33 @@ def score(
     else:
         one = generator[0] if isinstance(generator, Sequence) else generator
         features = feature_extractor(resampled, rate, one)
-    sound_embeddings = text_encoder.audio_features(input_features=features.to(stage_dtype(text_encoder)))
-    check_finite("text_encoder", sound_embeddings)
+    sound_embeddings = embed_features(text_encoder, features)
     sound_embeddings = rearrange(sound_embeddings, "(b n) p -> b n p", b=len(text_embeddings))
     return torch.einsum("bnp,bp->bn", sound_embeddings, text_embeddings.to(sound_embeddings))
+
+
+def clap_rate(feature_extractor: Any) -> int:
+    """The sampling rate in Hz of the sounds that a log-mel front end of CLAP takes."""
+    rate: int = setting(feature_extractor, "sampling_rate") or feature_extractor.sampling_rate
+    return rate
+
+
+def embed_features(text_encoder: Any, features: Tensor) -> Tensor:
+    """Embed sounds with CLAP.
+
+    Args:
+        text_encoder: CLAP.
+        features: from its front end, (B, 1, frames, mels).
+
+    Returns:
+        (B, P), of unit length.
+
+    Raises:
+        NonFiniteError: CLAP returned numbers that are not finite.
+    """
+    embeddings: Tensor = text_encoder.audio_features(input_features=features.to(stage_dtype(text_encoder)))
+    check_finite("text_encoder", embeddings)
+    return embeddings
 
 
 def best_first(audio: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:

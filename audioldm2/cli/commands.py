@@ -17,6 +17,7 @@ COMMANDS = {
     "generate": "one sound from its description; the default",
     "batch": "a sound for each prompt of a table, into a folder",
     "finetune": "teach a checkpoint your own sounds",
+    "evaluate": "measure how good the sounds in a folder are",
     "serve": "a web page for generating sounds",
     "completion": "Tab completion for bash, zsh and fish",
 }

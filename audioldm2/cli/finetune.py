@@ -16,6 +16,7 @@ from audioldm2.cli.options import (
     STANDARD_OUTPUT,
     Parser,
     add_common_options,
+    add_threads_option,
     device_name,
     number,
     parse_options,
@@ -108,7 +109,7 @@ def parser() -> Parser:
         action="store_true",
         help="take less memory and a third more time",
     )
-    machine.add_argument("--threads", type=number(int, 1), metavar="N", help="CPU threads (default: all)")
+    add_threads_option(machine)
     machine.add_argument("--quiet", action="store_true", help="print only the result, warnings and errors")
     add_common_options(machine)
     return p

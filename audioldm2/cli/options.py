@@ -118,12 +118,13 @@ def add_quality_options(p: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model_options(p: argparse.ArgumentParser, several: bool = False) -> None:
+def add_model_options(p: argparse.ArgumentParser, several: bool = False, generates: bool = True) -> None:
     """Add the options that say which checkpoint runs where, and what is printed.
 
     Args:
         p: the parser of a command.
         several: whether --model may be given several times; it is then a list, None by default.
+        generates: whether the command generates sounds, so that adapters, a dtype and compiling are options.
     """
     machine = p.add_argument_group("model and device")
     machine.add_argument(
@@ -141,29 +142,31 @@ def add_model_options(p: argparse.ArgumentParser, several: bool = False) -> None
     machine.add_argument(
         "--revision", metavar="NAME", help="branch, tag or commit of a repository on the Hub (default: main)"
     )
-    machine.add_argument(
-        "--lora",
-        type=_adapter,
-        action="append",
-        metavar="FOLDER[:WEIGHT]",
-        help="adapter (LoRA) of the checkpoint, a folder, a file or a repository, and how strongly it is on, "
-        "as in telephone-lora:0.8 (default weight: 1). May be given several times",
-    )
+    if generates:
+        machine.add_argument(
+            "--lora",
+            type=_adapter,
+            action="append",
+            metavar="FOLDER[:WEIGHT]",
+            help="adapter (LoRA) of the checkpoint, a folder, a file or a repository, and how strongly it is "
+            "on, as in telephone-lora:0.8 (default weight: 1). May be given several times",
+        )
     machine.add_argument(
         "--device",
         type=device_name,
         help="cpu, cuda, cuda:1, mps or xpu (default: cuda if available, or cpu)",
     )
-    machine.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="precision of weights and computation (default: float16 with cuda, otherwise float32)",
-    )
-    machine.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the model with torch.compile: minutes in the first run, then faster; best on a GPU",
-    )
+    if generates:
+        machine.add_argument(
+            "--dtype",
+            choices=DTYPES,
+            help="precision of weights and computation (default: float16 with cuda, otherwise float32)",
+        )
+        machine.add_argument(
+            "--compile",
+            action="store_true",
+            help="compile the model with torch.compile: minutes in the first run, then faster; best on a GPU",
+        )
     machine.add_argument("--quiet", action="store_true", help="print only the result, warnings and errors")
     add_common_options(machine)
 
@@ -174,6 +177,11 @@ def add_common_options(p: argparse._ActionsContainer) -> None:
     p.add_argument(
         "--version", action="version", version=f"{PROGRAM} {__version__}", help="print the version and exit"
     )
+
+
+def add_threads_option(p: argparse._ActionsContainer) -> None:
+    """Add --threads, for commands that run in this process alone."""
+    p.add_argument("--threads", type=number(int, 1), metavar="N", help="CPU threads (default: all)")
 
 
 def check_words(p: Parser, options: argparse.Namespace) -> None:

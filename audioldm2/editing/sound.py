@@ -45,11 +45,12 @@ class Recording(NamedTuple):
     rate: int
 
 
-def as_waveforms(audio: Tensor | np.ndarray[Any, Any]) -> Tensor:
+def as_waveforms(audio: Tensor | np.ndarray[Any, Any], name: str = "audio") -> Tensor:
     """A caller's sounds as one batch.
 
     Args:
         audio: (samples,) or (B, samples), floating-point, a tensor or an array.
+        name: of the argument.
 
     Returns:
         (B, samples).
@@ -57,7 +58,7 @@ def as_waveforms(audio: Tensor | np.ndarray[Any, Any]) -> Tensor:
     Raises:
         TypeError, ValueError: anything else; the message names the argument.
     """
-    return _as_rows("audio", audio, "B", "audio.mean(1)")
+    return _as_rows(name, audio, "B", f"{name}.mean(1)")
 
 
 def recordings(audio: Any, sampling_rate: Any) -> list[Recording]:
@@ -72,23 +73,48 @@ def recordings(audio: Any, sampling_rate: Any) -> list[Recording]:
         OSError: a file cannot be read.
         TypeError, ValueError: anything else, silence, or a sampling rate that is missing or not needed.
     """
+    return [recording(name, one, sampling_rate) for name, one in named_sounds(audio, sampling_rate)]
+
+
+def named_sounds(audio: Any, sampling_rate: Any, name: str = "audio") -> list[tuple[str, Sound]]:
+    """A caller's sounds, not read yet, each with its name for error messages.
+
+    Args:
+        audio: see `recordings`.
+        sampling_rate: see `recordings`.
+        name: of the argument.
+
+    Raises:
+        TypeError, ValueError: anything else, or a sampling rate that is missing or not needed.
+    """
     given = list(audio) if isinstance(audio, list | tuple) else [audio]
     if not given:
-        raise ValueError(f"audio is an empty list; pass {AUDIO}")
-    names = ["audio"] if len(given) == 1 else [f"audio[{i}]" for i in range(len(given))]
-    for name, one in zip(names, given, strict=True):
+        raise ValueError(f"{name} is an empty list; pass {AUDIO}")
+    names = [name] if len(given) == 1 else [f"{name}[{i}]" for i in range(len(given))]
+    for each, one in zip(names, given, strict=True):
         if not isinstance(one, Tensor | np.ndarray | str | os.PathLike):
-            raise TypeError(f"{name} must be {AUDIO}, got {quoted(one)}")
+            raise TypeError(f"{each} must be {AUDIO}, got {quoted(one)}")
     if sampling_rate is not None:
         check_count("sampling_rate", sampling_rate, 1, MAX_RATE)
         if all(isinstance(one, str | os.PathLike) for one in given):
             raise ValueError("sampling_rate goes with waveforms; a file says its own rate")
     elif not all(isinstance(one, str | os.PathLike) for one in given):
-        raise ValueError("audio needs its sampling_rate, in Hz")
-    return [_recording(name, one, sampling_rate) for name, one in zip(names, given, strict=True)]
+        raise ValueError(f"{name} needs its sampling_rate, in Hz")
+    return list(zip(names, given, strict=True))
 
 
-def _recording(name: str, audio: Any, sampling_rate: Any) -> Recording:
+def recording(name: str, audio: Sound, sampling_rate: Any, warn_quiet: bool = True) -> Recording:
+    """One sound, read and mixed.
+
+    Args:
+        name: from `named_sounds`; that of a file is its path.
+        audio: see `recordings`.
+        sampling_rate: see `recordings`.
+        warn_quiet: warn of a sound that is too quiet for the VAE.
+
+    Raises:
+        As `recordings` does.
+    """
     if isinstance(audio, str | os.PathLike):
         name = str(audio)
         channels, rate = read_sound(name)
@@ -100,7 +126,7 @@ def _recording(name: str, audio: Any, sampling_rate: Any) -> Recording:
     if peak < SILENCE:
         how = " when its channels are mixed" if len(channels) > 1 else ""
         raise ValueError(f"{name} is silent{how}: its peak is {peak:.1g}")
-    if peak < QUIET:
+    if peak < QUIET and warn_quiet:
         warnings.warn(
             f"{name} is quiet: its peak is {peak:.2g}; amplify it for better results, as the model was "
             "trained on sounds with a peak of 0.5",

@@ -34,13 +34,14 @@ class Item(NamedTuple):
     where: str
 
 
-def read_table(source: str | Path) -> list[Item]:
+def read_table(source: str | Path, folder: str | Path | None = None) -> list[Item]:
     """Read a table of sound files and their captions.
 
     Args:
         source: a .csv, .tsv or .jsonl file in UTF-8 with the columns file_name (or file, audio, path) and
             caption (or text, prompt), of which others are ignored; or a folder with metadata.csv or
             metadata.jsonl.
+        folder: to which the names of files are relative; that of the table by default.
 
     Returns:
         The rows in their order. The files exist, and the captions are not empty.
@@ -65,7 +66,7 @@ def read_table(source: str | Path) -> list[Item]:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = json_rows(file) if kind == "jsonl" else separated_rows(file, SEPARATORS[kind])
             for line, row in rows:
-                items.append(_item(row, path, f"{path}:{line}"))
+                items.append(_item(row, Path(folder or path.parent), f"{path}:{line}"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
     except HeaderError as error:
@@ -75,13 +76,13 @@ def read_table(source: str | Path) -> list[Item]:
     return items
 
 
-def _item(row: Any, table: Path, where: str) -> Item:
+def _item(row: Any, folder: Path, where: str) -> Item:
     if isinstance(row, Exception):
         raise ValueError(f"{where}: {one_line(row)}") from row
     if not isinstance(row, dict):
         raise ValueError(f"{where}: each line is a JSON object, got {quoted(row)}")
     name, caption = (_cell(row, names, where) for names in (FILE_COLUMNS, CAPTION_COLUMNS))
-    path = table.parent / Path(name).expanduser()
+    path = folder / Path(name).expanduser()
     if not path.is_file():
         raise ValueError(f"{where}: there is no file {path}")
     return Item(path, caption, where)
