@@ -36,8 +36,8 @@ class Figure:
 
     Attributes:
         value: what was measured.
-        spread: the standard deviation that it would have over other sets of as many sounds; NaN if there are
-            too few to tell.
+        spread: the standard deviation that it would have over other sets of as many sounds, drawn at random;
+            NaN if there are too few to tell. Sounds of the same prompts with other seeds vary much less.
         count: the number of sounds.
     """
 

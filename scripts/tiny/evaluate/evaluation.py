@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from audioldm2 import AudioLDM2Pipeline
 from audioldm2.audio.log_mel import LogMel, LogMelConfig
 from audioldm2.audio.resample import resample
+from audioldm2.metrics.spectra import DECIBELS_PER_NEPER
 from scripts.tiny.data.captions import caption
 from scripts.tiny.data.sounds import BACKGROUNDS, KINDS, SAMPLING_RATE, draw_scene, loudest_level, render
 from scripts.tiny.data.tokenizers import tokenize
@@ -25,7 +26,6 @@ from scripts.tiny.evaluate.generation import generate
 from scripts.tiny.evaluate.measures import measure
 from scripts.tiny.evaluate.prompts import HELD_OUT_SEED, TWO_SOUNDS, Prompt
 
-DECIBELS_PER_NEPER = 20 / np.log(10)  # LogMel's unit is the natural logarithm of an amplitude
 Checks = dict[str, bool]
 
 
