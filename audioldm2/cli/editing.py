@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from audioldm2.audio.file_types import SOUND_TYPES
 from audioldm2.cli.messages import with_option_names
-from audioldm2.cli.options import Parser, number, seconds
+from audioldm2.cli.options import Parser, number, reading, seconds
 from audioldm2.cli.prompts import STANDARD_INPUT, standard_input
 from audioldm2.editing.checks import METHODS, OF_EDITS, check_edit, check_inversion, read_pair
 from audioldm2.extras import install_hint
@@ -47,7 +46,7 @@ def add_editing_options(p: argparse.ArgumentParser) -> None:
     )
     edit.add_argument(
         "--keep",
-        type=_pair("keep"),
+        type=reading("keep", read_pair),
         action="append",
         metavar="START-END",
         help="seconds that are kept, as in 0-2.5, or 4- for up to the end; the rest is generated to fit. May "
@@ -55,14 +54,14 @@ def add_editing_options(p: argparse.ArgumentParser) -> None:
     )
     edit.add_argument(
         "--replace",
-        type=_pair("replace"),
+        type=reading("replace", read_pair),
         action="append",
         metavar="START-END",
         help="the opposite: seconds that are generated. May be given several times",
     )
     edit.add_argument(
         "--replace-band",
-        type=_pair("replace_band"),
+        type=reading("replace_band", read_pair),
         action="append",
         metavar="LOW-HIGH",
         help="frequencies in Hz that are generated, as in 4000-8000; the others are kept. May be given "
@@ -131,18 +130,6 @@ def _method(text: str) -> str:
             f"must be {' or '.join(METHODS)}, got {text!r}; write the prompt before --invert"
         )
     return text
-
-
-def _pair(name: str) -> Callable[[str], tuple[float, float | None]]:
-    """An argparse type: a span or a band."""
-
-    def parse(text: str) -> tuple[float, float | None]:
-        try:
-            return read_pair(name, text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error).removeprefix(f"{name} ")) from error
-
-    return parse
 
 
 def check_editing(p: Parser, options: argparse.Namespace) -> None:

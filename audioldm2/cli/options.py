@@ -21,6 +21,7 @@ STANDARD_OUTPUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 MAX_COLUMNS = 80
 DTYPES = ("float32", "float16", "bfloat16")
 Number = TypeVar("Number", int, float)
+Read = TypeVar("Read")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -209,6 +210,18 @@ def number(kind: type[Number], low: Number, high: Number | None = None) -> Calla
         what = "an integer" if kind is int else "a number"
         limits = f"from {low} to {high}" if high is not None else f"of at least {low}"
         raise argparse.ArgumentTypeError(f"must be {what} {limits}, got {text!r}")
+
+    return parse
+
+
+def reading(name: str, read: Callable[[str, str], Read]) -> Callable[[str], Read]:
+    """An argparse type: the result of read(name, text), whose errors begin with the name as argparse's do."""
+
+    def parse(text: str) -> Read:
+        try:
+            return read(name, text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix(f"{name} ")) from error
 
     return parse
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from typing import BinaryIO
 
 from audioldm2.cli.commands import PROGRAM
 from audioldm2.cli.messages import say, with_option_names
-from audioldm2.cli.options import Parser
-from audioldm2.prompt_weights import Weights, check_weights, weights_of
+from audioldm2.cli.options import Parser, reading
+from audioldm2.prompt_weights import check_weights, weights_of
 
 STANDARD_INPUT = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
 MAX_BYTES = 100_000  # of a prompt
@@ -78,7 +77,7 @@ def add_weight_options(p: argparse.ArgumentParser) -> None:
     mix = p.add_argument_group("prompts and words with weights")
     mix.add_argument(
         "--blend",
-        type=_weights("blend"),
+        type=reading("blend", weights_of),
         action="extend",
         metavar="TEXT:WEIGHT",
         help='another prompt to mix in, as in "a bell: 0.3". The prompt has the rest, here 0.7. '
@@ -86,24 +85,12 @@ def add_weight_options(p: argparse.ArgumentParser) -> None:
     )
     mix.add_argument(
         "--word-weights",
-        type=_weights("word_weights"),
+        type=reading("word_weights", weights_of),
         action="extend",
         metavar="WORD:WEIGHT",
         help="how strongly words or phrases of the prompt act, compared with 1, as in "
         '"siren: 1.5, rain: 0.5". May be given several times',
     )
-
-
-def _weights(name: str) -> Callable[[str], Weights]:
-    """An argparse type: texts with their weights."""
-
-    def parse(text: str) -> Weights:
-        try:
-            return weights_of(name, text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error).removeprefix(f"{name} ")) from error
-
-    return parse
 
 
 def check_prompt_weights(p: Parser, options: argparse.Namespace) -> None:
