@@ -102,7 +102,7 @@ def test_errors_while_training_are_reported_without_a_traceback(parts: Path, tmp
     small = ("--folder", tmp_path, "--parts", parts, "--sounds", "2", "--batch", "2", "--stages")
     assert train_tiny(*small, "vae", "--steps", "1").returncode == 0
     for arguments, message in (
-        (("vae", "--steps", "2"), "vae_1.pt belongs to a run with seed 0 and 1 steps"),
+        (("vae", "--steps", "2"), "vae_1.pt belongs to a run with steps 1, and this run has steps 2"),
         (("unet", "--begin", tmp_path / "broken"), str(tmp_path / "broken" / "unet")),
     ):
         done = train_tiny(*small, *arguments)
