@@ -322,7 +322,7 @@ def _summary(sounds: Sounds) -> str:
         f"made in {sounds.seconds:.1f} s",
     ]
     if request.invert:
-        facts.insert(3, f"by inversion, {request.taken_steps} of them taken")
+        facts.insert(3, f"by inversion, with {request.taken_steps} of the steps")
     if request.word_weights:
         facts.insert(1, f"word weights {request.word_weights}")
     if request.blend:
