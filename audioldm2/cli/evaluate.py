@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from audioldm2.audio.file_types import SOUND_TYPES
-from audioldm2.cli.loading import check_revision
+from audioldm2.cli.loading import check_revision, checked_device
 from audioldm2.cli.messages import print_error, say
 from audioldm2.cli.options import (
     Parser,
@@ -149,15 +149,9 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
 
     import torch
 
-    from audioldm2.runtime.device import available_device
-
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        available_device(device)
-    except ValueError as error:
-        parser.error(f"argument --device: {error}")
+    device = checked_device(parser, options)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from audioldm2.metrics import ClapScorer, evaluate
 

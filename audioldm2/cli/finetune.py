@@ -9,7 +9,7 @@ from typing import Any
 
 from audioldm2.adapters.config import TARGET_MODULES
 from audioldm2.arguments import MAX_SEED
-from audioldm2.cli.loading import Loader, check_revision
+from audioldm2.cli.loading import Loader, check_revision, checked_device
 from audioldm2.cli.messages import clean, counted, say
 from audioldm2.cli.options import (
     DEFAULT_MODEL,
@@ -340,17 +340,12 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
 
     import torch
 
-    from audioldm2.runtime.device import available_device
     from audioldm2.training.finetune import finetune
     from audioldm2.training.processes import own_device
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    device = options.device or own_device()
-    try:
-        available_device(device)
-    except ValueError as error:
-        parser.error(f"argument --device: {error}")
+    device = checked_device(parser, options, own_device())
     say(f"loading {options.model}", options.quiet)
     pipe = Loader(options.model, "float32", device, None, False, options.variant, options.revision)()
     pipe.set_progress_bar_config(disable=options.quiet, file=sys.stderr)

@@ -76,6 +76,29 @@ class Loader:
         return pipe
 
 
+def checked_device(parser: Parser, options: argparse.Namespace, default: str | None = None) -> str:
+    """The device of --device, or a default, if this machine has it.
+
+    Args:
+        parser: for the error.
+        options: of `add_model_options`.
+        default: "cuda" or "cpu" by default, whichever there is.
+
+    Raises:
+        SystemExit: with code 2 if it is not available.
+    """
+    import torch
+
+    from audioldm2.runtime.device import available_device
+
+    device: str = options.device or default or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        available_device(device)
+    except ValueError as error:
+        parser.error(f"argument --device: {error}")
+    return device
+
+
 def loader(parser: Parser, options: argparse.Namespace, has_gpu: bool | None = None) -> Loader:
     """What the options say about loading.
 
@@ -87,17 +110,10 @@ def loader(parser: Parser, options: argparse.Namespace, has_gpu: bool | None = N
     Raises:
         SystemExit: with code 2 for a device that is not available.
     """
-    import torch
-
-    from audioldm2.runtime.device import available_device
-
-    default = "cuda" if (torch.cuda.is_available() if has_gpu is None else has_gpu) else "cpu"
-    device = options.device or default
     if has_gpu is None:
-        try:
-            available_device(device)
-        except ValueError as error:
-            parser.error(f"argument --device: {error}")
+        device = checked_device(parser, options)
+    else:
+        device = options.device or ("cuda" if has_gpu else "cpu")
     dtype = options.dtype or ("float16" if device.startswith("cuda") else "float32")
     return Loader(
         options.model,
