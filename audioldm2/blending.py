@@ -60,13 +60,18 @@ def as_blends(value: Any) -> list[tuple[list[str], list[float]]]:
     return blends
 
 
-def check_tokens(pipe: Encoders, prompts: Sequence[str]) -> None:
-    """Raise ValueError if prompts that are blended have more tokens together than the encoders read."""
+def blended_tokens(pipe: Encoders, prompts: Sequence[str]) -> int:
+    """The number of tokens of prompts that are blended, all together.
+
+    Raises:
+        ValueError: it is more than the encoders read.
+    """
     tokens, limit = sum(token_count(pipe, text) for text in prompts), token_limit(pipe, pipe.tokenizer_2)
     if tokens > limit:
         raise ValueError(
             f"blend has the prompts {quoted(prompts)}, with {tokens} tokens together; {limit} are read"
         )
+    return tokens
 
 
 def blended(parts: Sequence[Conditioning], weights: Sequence[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

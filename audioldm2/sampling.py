@@ -156,8 +156,8 @@ def denoise(
     def predict_now(latents: Tensor, t: Tensor) -> Tensor:
         """The UNet's output, with rows for uncond if this step is guided."""
         if guided not in predictors:
-            rows = conditioning if guided == conditioning.guided else conditioning.without_guidance()
-            predictors[guided] = predictor(unet, rows, cache)
+            part = conditioning if guided == conditioning.guided else conditioning.without_guidance()
+            predictors[guided] = predictor(unet, part, cache)
         return predictors[guided](latents, t)
 
     predict: Predict = predict_now

@@ -26,7 +26,7 @@ from audioldm2.audio.sound_file import check_can_write
 from audioldm2.batch.jobs import Failure, Job
 from audioldm2.batch.names import distinct, file_name, split_name
 from audioldm2.batch.sources import InputFile, input_file
-from audioldm2.blending import check_tokens
+from audioldm2.blending import blended_tokens
 from audioldm2.checkpoints.recommended import recommended_for
 from audioldm2.conditioning import check_transcription, speaks, token_count, token_limit
 from audioldm2.decoding import frames_and_samples
@@ -286,9 +286,7 @@ def _tokens(job: Job, pipe: AudioLDM2Pipeline) -> tuple[int, ...]:
     if job.word_weights:
         token_weights(pipe.tokenizer_2, job.prompt, dict(job.word_weights), tokens[0])
     if job.blend:
-        blended = [job.prompt, *(text for text, _ in job.blend)]
-        check_tokens(pipe, blended)
-        tokens[0] = sum(token_count(pipe, text) for text in blended)
+        tokens[0] = blended_tokens(pipe, [job.prompt, *(text for text, _ in job.blend)])
     return tuple(tokens)
 
 

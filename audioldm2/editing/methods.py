@@ -14,7 +14,7 @@ from torch import Tensor
 
 from audioldm2.arguments import check_choice, check_count, check_number
 from audioldm2.audio.log_mel import LogMelConfig
-from audioldm2.blending import Blend, as_blends, blended, check_tokens, padded
+from audioldm2.blending import Blend, as_blends, blended, blended_tokens, padded
 from audioldm2.compatibility import DiffusersMethods
 from audioldm2.conditioning import PromptInputs, Text, condition, speaks
 from audioldm2.editing.inversion import (
@@ -79,7 +79,7 @@ class EditingMethods(DiffusersMethods):
         if max_new_tokens is not None:
             check_count("max_new_tokens", max_new_tokens)
         for texts, _ in blends:
-            check_tokens(self, texts)
+            blended_tokens(self, texts)
         found = []
         none = PromptInputs("negative_prompt", None)
         with self.generation():
