@@ -11,7 +11,6 @@ installs matplotlib, which is imported when something is drawn, without pyplot.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from operator import index
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from audioldm2.arguments import check_choice, check_count
 from audioldm2.attention import AttentionLayer, AttentionRecord, Word
-from audioldm2.audio.decibels import RANGE_DB, decibels
+from audioldm2.audio.decibels import DECIBELS_PER_NEPER, RANGE_DB, decibels
 from audioldm2.audio.file_types import image_type
 from audioldm2.audio.mel import hertz_to_mel
 from audioldm2.audio.wav import as_channels
@@ -229,7 +228,7 @@ def plot_denoising(
     shown = sorted({round(last * i / max(1, panels - 1)) for i in range(panels)} | {last})[-panels:]
     latents = torch.stack([recorder.latents[i][sound] for i in shown])
     mels = pipe.decode(latents.to(pipe.device)).float().cpu()[:, 0]  # natural logarithm, (steps, T, F)
-    levels = (20 / math.log(10)) * (mels - mels[-1].max())
+    levels = DECIBELS_PER_NEPER * (mels - mels[-1].max())
     vocoder = pipe.part("vocoder")
     rate = vocoder.config.sampling_rate
     seconds = mels.shape[1] * vocoder.hop_length / rate

@@ -14,6 +14,7 @@ from audioldm2.audio.mel import mel_filter_bank, mel_spectrogram
 
 N_MELS = 128
 RANGE_DB = 80.0  # dynamic range: lower levels, relative to the maximum, are raised to it
+DECIBELS_PER_NEPER = 20 / math.log(10)  # of natural logarithms of amplitudes, as in LogMel's spectrograms
 WINDOW_S = 0.064  # in seconds; rounded to a power of two in samples
 HOP_S = 0.01  # in seconds
 

@@ -10,7 +10,6 @@ hears, would count most.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -18,13 +17,11 @@ import torch
 from torch import Tensor
 
 from audioldm2.arguments import check_count
-from audioldm2.audio.decibels import RANGE_DB
+from audioldm2.audio.decibels import DECIBELS_PER_NEPER, RANGE_DB
 from audioldm2.audio.log_mel import LogMel
 from audioldm2.audio.resample import MAX_RATE, resample
 from audioldm2.editing.sound import as_waveforms
 from audioldm2.tensors import check_tensor
-
-DECIBELS_PER_NEPER = 20 / math.log(10)  # LogMel's unit is the natural logarithm of an amplitude
 
 
 def log_mel_distance(

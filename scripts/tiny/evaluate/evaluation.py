@@ -15,9 +15,9 @@ from einops import rearrange
 from tqdm.auto import tqdm
 
 from audioldm2 import AudioLDM2Pipeline
+from audioldm2.audio.decibels import DECIBELS_PER_NEPER
 from audioldm2.audio.log_mel import LogMel, LogMelConfig
 from audioldm2.audio.resample import resample
-from audioldm2.metrics.spectra import DECIBELS_PER_NEPER
 from scripts.tiny.data.captions import caption
 from scripts.tiny.data.sounds import BACKGROUNDS, KINDS, SAMPLING_RATE, draw_scene, loudest_level, render
 from scripts.tiny.data.tokenizers import tokenize

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from audioldm2 import AudioLDM2Pipeline, decoding, windows
+from audioldm2.audio.decibels import DECIBELS_PER_NEPER, RANGE_DB
 from audioldm2.audio.log_mel import LogMel
 from audioldm2.editing import sources
 from scripts.tiny.data.sounds import ALL_SOUNDS, CLIP_SECONDS, SAMPLING_RATE, Scene, render
@@ -27,8 +28,6 @@ WINDOWS_OF_DECODING = (40, 128, 256)  # rows of latents
 LENGTHS = (2, 4, 8, 16, 32)  # of what is decoded, in clips
 SEAM = 0.05  # s on both sides of a seam
 SKIPS = (0.6, 0.5, 0.45, 0.4, 0.0)
-MEL_RANGE = 80.0  # dB below the maximum
-DECIBELS = 20 / np.log(10)  # of one natural logarithm of an amplitude
 
 
 @dataclass(frozen=True)
@@ -125,8 +124,8 @@ def decoding_table(model: Model, count: int, seed: int) -> str:
 
 def mel_distance(expected: Tensor, actual: Tensor) -> float:
     """The mean distance of log-mel spectrograms in dB, within 80 dB of the first one's maximum."""
-    lowest = expected.max() - MEL_RANGE / DECIBELS
-    return float(DECIBELS * (expected.clamp(min=lowest) - actual.clamp(min=lowest)).abs().mean())
+    lowest = expected.max() - RANGE_DB / DECIBELS_PER_NEPER
+    return float(DECIBELS_PER_NEPER * (expected.clamp(min=lowest) - actual.clamp(min=lowest)).abs().mean())
 
 
 # --- seams
