@@ -34,6 +34,8 @@ _HOMES = {
     "MissingCheckpointError": "audioldm2.checkpoints.errors",
     "NonFiniteError": "audioldm2.tensors",
     "ProjectionModel": "audioldm2.models.projection",
+    "QUALITIES": "audioldm2.quality",
+    "Quality": "audioldm2.quality",
     "T5Encoder": "audioldm2.models.t5",
     "UNet": "audioldm2.models.unet",
     "VAE": "audioldm2.models.vae",
@@ -69,6 +71,7 @@ if TYPE_CHECKING:  # `as` marks what is exported
     from audioldm2.models.vits import VitsTextEncoder as VitsTextEncoder
     from audioldm2.output import AudioPipelineOutput as AudioPipelineOutput
     from audioldm2.pipeline import AudioLDM2Pipeline as AudioLDM2Pipeline
+    from audioldm2.quality import QUALITIES as QUALITIES, Quality as Quality
     from audioldm2.sampling import LatentRecorder as LatentRecorder
     from audioldm2.schedulers import (
         DDIMScheduler as DDIMScheduler,

@@ -65,18 +65,21 @@ def guide(noise: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
     return rescale * ratio * guided + (1 - rescale) * guided
 
 
-def guidance_of(scale: Any, interval: Any, rescale: Any) -> Guidance:
+def guidance_of(scale: Any, interval: Any, rescale: Any, default: Any = None) -> Guidance:
     """The arguments of a generation, checked.
 
     Args:
         scale: `guidance_scale`.
-        interval: `guidance_interval`; None is all steps.
+        interval: `guidance_interval`.
         rescale: `guidance_rescale`.
+        default: the interval if none is given, which may have no effect; None is all steps.
 
     Raises:
         TypeError, ValueError: an argument that cannot be used, or has no effect without guidance.
     """
     check_number("guidance_scale", scale)
+    if interval is None and scale > 1:
+        interval = default
     if not is_finite(rescale) or not 0 <= rescale <= 1:
         raise ValueError(f"guidance_rescale must be a number from 0 to 1, got {quoted(rescale)}")
     if interval is not None:

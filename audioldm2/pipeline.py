@@ -63,6 +63,7 @@ from audioldm2.models.vae import VAE
 from audioldm2.models.vits import VitsTextEncoder
 from audioldm2.noise import Generators
 from audioldm2.output import AudioPipelineOutput
+from audioldm2.quality import Quality, quality_of
 from audioldm2.ranking import best_first, score
 from audioldm2.runtime.device import named_device
 from audioldm2.runtime.profiling import recorded
@@ -73,6 +74,7 @@ from audioldm2.sampling import (
     check_callbacks,
     denoise,
     exclusive,
+    set_timesteps,
 )
 from audioldm2.schedulers.base import Scheduler
 from audioldm2.tensors import check_finite, check_tensor
@@ -538,6 +540,8 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods, FeatureCacheMethods):
         guidance_rescale: float = 0.0,
         unconditional: str = UNCONDITIONAL[0],
         feature_cache: int | FeatureCaching | bool | None = None,
+        timesteps: Sequence[int] | None = None,
+        quality: str | Quality | None = None,
     ) -> AudioPipelineOutput:
         """Generate sound from text, or from text and sound.
 
@@ -621,6 +625,10 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods, FeatureCacheMethods):
                 repository.
             feature_cache: an interval such as 3, or a `FeatureCaching`: only every third step runs the whole
                 UNet. False runs it at every step. By default what `enable_feature_cache` says.
+            timesteps: the timesteps of the sampling run, decreasing, instead of a number of steps.
+            quality: "draft", "normal" or "best", or a `Quality`: a preset of sampler, steps, guidance
+                interval and feature caching, in which the arguments above take precedence (see
+                docs/speed.md). The scheduler of the pipeline gives the noise schedule.
 
         Returns:
             `.audios`: B waveforms, those of one prompt together, the best of ranked candidates first.
@@ -645,9 +653,12 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods, FeatureCacheMethods):
         ):
             if count is not None or name in ("num_waveforms_per_prompt", "callback_steps"):
                 check_count(name, count)
-        guidance = guidance_of(guidance_scale, guidance_interval, guidance_rescale)
+        plan = quality_of(quality).with_arguments(num_inference_steps, timesteps, feature_cache)
+        guidance = guidance_of(guidance_scale, guidance_interval, guidance_rescale, plan.guidance_interval)
         check_choice("unconditional", unconditional, UNCONDITIONAL)
-        caching = self._feature_caching if feature_cache is None else as_feature_caching(feature_cache)
+        caching = self._feature_caching
+        if plan.feature_cache is not None:
+            caching = as_feature_caching(plan.feature_cache)
         check_number("eta", eta)
         check_callbacks(callback, callback_on_step_end, callback_on_step_end_tensor_inputs)
         loop, exact = check_flag("loop", loop), check_flag("exact_decoding", exact_decoding)
@@ -661,7 +672,7 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods, FeatureCacheMethods):
         with (
             self.generation(),
             self._adapters_of_call(adapters, cross_attention_kwargs),
-            exclusive(self.scheduler) as scheduler,
+            exclusive(plan.scheduler(self.scheduler)) as scheduler,
         ):
             self.check_stages()
             waveforms = int(num_waveforms_per_prompt)
@@ -682,6 +693,8 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods, FeatureCacheMethods):
                 audio_length_in_s=audio_length_in_s,
                 num_waveforms_per_prompt=waveforms,
                 num_inference_steps=num_inference_steps,
+                timesteps=timesteps,
+                quality=quality,
                 eta=eta or None,
             )
             cond = PromptInputs(
@@ -693,8 +706,8 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods, FeatureCacheMethods):
                 clap_embeds,
                 word_weights,
             )
-            steps = source.steps(num_inference_steps, scheduler)
-            scheduler.set_timesteps(steps, device=self.device)
+            steps = source.steps(plan.steps, scheduler)
+            set_timesteps(scheduler, steps, plan.timesteps, self.device)
             conditioning = condition(
                 self,
                 cond,
@@ -706,7 +719,16 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods, FeatureCacheMethods):
                 unconditional,
             )
             dtype = conditioning.t5_states.dtype
-            run = Sampling(scheduler, steps, conditioning.batch, waveforms, generator, self.device, dtype)
+            run = Sampling(
+                scheduler,
+                steps,
+                plan.timesteps,
+                conditioning.batch,
+                waveforms,
+                generator,
+                self.device,
+                dtype,
+            )
             start = source.begin(run)
             with (
                 self._run_of(len((start.scheduler or scheduler).timesteps), guidance.scale),

@@ -59,6 +59,28 @@ Around = Callable[[Predict], Predict]
 AfterStep = Callable[[int, Tensor, Tensor, Conditioning, float], Changes | None]
 
 
+def set_timesteps(scheduler: Any, steps: int, timesteps: Sequence[int] | None, device: torch.device) -> None:
+    """Begin a sampling run.
+
+    Args:
+        scheduler: any sampler with diffusers' interface.
+        steps: their number.
+        timesteps: chosen by the caller; None is what the sampler chooses for this number.
+        device: of the timesteps.
+
+    Raises:
+        ValueError: the sampler cannot take these, or this number of steps.
+    """
+    if timesteps is None:
+        scheduler.set_timesteps(steps, device=device)
+    elif "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
+        scheduler.set_timesteps(timesteps=list(timesteps), device=device)
+    else:
+        raise ValueError(
+            f"{type(scheduler).__name__} chooses its timesteps itself; pass num_inference_steps instead"
+        )
+
+
 def initial_noise(
     shape: Sequence[int],
     generator: Generators,

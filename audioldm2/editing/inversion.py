@@ -217,13 +217,8 @@ def inversion_sampler(scheduler: Any, steps: int | list[int] | None, device: tor
         device: of its timesteps.
 
     Raises:
-        ValueError: the scheduler has no settings.
+        ValueError: the scheduler has no config.
     """
-    if not isinstance(getattr(scheduler, "config", None), Mapping):
-        raise ValueError(
-            f"inversion needs a scheduler with a config, which {type(scheduler).__name__} has not; set "
-            "pipe.scheduler to one of this package or of diffusers"
-        )
     # Clipping the estimate of the sound is meant for pixels, and cannot be inverted.
     sampler = DDIMScheduler.from_config(
         as_sampler("ddim", scheduler).config, clip_sample=False, thresholding=False

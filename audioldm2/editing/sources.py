@@ -20,7 +20,7 @@ from audioldm2.editing.edit import Edit, Start, begin_with, edit_of, for_each_wa
 from audioldm2.editing.extending import Extension
 from audioldm2.editing.inversion import Inverted, check_inverted
 from audioldm2.noise import Generators, check_generators
-from audioldm2.sampling import Around, initial_noise
+from audioldm2.sampling import Around, initial_noise, set_timesteps
 from audioldm2.tensors import check_tensor
 from audioldm2.windows import around_predictor, window_rows
 
@@ -48,7 +48,8 @@ class Sampling:
 
     Attributes:
         scheduler: the sampler, after `set_timesteps`.
-        steps: what `set_timesteps` was called with.
+        steps: their number.
+        timesteps: what a caller chose, if so.
         batch: B, the number of waveforms.
         waveforms: how many of them belong to each prompt.
         generator: draws the noise.
@@ -58,6 +59,7 @@ class Sampling:
 
     scheduler: Any
     steps: int
+    timesteps: Sequence[int] | None
     batch: int
     waveforms: int
     generator: Generators
@@ -235,7 +237,7 @@ class Continued(Sounds):
 
     def generate(self, run: Sampling, start: Start, denoise: Denoise, stopped: Callable[[], bool]) -> Tensor:
         def window(clean: Tensor, replaced: Tensor) -> Tensor:
-            run.scheduler.set_timesteps(run.steps, device=run.device)
+            set_timesteps(run.scheduler, run.steps, run.timesteps, run.device)
             begin = begin_with(run.scheduler, run.steps, clean, run.noise(clean.shape), 1.0, replaced)
             return denoise(begin._replace(around=self.around))
 

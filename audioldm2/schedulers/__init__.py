@@ -6,6 +6,7 @@ PyTorch; the classes are imported when they are first used. docs/adding-a-sample
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -48,9 +49,20 @@ def sampler_class(name: str) -> type[Scheduler]:
 
 
 def as_sampler(name: str, scheduler: Any) -> Any:
-    """The sampler of a name in `SAMPLERS`: the given one if it is of that class, or one with its config."""
+    """The sampler of a name in `SAMPLERS`: the given one if it is of that class, or one with its config.
+
+    Raises:
+        ValueError: the given one has no config.
+    """
     wanted = sampler_class(name)
-    return scheduler if isinstance(scheduler, wanted) else wanted.from_config(scheduler.config)
+    if isinstance(scheduler, wanted):
+        return scheduler
+    if not isinstance(getattr(scheduler, "config", None), Mapping):
+        raise ValueError(
+            f"{wanted.__name__} takes the noise schedule from the scheduler's config, and "
+            f"{type(scheduler).__name__} has none; set pipe.scheduler to one of this package or of diffusers"
+        )
+    return wanted.from_config(scheduler.config)
 
 
 def _load(module: str, class_name: str) -> type[Scheduler]:
