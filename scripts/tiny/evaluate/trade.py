@@ -7,28 +7,22 @@ latents, in percent.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from audioldm2 import AudioLDM2Pipeline, DDIMScheduler, DPMSolverMultistepScheduler
+from audioldm2 import AudioLDM2Pipeline, Quality
 from audioldm2.atomic import replacing
-from scripts.tiny.data.sounds import CLIP_SECONDS
 from scripts.tiny.evaluate.evaluation import judge, share_right
-from scripts.tiny.evaluate.generation import equal_length_batches, seeded_noise
+from scripts.tiny.evaluate.generation import generate_once, latent_distance
 from scripts.tiny.evaluate.prompts import Prompt
 
-SAMPLERS: dict[str, type[DDIMScheduler] | type[DPMSolverMultistepScheduler]] = {
-    "DDIM": DDIMScheduler,
-    "DPM-Solver++": DPMSolverMultistepScheduler,
-}
+# By the names in the table.
+NAMES = {"DDIM": "ddim", "DPM-Solver++": "dpmsolver++"}
 
 
 @dataclass(frozen=True)
@@ -82,49 +76,19 @@ def measure_trade(
     results: list[TradeResult] = []
     reference: Tensor | None = None
     for setting in settings:
-        pipe = load(getattr(torch, setting.dtype))
-        pipe.scheduler = SAMPLERS[setting.sampler].from_config(pipe.scheduler.config)
-        sounds, latents, seconds = _generate_timed(pipe, prompts, setting, guidance, batch)
-        reference = latents if reference is None else reference
-        distance = (latents - reference).pow(2).mean().sqrt() / reference.pow(2).mean().sqrt()
-        right = share_right(judge(prompts, sounds, "Judging"))
-        results.append(TradeResult(setting, right, 100 * distance.item(), seconds / len(prompts)))
+        found = generate_once(
+            load(getattr(torch, setting.dtype)),
+            prompts,
+            Quality(NAMES[setting.sampler], setting.steps),
+            guidance=guidance,
+            batch=batch,
+            title=f"{setting.sampler}, {setting.steps} steps, {setting.dtype}",
+        )
+        reference = found.latents if reference is None else reference
+        distance = latent_distance(found.latents, reference)
+        right = share_right(judge(prompts, found.sounds, "Judging"))
+        results.append(TradeResult(setting, right, distance, found.seconds / len(prompts)))
     return results
-
-
-def _generate_timed(
-    pipe: AudioLDM2Pipeline, prompts: Sequence[Prompt], setting: Setting, guidance: float, batch: int
-) -> tuple[list[np.ndarray], Tensor, float]:
-    """Sounds, latents (n, C, T, F) float32, and seconds in all, not counting a first batch as warm-up."""
-    sounds: dict[int, np.ndarray] = {}
-    latents: dict[int, Tensor] = {}
-
-    def make(indices: list[int], steps: int) -> tuple[np.ndarray, Tensor]:
-        seen: list[Tensor] = []
-        audios = pipe(
-            [prompts[i].text for i in indices],
-            audio_length_in_s=CLIP_SECONDS,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            latents=torch.cat([seeded_noise(pipe, prompts[i].seed) for i in indices]),
-            callback=lambda step, t, latents: seen.append(latents),
-        ).audios
-        return audios, seen[-1].float().cpu()
-
-    batches = [*equal_length_batches(pipe, prompts, batch)]
-    make(batches[0], 2)
-    seconds = 0.0
-    title = f"{setting.sampler}, {setting.steps} steps, {setting.dtype}"
-    with tqdm(total=len(prompts), desc=title, disable=None) as bar:
-        for indices in batches:
-            start = time.perf_counter()
-            audios, rows = make(indices, setting.steps)
-            seconds += time.perf_counter() - start
-            sounds.update(zip(indices, audios, strict=True))
-            latents.update(zip(indices, rows, strict=True))
-            bar.update(len(indices))
-    order = range(len(prompts))
-    return [sounds[i] for i in order], torch.stack([latents[i] for i in order]), seconds
 
 
 def trade_table(results: Sequence[TradeResult]) -> str:
