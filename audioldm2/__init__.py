@@ -38,6 +38,7 @@ _HOMES = {
     "Quality": "audioldm2.quality",
     "T5Encoder": "audioldm2.models.t5",
     "UNet": "audioldm2.models.unet",
+    "UniPCMultistepScheduler": "audioldm2.schedulers",
     "VAE": "audioldm2.models.vae",
     "VitsTextEncoder": "audioldm2.models.vits",
     "read_sound": "audioldm2.audio.sound_file",
@@ -76,6 +77,7 @@ if TYPE_CHECKING:  # `as` marks what is exported
     from audioldm2.schedulers import (
         DDIMScheduler as DDIMScheduler,
         DPMSolverMultistepScheduler as DPMSolverMultistepScheduler,
+        UniPCMultistepScheduler as UniPCMultistepScheduler,
     )
     from audioldm2.tensors import NonFiniteError as NonFiniteError
 

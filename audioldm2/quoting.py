@@ -43,6 +43,12 @@ def shortened(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[:half]}...{text[-half:]}"
 
 
+def either(names: Iterable[str]) -> str:
+    """Names to choose from: "a", "a or b", "a, b or c"."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 def listed(entries: Iterable[str], separator: str = ", ") -> str:
     """Entries on one line: at most `MAX_LISTED` of them, and how many more there are."""
     shown = list(entries)

@@ -35,8 +35,9 @@ from tests.web_server import LONG, Server, free_port, tiny_server, wait_until
 pytest.importorskip("gradio", reason='needs gradio: the extra "web"')
 import httpx  # one of gradio's dependencies
 
-TINY = Checkpoint("tiny", 5.12, {"dpmsolver++": 20, "ddim": 200}, 2.0, "", False, [("A bell", "")])
-SPEAKER = Checkpoint("speaker", 10.24, {"dpmsolver++": 20, "ddim": 200}, 3.5, "Low quality", True, [])
+STEPS = {"dpmsolver++": 20, "unipc": 20, "ddim": 200}
+TINY = Checkpoint("tiny", 5.12, STEPS, 2.0, "", False, [("A bell", "")])
+SPEAKER = Checkpoint("speaker", 10.24, STEPS, 3.5, "Low quality", True, [])
 # One, because each costs much time. The server closes some connections after errors, so none is used again.
 HTTP = httpx.Client(timeout=HANGS_AFTER, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
 CHECKPOINTS = {"tiny": TINY, "speaker": SPEAKER}
@@ -526,7 +527,7 @@ def test_what_the_page_knows_of_a_checkpoint(tmp_path: Path) -> None:
     index = tmp_path / "speech" / "model_index.json"
     index.write_text(index.read_text().replace("T5EncoderModel", "VitsModel"))
     tiny = serve.describe("tiny")
-    assert (tiny.duration, tiny.steps, tiny.guidance) == (5.12, {"dpmsolver++": 20, "ddim": 200}, 2.0)
+    assert (tiny.duration, tiny.steps, tiny.guidance) == (5.12, STEPS, 2.0)
     assert "A rising sweep" in dict(tiny.examples)
     other, music, speech = (serve.describe(str(tmp_path / name)) for name in ("other", "music", "speech"))
     assert (other.duration, other.guidance, other.speaks) == (5.12, 3.5, False)

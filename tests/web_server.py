@@ -35,7 +35,7 @@ def tiny_server(**limits: float) -> Iterator[Server]:
         limits: other limits of the requests.
     """
     checkpoint = dataclasses.replace(
-        serve.describe("tiny"), duration=0.64, steps={"dpmsolver++": 2, "ddim": 3}
+        serve.describe("tiny"), duration=0.64, steps={"dpmsolver++": 2, "unipc": 2, "ddim": 3}
     )
     log: list[str] = []
     studio = Studio(

@@ -44,7 +44,7 @@ from audioldm2.models.t5 import T5Config, T5Encoder
 from audioldm2.models.unet import UNet, UNetConfig
 from audioldm2.models.vae import VAE, VAEConfig
 from audioldm2.models.vits import VitsTextConfig, VitsTextEncoder
-from audioldm2.quoting import one_line, quoted
+from audioldm2.quoting import either, one_line, quoted
 from audioldm2.runtime.foreign import unwrapped
 from audioldm2.schedulers import SCHEDULERS
 from audioldm2.schedulers.base import Scheduler
@@ -215,14 +215,14 @@ def read_index(folder: Path, replaced: Collection[str] = ()) -> dict[str, str]:
         if not isinstance(entry, list) or len(entry) != 2 or entry[1] is None:
             missing.append(f"{name} is missing")
         elif entry[0] not in LIBRARIES:
-            wrong.append(f"{name} is from {class_label(entry[0])}, not {' or '.join(LIBRARIES)}")
+            wrong.append(f"{name} is from {class_label(entry[0])}, not {either(LIBRARIES)}")
         elif name == "scheduler":
             try:
                 scheduler_class(*entry)
             except ValueError as error:
                 wrong.append(str(error))
         elif entry[1] not in supported:
-            wrong.append(f"{name} is of class {class_label(entry[1])}, not {' or '.join(supported)}")
+            wrong.append(f"{name} is of class {class_label(entry[1])}, not {either(supported)}")
     if wrong or missing:
         kind = CheckpointError if wrong else MissingCheckpointError
         raise kind(f"{path}: {'; '.join([*missing, *wrong])}")
@@ -277,8 +277,8 @@ def scheduler_class(library: Any, name: Any) -> type[Any]:
     if isinstance(name, str) and name in own:
         return own[name]
     refused = ValueError(
-        f"scheduler is of class {class_label(name)}, not {' or '.join(own)} or another scheduler of "
-        "diffusers; pass scheduler="
+        f"scheduler is of class {class_label(name)}, not {', '.join(own)} or another scheduler "
+        "of diffusers; pass scheduler="
     )
     if library != "diffusers" or not isinstance(name, str) or not _SCHEDULER_NAME.fullmatch(name):
         raise refused
@@ -291,7 +291,7 @@ def scheduler_class(library: Any, name: Any) -> type[Any]:
             raise ValueError(f"scheduler is diffusers' {name}, which cannot be imported: {error}") from error
         raise ValueError(
             f"scheduler is diffusers' {name}, and diffusers is not installed; pip install diffusers, or pass "
-            f"scheduler={' or '.join(own)}"
+            f"scheduler={either(own)}"
         ) from error
     except AttributeError:
         raise refused from None

@@ -106,7 +106,8 @@ def recommended_for(settings: Mapping[str, Any], sampler: str) -> dict[str, Any]
 
     Args:
         settings: the checkpoint's.
-        sampler: the name of its class. The number of steps is meant for DPM-Solver++.
+        sampler: the name of its class. The number of steps is meant for DPM-Solver++, and UniPC needs no
+            more.
     """
-    fits = sampler == "DPMSolverMultistepScheduler"
+    fits = sampler in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
     return {name: value for name, value in settings.items() if fits or name != "num_inference_steps"}

@@ -100,15 +100,16 @@ def add_quality_options(p: argparse.ArgumentParser) -> None:
         "--scheduler",
         choices=tuple(SAMPLERS),
         default="dpmsolver++",
-        help="sampling algorithm; dpmsolver++ needs a tenth of ddim's steps (default: %(default)s)",
+        help="sampling algorithm: dpmsolver++ needs a tenth of ddim's steps, and unipc loses least below 10 "
+        "steps (default: %(default)s)",
     )
     quality.add_argument(
         "--steps",
         type=number(int, 1),
         metavar="N",
         help="number of denoising steps; more take longer and usually sound better (default: what the "
-        "checkpoint recommends for dpmsolver++, otherwise what the scheduler needs: 20 for dpmsolver++ and "
-        "200 for ddim)",
+        "checkpoint recommends for dpmsolver++ and unipc, otherwise what the scheduler needs: 20 for these "
+        "two and 200 for ddim)",
     )
     quality.add_argument(
         "--guidance",

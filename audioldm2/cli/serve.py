@@ -234,7 +234,7 @@ def describe(name: str, variant: str | None = None, revision: str | None = None)
     from audioldm2 import schedulers
     from audioldm2.checkpoints.errors import CheckpointError
     from audioldm2.checkpoints.hub import TINY_FOLDER
-    from audioldm2.checkpoints.recommended import RECOMMENDED, read_settings
+    from audioldm2.checkpoints.recommended import RECOMMENDED, read_settings, recommended_for
     from audioldm2.decoding import frames_and_samples
     from audioldm2.quoting import one_line
 
@@ -246,10 +246,11 @@ def describe(name: str, variant: str | None = None, revision: str | None = None)
     except Exception as error:
         raise CheckpointError(f"{folder}: the configs cannot be used ({one_line(error)})") from error
     steps = {
-        sampler: schedulers.SCHEDULERS[class_name].default_num_inference_steps
+        sampler: recommended_for(recommended, class_name).get(
+            "num_inference_steps", schedulers.sampler_class(sampler).default_num_inference_steps
+        )
         for sampler, (_, class_name) in SAMPLERS.items()
     }
-    steps["dpmsolver++"] = recommended.get("num_inference_steps", steps["dpmsolver++"])
     examples: Sequence[tuple[str, str]]
     if speaks(folder):
         examples = SPEECH_EXAMPLES

@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from audioldm2.schedulers.base import Scheduler
     from audioldm2.schedulers.ddim import DDIMScheduler
     from audioldm2.schedulers.dpm_solver import DPMSolverMultistepScheduler
+    from audioldm2.schedulers.unipc import UniPCMultistepScheduler
 
 # The name on the command line: the module in this package, and the class, whose name is also what
 # `_class_name` in a checkpoint's scheduler_config.json says.
 SAMPLERS = {
     "ddim": ("ddim", "DDIMScheduler"),
     "dpmsolver++": ("dpm_solver", "DPMSolverMultistepScheduler"),
+    "unipc": ("unipc", "UniPCMultistepScheduler"),
 }
 
 SCHEDULERS: dict[str, type[Scheduler]]  # the classes by class name, made from SAMPLERS when it is read
@@ -29,6 +31,7 @@ __all__ = [
     "SCHEDULERS",
     "DDIMScheduler",
     "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
     "as_sampler",
     "sampler_class",
 ]

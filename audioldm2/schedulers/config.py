@@ -31,9 +31,8 @@ C = TypeVar("C", bound="Configurable")
 # Settings that only other samplers of diffusers have. They are stored for a conversion back, without effect.
 OTHER_SETTINGS = frozenset(
     (
-        *("disable_corrector", "interpolation_type", "noise_sampler_seed", "predict_x0", "rho"),
-        *("shift_terminal", "sigma_data", "sigma_max", "sigma_min", "sigma_schedule", "skip_prk_steps"),
-        *("solver_p", "timestep_type"),
+        *("interpolation_type", "noise_sampler_seed", "rho", "sigma_data", "sigma_schedule"),
+        *("skip_prk_steps", "timestep_type"),
     )
 )
 
@@ -409,7 +408,7 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         if integer is None:
             raise ValueError(f"{name} must be an integer, got {quoted(value)}")
         value = integer
-    elif hint is float:
+    elif hint in (float, float | None):
         try:
             number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
         except OverflowError:

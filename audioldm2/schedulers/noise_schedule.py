@@ -30,6 +30,7 @@ from audioldm2.quoting import quoted
 from audioldm2.schedulers.config import SchedulerConfig
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+FLOAT32 = torch.finfo(torch.float32)
 TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
 
 
@@ -112,50 +113,55 @@ def spaced_timesteps(spacing: str, total: int, number: int, offset: int = 0) -> 
 
 
 def sampling_sigmas(
-    config: SchedulerConfig, alphas_cumprod: Tensor, number: int
+    config: SchedulerConfig,
+    alphas_cumprod: Tensor,
+    number: int,
+    *,
+    rounded: bool,
+    lu_lambdas: bool = False,
+    lambda_min: float = -math.inf,
 ) -> tuple[list[int], NDArray[np.float64]]:
-    """The timesteps (N,) and noise levels (N,) of a DPM-Solver++ run, from noisy to clean.
+    """The timesteps (N,) and noise levels (N,) of a run of a multistep sampler, from noisy to clean.
 
     Either the timesteps are spaced as `timestep_spacing` says, and the noise levels follow, or the noise
-    levels are spaced (`use_karras_sigmas`, `use_exponential_sigmas`, `use_lu_lambdas`), and the timesteps
-    follow.
+    levels are spaced (`use_karras_sigmas`, `use_exponential_sigmas`, `lu_lambdas`), and the timesteps follow.
 
     Args:
         config: the scheduler's settings.
         alphas_cumprod: abar of the training steps, (T,).
         number: N.
+        rounded: whether the timesteps of spaced noise levels are rounded; otherwise they are rounded down.
+        lu_lambdas: whether to space the noise levels evenly in lambda, whatever `sigma_min` and `sigma_max`.
+        lambda_min: the lambda of the noisiest level that spaced timesteps may start from.
 
     Raises:
         ValueError: if there are fewer training steps than "leading" spacing needs, or a setting leaves no
             noise levels.
     """
     training = training_sigmas(alphas_cumprod)
-    if config.use_karras_sigmas or config.use_exponential_sigmas or config.use_lu_lambdas:
+    if config.use_karras_sigmas or config.use_exponential_sigmas or lu_lambdas:
         # The configs of other samplers carry these limits.
         low, high = config.get("sigma_min"), config.get("sigma_max")
         low = training[0].item() if low is None else low
         high = training[-1].item() if high is None else high
-        for name, limit in (("sigma_min", low), ("sigma_max", high)):
-            check_number(name, limit)
-        if not 0 < low < high:
-            raise ValueError(f"sigma_min must lie between 0 and sigma_max {high:g}, got {low:g}")
+        check_limits(low, high)
         if config.use_karras_sigmas:
             sigmas = karras_sigmas(number, low, high)
-        elif config.use_lu_lambdas:  # as in diffusers, without the limits
+        elif lu_lambdas:
             logs = np.log(training)
             sigmas = exponential_sigmas(number, logs[0].item(), logs[-1].item())
         else:
             sigmas = exponential_sigmas(number, math.log(low), math.log(high))
         steps = np.array([sigma_to_timestep(sigma, training) for sigma in sigmas])
-        if not config.use_exponential_sigmas and config.beta_schedule != "squaredcos_cap_v2":
+        if rounded:
             steps = steps.round()
         return [int(step) for step in steps], sigmas
 
     total = config.num_train_timesteps
     lambdas = alphas_cumprod.sqrt().log() - (1 - alphas_cumprod).sqrt().log()  # falling
-    last = total - int(torch.searchsorted(lambdas.flip(0), config.lambda_min_clipped))
+    last = total - int(torch.searchsorted(lambdas.flip(0), lambda_min))
     if last < 1:
-        raise ValueError(f"lambda_min_clipped {config.lambda_min_clipped} leaves no training step")
+        raise ValueError(f"lambda_min_clipped {lambda_min} leaves no training step")
     if config.timestep_spacing == "linspace":
         steps = np.linspace(0, last - 1, number + 1).round()[::-1][:-1]
     elif config.timestep_spacing == "leading":
@@ -169,6 +175,19 @@ def sampling_sigmas(
         steps = np.arange(last, 0, -total / number).round() - 1
         steps = steps[steps >= 0]  # the last one can round to -1
     return [int(step) for step in steps], np.interp(steps, np.arange(total), training)
+
+
+def check_limits(sigma_min: float | None, sigma_max: float | None) -> None:
+    """Raise ValueError unless these can be the limits of spaced noise levels; None is not checked."""
+    for name, limit in (("sigma_min", sigma_min), ("sigma_max", sigma_max)):
+        if limit is not None:
+            check_number(name, limit)
+            if limit <= 0:
+                raise ValueError(f"{name} must be positive, got {limit:g}")
+            if not FLOAT32.tiny <= limit <= FLOAT32.max:
+                raise ValueError(f"{name} must be a number that float32 can hold, got {limit:g}")
+    if sigma_min is not None and sigma_max is not None and sigma_min >= sigma_max:
+        raise ValueError(f"sigma_min must lie between 0 and sigma_max {sigma_max:g}, got {sigma_min:g}")
 
 
 def training_sigmas(alphas_cumprod: Tensor) -> NDArray[np.float32]:

@@ -10,7 +10,7 @@ from audioldm2.web.requests import MAX_CHARACTERS, Checkpoint, Request
 from audioldm2.web.studio import Studio
 
 MAX_GUIDANCE_SHOWN = 10.0  # of the slider; the API takes more
-SAMPLER_LABELS = {"dpmsolver++": "DPM-Solver++", "ddim": "DDIM"}
+SAMPLER_LABELS = {"dpmsolver++": "DPM-Solver++", "unipc": "UniPC", "ddim": "DDIM"}
 
 
 class Form:
@@ -168,7 +168,7 @@ class Form:
                     [(SAMPLER_LABELS.get(name, name), name) for name in SAMPLERS],
                     value="dpmsolver++",
                     label="Sampler",
-                    info="DDIM needs ten times the steps",
+                    info="UniPC is best below 10 steps; DDIM needs ten times the steps",
                     elem_id="sampler",
                 )
                 self.steps = gr.Slider(

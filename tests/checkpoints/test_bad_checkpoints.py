@@ -108,7 +108,7 @@ def test_parts_of_other_classes_are_all_named(checkpoint):
     )
     message = pipeline_refusal(checkpoint)
     assert "unet is of class UNet2DConditionModel, not AudioLDM2UNet2DConditionModel" in message
-    assert "scheduler is of class EulerScheduler, not DDIMScheduler or DPMSolverMultistepScheduler" in message
+    assert "scheduler is of class EulerScheduler, not DDIMScheduler, DPMSolverMultistepScheduler, " in message
     assert "tokenizer is of class CLIPTokenizer, not RobertaTokenizer" in message
 
 

@@ -88,7 +88,7 @@ def test_without_diffusers_the_error_says_what_to_do(heun, parts, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     message = (
         "scheduler is diffusers' HeunDiscreteScheduler, and diffusers is not installed; pip install "
-        "diffusers, or pass scheduler=DDIMScheduler or DPMSolverMultistepScheduler"
+        "diffusers, or pass scheduler=DDIMScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler"
     )
     with pytest.raises(CheckpointError, match=r"model_index\.json: ") as caught:
         AudioLDM2Pipeline.from_pretrained(heun)
@@ -139,7 +139,7 @@ def test_a_dummy_or_a_broken_diffusers_is_one_line(monkeypatch):
     with pytest.raises(ValueError, match=r"DPMSolverSDEScheduler, which cannot be imported: needs torchsde$"):
         scheduler_class("diffusers", "DPMSolverSDEScheduler")
     monkeypatch.setattr(Namespace, "__getattr__", lambda self, name: int)  # no scheduler at all
-    with pytest.raises(ValueError, match="scheduler is of class DPMSolverSDEScheduler, not DDIMScheduler or"):
+    with pytest.raises(ValueError, match="scheduler is of class DPMSolverSDEScheduler, not DDIMScheduler, "):
         scheduler_class("diffusers", "DPMSolverSDEScheduler")
 
 
@@ -163,7 +163,7 @@ def test_wrong_settings_of_a_scheduler_of_diffusers_are_refused(heun, parts, set
 def test_other_libraries_are_refused_for_every_part(heun):
     edit_json(heun / "model_index.json", unet=["my_unets", "AudioLDM2UNet2DConditionModel"])
     with pytest.raises(
-        CheckpointError, match="unet is from my_unets, not transformers or diffusers or audioldm2"
+        CheckpointError, match="unet is from my_unets, not transformers, diffusers or audioldm2"
     ):
         AudioLDM2Pipeline.from_pretrained(heun)
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import diffusers
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from audioldm2.schedulers import DDIMScheduler, DPMSolverMultistepScheduler
+from audioldm2.schedulers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from audioldm2.schedulers.multistep import MultistepScheduler
 
 THEIRS = {
     DDIMScheduler: diffusers.DDIMScheduler,
     DPMSolverMultistepScheduler: diffusers.DPMSolverMultistepScheduler,
+    UniPCMultistepScheduler: diffusers.UniPCMultistepScheduler,
 }
 
 
@@ -33,13 +36,24 @@ def network(x, t):
 def sampling_run(scheduler, steps, start=0, sample=NOISE, **arguments):
     """The sample after each step of a run, (steps, ...)."""
     scheduler.set_timesteps(steps)
+    return steps_over(scheduler, scheduler.timesteps[start:], sample, **arguments)
+
+
+def steps_over(scheduler, timesteps, sample=NOISE, **arguments):
+    """The sample after each step over some of a run's timesteps, (steps, ...)."""
     trajectory = []
-    for t in scheduler.timesteps[start:]:
+    for t in timesteps:
         sample = scheduler.step(
             network(sample, t), t, scheduler.scale_model_input(sample, t), **arguments
         ).prev_sample
         trajectory.append(sample)
     return torch.stack(trajectory)
+
+
+def seeded(scheduler, seed):
+    """The arguments that seed the noise of a sampler's steps; none for UniPC, which draws no noise."""
+    takes = "generator" in inspect.signature(scheduler.step).parameters
+    return {"generator": torch.Generator().manual_seed(seed)} if takes else {}
 
 
 def assert_close(ours, theirs, bound=1e-5):
@@ -53,14 +67,10 @@ def assert_close(ours, theirs, bound=1e-5):
 def compare(cls, settings, steps, start=0, bound=1e-5, **arguments):
     """Compare every sample of a run with diffusers, relative to the largest value."""
     ours, theirs = cls(**settings), THEIRS[cls](**settings)
-
-    def seeded():
-        return {**arguments, "generator": torch.Generator().manual_seed(1)}
-
-    a, b = sampling_run(ours, steps, start, **seeded()), sampling_run(theirs, steps, start, **seeded())
+    a, b = (sampling_run(one, steps, start, **arguments, **seeded(one, 1)) for one in (ours, theirs))
     assert torch.equal(ours.timesteps, theirs.timesteps)
     assert ours.num_inference_steps == theirs.num_inference_steps
-    if cls is DPMSolverMultistepScheduler:
+    if issubclass(cls, MultistepScheduler):
         assert torch.equal(ours.sigmas, theirs.sigmas)
     assert_close(a, b, bound)
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from audioldm2.noise import randn
-from audioldm2.schedulers import DDIMScheduler, DPMSolverMultistepScheduler
+from audioldm2.schedulers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from audioldm2.schedulers.multistep import MultistepScheduler
 from audioldm2.schedulers.prediction import dynamic_threshold
 from tests.schedulers.helpers import (
     AUDIOLDM2,
@@ -20,6 +21,7 @@ from tests.schedulers.helpers import (
     NoReading,
     assert_close,
     sampling_run,
+    seeded,
 )
 
 
@@ -103,6 +105,7 @@ def test_other_dtypes(cls, dtype, bound):
         (DPMSolverMultistepScheduler(**AUDIOLDM2, solver_order=3), {}),
         (DPMSolverMultistepScheduler(**AUDIOLDM2, algorithm_type="sde-dpmsolver++", thresholding=True), {}),
         (DPMSolverMultistepScheduler(**AUDIOLDM2, use_karras_sigmas=True), {}),
+        (UniPCMultistepScheduler(**AUDIOLDM2, solver_order=3, thresholding=True), {}),
     ],
 )
 @pytest.mark.parametrize("start", [0, 5])
@@ -187,13 +190,17 @@ STATEFUL = [
     (DPMSolverMultistepScheduler, {"solver_order": 3}, {}),
     (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}, {}),
     (DPMSolverMultistepScheduler, {"use_karras_sigmas": True, "solver_order": 3}, {}),
+    (UniPCMultistepScheduler, {"solver_order": 3}, {}),
+    (UniPCMultistepScheduler, {"use_karras_sigmas": True, "solver_type": "bh1"}, {}),
 ]
 
 
 def continue_run(scheduler, sample, timesteps, **arguments):
+    if not isinstance(scheduler, UniPCMultistepScheduler):
+        # the same at every step, so that a run can be continued elsewhere
+        arguments = {"variance_noise": NOISE.flip(0), **arguments}
     for t in timesteps:
-        noise = NOISE.flip(0)  # the same at every step, so that a run can be continued elsewhere
-        sample = scheduler.step(network_of_samples(sample), t, sample, variance_noise=noise, **arguments)[0]
+        sample = scheduler.step(network_of_samples(sample), t, sample, **arguments)[0]
     return sample
 
 
@@ -207,7 +214,7 @@ def test_set_timesteps_leaves_nothing_of_an_earlier_run(cls, settings, arguments
     for start in (0, 4):  # 4 is also where the earlier run stopped
         fresh, used = cls(**AUDIOLDM2, **settings), cls(**AUDIOLDM2, **settings)
         used.set_timesteps(15)
-        if cls is DPMSolverMultistepScheduler:
+        if issubclass(cls, MultistepScheduler):
             used.set_begin_index(0)
         continue_run(used, 3 * NOISE, used.timesteps[:4], **arguments)
         results = []
@@ -290,10 +297,10 @@ def test_timesteps_that_were_written_to_are_read_in_a_copy_too(inference):
 def test_a_run_is_silent(cls):
     spacings = [{}, {"timestep_spacing": "trailing"}, {"timestep_spacing": "leading"}]
     others = [{"thresholding": True}, {"trained_betas": torch.linspace(0.001, 0.02, 1000)}]
+    if issubclass(cls, MultistepScheduler):
+        others += [{"use_karras_sigmas": True}, {"use_exponential_sigmas": True}]
     if cls is DPMSolverMultistepScheduler:
         others += [
-            {"use_karras_sigmas": True},
-            {"use_exponential_sigmas": True},
             {"use_lu_lambdas": True},
             {"algorithm_type": "sde-dpmsolver++", "final_sigmas_type": "sigma_min"},
         ]
@@ -306,6 +313,6 @@ def test_a_run_is_silent(cls):
         warnings.simplefilter("error")
         for settings in (*spacings, *others, zero_snr):
             scheduler = cls(**{**AUDIOLDM2, **settings})
-            sampling_run(scheduler, 20, generator=torch.Generator().manual_seed(0))
+            sampling_run(scheduler, 20, **seeded(scheduler, 0))
             scheduler.add_noise(NOISE, NOISE, scheduler.timesteps[5:6])
             copy.deepcopy(cls.from_config(scheduler.config))

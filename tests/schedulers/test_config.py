@@ -14,7 +14,13 @@ import diffusers
 import pytest
 import torch
 
-from audioldm2.schedulers import SAMPLERS, SCHEDULERS, DDIMScheduler, DPMSolverMultistepScheduler
+from audioldm2.schedulers import (
+    SAMPLERS,
+    SCHEDULERS,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    UniPCMultistepScheduler,
+)
 from tests.schedulers.helpers import AUDIOLDM2, THEIRS, assert_close, sampling_run
 
 
@@ -203,6 +209,7 @@ def test_table_of_samplers():
     assert {
         "DDIMScheduler": DDIMScheduler,
         "DPMSolverMultistepScheduler": DPMSolverMultistepScheduler,
+        "UniPCMultistepScheduler": UniPCMultistepScheduler,
     } == SCHEDULERS
     assert [class_name for _, class_name in SAMPLERS.values()] == list(SCHEDULERS)
 

@@ -14,7 +14,8 @@ import math
 import pytest
 import torch
 
-from audioldm2.schedulers import DDIMScheduler, DPMSolverMultistepScheduler
+from audioldm2.schedulers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from audioldm2.schedulers.multistep import MultistepScheduler
 from tests.schedulers.helpers import AUDIOLDM2
 
 MEAN, STD = 0.5, 0.3
@@ -25,7 +26,7 @@ def run(scheduler, steps, start, **arguments):
     scheduler.set_timesteps(steps)
     x = start
     for i, t in enumerate(scheduler.timesteps):
-        if isinstance(scheduler, DPMSolverMultistepScheduler):
+        if isinstance(scheduler, MultistepScheduler):
             alpha = 1 / math.sqrt(float(scheduler.sigmas[i]) ** 2 + 1)
         else:
             alpha = math.sqrt(float(scheduler.alphas_cumprod[t]))
@@ -37,7 +38,7 @@ def run(scheduler, steps, start, **arguments):
 
 def exact(scheduler, start):
     """Where the probability-flow ODE goes from `start`, for a run that was just made."""
-    if isinstance(scheduler, DPMSolverMultistepScheduler):
+    if isinstance(scheduler, MultistepScheduler):
         first, last = scheduler.sigmas[0].item(), scheduler.sigmas[-1].item()
     else:
         abar = scheduler.alphas_cumprod[scheduler.timesteps[0]].item()
@@ -48,6 +49,7 @@ def exact(scheduler, start):
 
 
 UNIFORM = {"use_lu_lambdas": True, "lower_order_final": False, "final_sigmas_type": "sigma_min"}
+EVEN = {"use_exponential_sigmas": True, "lower_order_final": False, "final_sigmas_type": "sigma_min"}
 
 
 @pytest.mark.parametrize(
@@ -60,6 +62,11 @@ UNIFORM = {"use_lu_lambdas": True, "lower_order_final": False, "final_sigmas_typ
         (DPMSolverMultistepScheduler(**AUDIOLDM2, **UNIFORM, solver_order=2, solver_type="heun"), 4.0, 6e-4),
         # The first steps, at orders 1 and 2, limit order 3 to the ratio of order 2.
         (DPMSolverMultistepScheduler(**AUDIOLDM2, **UNIFORM, solver_order=3), 4.2, 1.2e-4),
+        # The corrector of UniPC raises the order by one.
+        (UniPCMultistepScheduler(**AUDIOLDM2, **EVEN, solver_order=1), 4.1, 1.2e-3),
+        (UniPCMultistepScheduler(**AUDIOLDM2, **EVEN, solver_order=2), 8.0, 4e-5),
+        (UniPCMultistepScheduler(**AUDIOLDM2, **EVEN, solver_order=2, solver_type="bh1"), 8.3, 8e-5),
+        (UniPCMultistepScheduler(**AUDIOLDM2, **EVEN, disable_corrector=[*range(200)]), 4.0, 4e-4),
     ],
 )
 def test_order_of_convergence(scheduler, ratio, bound):

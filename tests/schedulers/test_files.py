@@ -156,12 +156,12 @@ def test_settings_without_effect_are_told(cls: Any) -> None:
     with pytest.warns(UserWarning, match="settings without effect on .*: beta_strat=0.1"):
         cls.from_config({"_class_name": "DDIMScheduler", "beta_strat": 0.1})
     foreign = {"_class_name": "MySchedulerOfMine", "strange": 1}
-    scheduler, unused = cls.from_config(foreign, return_unused_kwargs=True, sigma_min=0.1, typo=3)
-    assert unused == {"sigma_min": 0.1, "typo": 3, "_class_name": cls.__name__, "strange": 1}
+    scheduler, unused = cls.from_config(foreign, return_unused_kwargs=True, sigma_data=0.1, typo=3)
+    assert unused == {"sigma_data": 0.1, "typo": 3, "_class_name": cls.__name__, "strange": 1}
     assert "typo" not in scheduler.config
     assert scheduler.config["strange"] == 1
-    with pytest.warns(UserWarning, match="overrides without effect on .*: sigma_min=0.1"):
-        cls.from_config({}, sigma_min=0.1)
+    with pytest.warns(UserWarning, match="overrides without effect on .*: sigma_data=0.1"):
+        cls.from_config({}, sigma_data=0.1)
     with pytest.raises(TypeError, match="typo"):
         cls.from_config({}, typo=3)
     with pytest.raises(TypeError, match="strings"):

@@ -15,8 +15,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
-from audioldm2.schedulers import DDIMScheduler, DPMSolverMultistepScheduler
-from tests.schedulers.helpers import AUDIOLDM2, THEIRS
+from audioldm2.schedulers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from tests.schedulers.helpers import AUDIOLDM2, THEIRS, seeded
 
 BOUNDED = settings(
     max_examples=40,
@@ -37,7 +37,7 @@ ODD = st.one_of(
 NAMES = st.sampled_from(
     ("linear", "scaled_linear", "squaredcos_cap_v2", "epsilon", "sample", "v_prediction", "leading")
     + ("linspace", "trailing", "dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++", "midpoint")
-    + ("heun", "bh2", "deis", "zero", "sigma_min", "learned", "fixed_small")
+    + ("heun", "bh1", "bh2", "deis", "zero", "sigma_min", "learned", "fixed_small")
 )
 GOOD = {
     "num_train_timesteps": st.integers(2, 60),
@@ -56,6 +56,9 @@ GOOD = {
     "dynamic_thresholding_ratio": st.floats(0, 1),
     "sample_max_value": st.floats(0.1, 5),
     "clip_sample_range": st.floats(0.1, 5),
+    "disable_corrector": st.lists(st.integers(0, 8), max_size=3),
+    "sigma_min": st.one_of(st.none(), st.floats(1e-3, 1)),
+    "sigma_max": st.one_of(st.none(), st.floats(1, 1e3)),
 }
 SETTINGS = {cls: tuple(inspect.signature(cls).parameters) for cls in THEIRS}
 
@@ -96,8 +99,7 @@ def sampled(scheduler: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         warnings.simplefilter("ignore")
         for t in scheduler.timesteps:
             output = torch.tanh(sample.float()).to(dtype)
-            generator = torch.Generator().manual_seed(0)
-            sample = scheduler.step(output, t, sample, generator=generator).prev_sample
+            sample = scheduler.step(output, t, sample, **seeded(scheduler, 0)).prev_sample
     return sample
 
 
@@ -176,8 +178,9 @@ def test_arguments_of_a_step(cls: Any, data: st.DataObject) -> None:
         "model_output": data.draw(mostly),
         "timestep": data.draw(st.one_of(st.sampled_from([*scheduler.timesteps, 30, torch.tensor(30)]), ODD)),
         "sample": data.draw(mostly),
-        "variance_noise": data.draw(st.one_of(st.none(), mostly)),
     }
+    if cls is not UniPCMultistepScheduler:
+        arguments["variance_noise"] = data.draw(st.one_of(st.none(), mostly))
     if cls is DDIMScheduler:
         arguments["eta"] = data.draw(st.one_of(st.just(0.5), ODD))
     result = attempt(lambda: scheduler.step(**arguments).prev_sample, *STEP)
@@ -230,10 +233,22 @@ def exact_output(scheduler: Any, x: torch.Tensor, i: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("schedule", REPEATING)
-@pytest.mark.parametrize("how", ["views", "index", "slice"])
-def test_a_partial_run_steps_from_the_level_that_was_added(schedule: dict[str, Any], how: str) -> None:
+@pytest.mark.parametrize(
+    ("cls", "how"),
+    [
+        (DPMSolverMultistepScheduler, "views"),
+        (DPMSolverMultistepScheduler, "index"),
+        (DPMSolverMultistepScheduler, "slice"),
+        (UniPCMultistepScheduler, "views"),
+    ],
+)
+def test_a_partial_run_steps_from_the_level_that_was_added(
+    schedule: dict[str, Any], cls: Any, how: str
+) -> None:
     """With the exact network and the right level, every x on the way is on the line from x_0 to the noise."""
-    scheduler = DPMSolverMultistepScheduler(**{**AUDIOLDM2, **schedule})
+    if not schedule.keys() <= {*SETTINGS[cls]}:
+        return
+    scheduler = cls(**{**AUDIOLDM2, **schedule})
     clean, noise = torch.full((2, 3), 0.5), torch.tensor([[1.0, -2.0, 0.3], [0.7, 1.5, -1.0]])
     steps = 20 if "num_train_timesteps" in schedule else 24
     for start in range(steps):
