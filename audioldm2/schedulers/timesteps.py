@@ -1,0 +1,56 @@
+"""Timesteps for few steps, found by a search instead of spaced evenly.
+
+`scripts/optimize_timesteps` looks for the N timesteps whose samples are closest to those of 200 steps from the
+same noise. One list that such a search found is stored here, and interpolated to other numbers of steps. It
+spaces the steps more closely at both ends of a run than `timestep_spacing` does.
+
+Measured on "tiny", guidance 2, 25 prompts that the search did not see. Root-mean-square distance of the latents
+from those of 200 steps of DPM-Solver++, in percent of the latents, by default ("trailing") and with these
+timesteps:
+
+    steps            4             5             6             8            10            15
+    UniPC         21.6 -> 20.4  17.3 -> 12.1  13.0 -> 10.3   8.1 -> 5.9   7.0 -> 3.0   5.1 -> 1.4
+    DPM-Solver++  22.9 -> 18.9  18.5 -> 12.3  14.6 -> 10.6   9.6 -> 6.0   8.5 -> 4.2   5.6 -> 1.5
+
+What is not known: whether they are as good for other checkpoints. Those of AudioLDM 2 have the same betas, but
+"tiny" rescales them to end in pure noise. Up to timestep 500 the noise levels are the same within 3 %, and at
+849 they are a third higher; a network that learned real sounds may need its steps elsewhere as well.
+
+Sabour et al. 2024 ("Align Your Steps") interpolate their lists in log sigma. Here the timestep itself is
+interpolated, which was closer in 8 of 9 comparisons on the prompts of the search: in sigma, the list's first
+and last timesteps would stay where they are at any number of steps.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from audioldm2.arguments import check_count
+
+MAX_STEPS = 50  # many more than the list was made for
+
+# For UniPC in 8 steps. The end of the run, where no noise is left, counts as timestep -1.
+FOUND = (999, 955, 849, 686, 493, 261, 64, 13, -1)
+
+
+def optimized_timesteps(steps: int) -> list[int]:
+    """Timesteps that lose less than even spacing, for a network that was trained with 1000 steps.
+
+    Args:
+        steps: N, from 1 to MAX_STEPS.
+
+    Returns:
+        N integers that fall from 999, for `set_timesteps(timesteps=...)` of any sampler that takes them.
+
+    Raises:
+        ValueError: if N is not an integer from 1 to MAX_STEPS.
+
+    Example:
+        >>> optimized_timesteps(8)
+        [999, 955, 849, 686, 493, 261, 64, 13]
+        >>> optimized_timesteps(5)
+        [999, 891, 647, 307, 44]
+    """
+    check_count("steps", steps, 1, MAX_STEPS)
+    positions = np.linspace(0, len(FOUND) - 1, int(steps) + 1)[:-1]
+    return [round(float(t)) for t in np.interp(positions, range(len(FOUND)), FOUND)]
