@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,10 +31,13 @@ from audioldm2.sampling import denoise, set_timesteps
 from audioldm2.schedulers import SAMPLERS
 from scripts.tiny.evaluate.prompts import draw_prompts
 from scripts.tiny.evaluate.quality import QualityScore, Setting, measure_quality, with_spread
+from scripts.tiny.evaluate.report import replace_block
 
 TINY_GUIDANCE = 2.0  # what the tiny checkpoint recommends
 REFERENCE = "best"
 FEW_CLIPS = 4  # of each kind and trait, for the combinations: 116 prompts
+
+PICTURE = "quality-over-seconds.png"  # in docs/
 
 # What the plot compares: a sampler and its steps, an interval of feature caching, and where guidance ends.
 COMBINATIONS = tuple(
@@ -387,3 +391,10 @@ def report(speed: Mapping[str, Any], scores: Mapping[str, Any], picture: Path) -
         parts = Parts({(a, b): taken for a, b, taken in speed["parts"]["steps"]}, speed["parts"]["rest"])
         draw(parts, combinations, picture, speed["about"]["machine"])
     return markdown(rows, scores.get("prompts", 0))
+
+
+def write_documents(docs: Path, text: str, picture: Path) -> None:
+    """Put the table and the plot into docs/speed.md."""
+    shown = f"![distance from 200 steps over seconds]({PICTURE})"
+    replace_block(docs / "speed.md", "presets", f"{text}\n\n{shown}")
+    shutil.copyfile(picture, docs / PICTURE)
