@@ -179,9 +179,10 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods, FeatureCacheMethods):
                 "tiny" only if it holds a checkpoint.
             pretrained_model_name_or_path: the same, under the name that it has in diffusers.
             torch_dtype: a dtype, or its name as text. By default the checkpoint's own, but float32 for
-                "tiny", whose weights are stored in float16 only to save space; "auto" is always that of the
-                stored weights. A dict has a dtype for each part, such as `{"unet": torch.float16, "default":
-                torch.float32}`; parts that it leaves out are loaded in float32.
+                "tiny", whose weights are stored in float16 only to save space. "auto" is that of the stored
+                weights, but bfloat16 on a machine without an accelerator whose CPU multiplies bfloat16 in
+                hardware (AVX512_BF16, AMX_BF16). A dict has a dtype for each part, such as `{"unet":
+                torch.float16, "default": torch.float32}`; parts that it leaves out are loaded in float32.
             dtype: the same, under the name that it has in newer releases of diffusers.
             device: where the stages go, such as "cuda" or the number of a CUDA device; the CPU by default.
             device_map: the same; "balanced" and "auto" are this machine's accelerator, or its CPU if there is
@@ -577,7 +578,7 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods, FeatureCacheMethods):
             cross_attention_kwargs: {"scale": 0.5}, as in diffusers: a factor for the adapters that are on.
                 Nothing else, as there are no attention processors to pass it to.
             output_type: "np" or "pt" for waveforms, (B, samples), 16 kHz, float32, on the CPU; "latent" for
-                the latents before decoding.
+                the latents before decoding, which are float32 in half precision, too.
             callback_on_step_end: called as callback_on_step_end(pipe, step, timestep, tensors) after every
                 step; the tensors that it returns replace those of the run. As in diffusers, it may set
                 `pipe._guidance_scale`, and `pipe._interrupt = True` to decode what there is.
@@ -718,7 +719,7 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods, FeatureCacheMethods):
                 waveforms,
                 unconditional,
             )
-            dtype = conditioning.t5_states.dtype
+            dtype = torch.promote_types(self.dtype, torch.float32)
             run = Sampling(
                 scheduler,
                 steps,

@@ -345,7 +345,8 @@ def predictor(unet: nn.Module, conditioning: Conditioning, cache: FeatureCache |
     """The UNet as a function of latents (B, ...) and timestep alone; the result has the conditioning's rows.
 
     Our UNet computes the keys and values of the conditions once, here, and takes the latents once for both
-    uncond and cond. Any other module is called as diffusers calls its UNet.
+    uncond and cond. Any other module is called as diffusers calls its UNet. The latents are converted to the
+    UNet's dtype, and the result to that of the latents.
 
     Args:
         unet: this package's, or any module that is called like diffusers'.
@@ -361,9 +362,9 @@ def predictor(unet: nn.Module, conditioning: Conditioning, cache: FeatureCache |
     if _takes(unet, "contexts"):
         contexts = unet.contexts(vectors, states, mask)  # type: ignore[operator]
         if cache is None:
-            return lambda latents, t: unet(latents.to(dtype), t, contexts=contexts)
+            return _converting(dtype, lambda latents, t: unet(latents, t, contexts=contexts))
         if _takes(unet, "features"):
-            return lambda latents, t: cache.predict(unet, latents.to(dtype), t, contexts)
+            return _converting(dtype, lambda latents, t: cache.predict(unet, latents, t, contexts))
     if cache is not None:
         raise TypeError(
             f"feature_cache needs a UNet that takes level and features, as this package's does; "
@@ -374,7 +375,7 @@ def predictor(unet: nn.Module, conditioning: Conditioning, cache: FeatureCache |
 
     def predict(latents: Tensor, t: Tensor) -> Tensor:
         output = unet(
-            torch.cat([latents.to(dtype)] * copies),
+            torch.cat([latents] * copies),
             t,
             encoder_hidden_states=vectors,
             encoder_hidden_states_1=states,
@@ -388,7 +389,12 @@ def predictor(unet: nn.Module, conditioning: Conditioning, cache: FeatureCache |
             )
         return prediction
 
-    return predict
+    return _converting(dtype, predict)
+
+
+def _converting(dtype: torch.dtype, predict: Predict) -> Predict:
+    """A predictor for latents of any dtype, which it returns, too; `predict` gets those of `dtype`."""
+    return lambda latents, t: predict(latents.to(dtype), t).to(latents.dtype)
 
 
 def _takes(unet: nn.Module, argument: str) -> bool:

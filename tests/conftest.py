@@ -9,11 +9,18 @@ import pytest
 import torch
 
 from audioldm2 import AudioLDM2Pipeline
+from audioldm2.runtime import capability
 from tests.helpers import load_pipeline
 from tests.reference import SMALL, SMALL_LARGE, SMALL_SPEECH, Both, make_checkpoint
 
 # The suite's stages are so small that a second thread costs more than it gives.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _float32_on_any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the default dtypes of a CPU that does not multiply bfloat16 in hardware."""
+    monkeypatch.setattr(capability, "multiplies_bfloat16", lambda: False)
 
 
 def _quietly_made(folder: Path, sizes: dict[str, dict]) -> Path:

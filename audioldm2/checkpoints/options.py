@@ -20,10 +20,11 @@ import torch
 from audioldm2.arguments import check_flag, did_you_mean
 from audioldm2.checkpoints.hub import Source, default_dtype
 from audioldm2.quoting import quoted
+from audioldm2.runtime.capability import generation_dtype
 from audioldm2.runtime.device import available_device, default_accelerator
 from audioldm2.runtime.precision import DTYPES
 
-Dtype = torch.dtype | Literal["auto"]  # "auto" keeps the dtype of the weights as they are stored
+Dtype = torch.dtype | Literal["auto"]  # see `part_dtype`
 Dtypes = Dtype | dict[str, Dtype] | None  # a dict has one for each part, and "default" for the others
 DtypeArgument = torch.dtype | str | Mapping[str, torch.dtype | str] | None
 DeviceArgument = torch.device | str | int | None
@@ -160,6 +161,10 @@ def load_options(
 def part_dtype(dtype: Dtypes, folder: Path, name: str = "") -> torch.dtype | None:
     """The dtype in which a part is loaded.
 
+    "auto" is the dtype of the stored weights, as in diffusers. But on a machine without an accelerator whose
+    CPU multiplies bfloat16 in hardware it is bfloat16, also for weights that are stored in float16, which
+    most of these CPUs cannot multiply. With an accelerator, the part may be moved there later.
+
     Args:
         dtype: from `load_options`.
         folder: the checkpoint's.
@@ -172,7 +177,10 @@ def part_dtype(dtype: Dtypes, folder: Path, name: str = "") -> torch.dtype | Non
         dtype = dtype.get(name, dtype.get("default", torch.float32))  # float32 as in diffusers
     if dtype is None:
         return default_dtype(folder)
-    return None if isinstance(dtype, str) else dtype
+    if not isinstance(dtype, str):
+        return dtype
+    best = generation_dtype(default_accelerator())
+    return best if best == torch.bfloat16 else None
 
 
 def _location(repo_or_folder: Any, pretrained_model_name_or_path: Any) -> Any:
@@ -221,7 +229,7 @@ def _dtype(argument: str, value: Any) -> Dtype:
         supported = ", ".join(map(str, DTYPES))
         raise ValueError(
             f"{argument} = {quoted(value)} is not supported; use one of {supported} (also as text), or "
-            '"auto" for that of the stored weights'
+            '"auto" for that of the stored weights (bfloat16 on a CPU that multiplies it in hardware)'
         )
     return found
 

@@ -114,10 +114,9 @@ def loader(parser: Parser, options: argparse.Namespace, has_gpu: bool | None = N
         device = checked_device(parser, options)
     else:
         device = options.device or ("cuda" if has_gpu else "cpu")
-    dtype = options.dtype or ("float16" if device.startswith("cuda") else "float32")
     return Loader(
         options.model,
-        dtype,
+        options.dtype or _default_dtype(device, here=has_gpu is None),
         device,
         options.scheduler,
         options.compile,
@@ -125,6 +124,16 @@ def loader(parser: Parser, options: argparse.Namespace, has_gpu: bool | None = N
         options.revision,
         tuple(options.lora or ()),
     )
+
+
+def _default_dtype(device: str, here: bool) -> str:
+    """The name of the dtype for a device of this machine, or of others."""
+    from audioldm2.runtime.capability import generation_dtype
+
+    if not here and device == "cpu":
+        # The machines of a cluster may have different CPUs, but all sounds of a batch have one dtype.
+        return "float32"
+    return str(generation_dtype(device)).removeprefix("torch.")
 
 
 def load_pipeline(

@@ -162,7 +162,8 @@ def add_model_options(p: argparse.ArgumentParser, several: bool = False, generat
         machine.add_argument(
             "--dtype",
             choices=DTYPES,
-            help="precision of weights and computation (default: float16 with cuda, otherwise float32)",
+            help="precision of weights and computation (default: float16 with cuda, bfloat16 with a CPU that "
+            "multiplies it in hardware, as with AVX512_BF16 or AMX, otherwise float32)",
         )
         machine.add_argument(
             "--compile",

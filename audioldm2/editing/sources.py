@@ -54,7 +54,7 @@ class Sampling:
         waveforms: how many of them belong to each prompt.
         generator: draws the noise.
         device: of the latents.
-        dtype: of the latents.
+        dtype: of the latents between the steps, at least float32.
     """
 
     scheduler: Any

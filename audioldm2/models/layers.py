@@ -25,6 +25,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
 }
 
+# The widest heads whose attention in bfloat16 is computed in float32 on a CPU. On two Zen 4 cores, which
+# multiply bfloat16 in hardware, PyTorch's attention with heads of 32, as in AudioLDM 2's UNet, was measured
+# at 142 GFLOP/s in float32 and at 111 in bfloat16 (issue 19). `scripts/bench --stage attention` measures it.
+MAX_WIDTH_FOR_FLOAT32 = 32
+
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None, scale: float | None = None
@@ -43,9 +48,27 @@ def attention(
     Returns:
         (B, N, heads · d).
     """
+    dtype = q.dtype
     q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
+    if _is_faster_in_float32(q):
+        q, k, v = q.float(), k.float(), v.float()
+        bias = None if bias is None else bias.float()
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    return rearrange(out, "b h n d -> b n (h d)")
+    return rearrange(out.to(dtype), "b h n d -> b n (h d)")
+
+
+def _is_faster_in_float32(q: Tensor) -> bool:
+    """Whether to compute attention in float32, for queries (B, heads, N, d) in bfloat16 on a CPU.
+
+    Compilers choose algorithms of their own, and autocast would convert back.
+    """
+    return (
+        q.dtype == torch.bfloat16
+        and q.device.type == "cpu"
+        and q.shape[-1] <= MAX_WIDTH_FOR_FLOAT32
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def mask_bias(mask: Tensor, dtype: torch.dtype, low: float) -> Tensor:

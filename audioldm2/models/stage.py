@@ -94,7 +94,8 @@ class Stage(nn.Module, Generic[ConfigT]):
             subfolder: the stage's folder in the checkpoint, such as "unet"; "" if config.json is at the top.
             pretrained_model_name_or_path: `repo_or_folder`, under the name that it has in diffusers.
             torch_dtype: dtype of the weights, or its name as text; None keeps the checkpoint's own ("tiny" is
-                loaded in float32), and "auto" that of the stored weights.
+                loaded in float32), and "auto" that of the stored weights, but bfloat16 on a machine without
+                an accelerator whose CPU multiplies bfloat16 in hardware.
             dtype: the same, under the name that it has in newer releases of diffusers.
             device: where the weights are placed; None is the CPU, and a number a CUDA device.
             device_map: the same; "balanced" and "auto" are this machine's accelerator, or its CPU.
