@@ -116,6 +116,7 @@ import torch
 from audioldm2 import AudioLDM2Pipeline, DPMSolverMultistepScheduler, write_wav
 
 pipe = AudioLDM2Pipeline.from_pretrained(sys.argv[2])
+assert "sympy" not in sys.modules, "loading imports PyTorch's compiler, which takes half a second"
 pipe.set_progress_bar_config(disable=True)
 pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
 out = pipe("A dog barks", negative_prompt="Low quality", num_inference_steps=2, audio_length_in_s=1.0,

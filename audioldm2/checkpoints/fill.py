@@ -105,7 +105,8 @@ def fill(
     for name, empty in state.items():
         if name not in plan:
             # Integer buffers count training steps (BatchNorm's num_batches_tracked); counting starts anew.
-            filled[name] = torch.zeros_like(empty, device=device)
+            # Not zeros_like, which imports PyTorch's compiler and sympy for a tensor on the meta device.
+            filled[name] = torch.zeros(empty.shape, dtype=empty.dtype, device=device)
             continue
         recipe = plan[name]
         held = cast(torch.dtype, source.types[recipe.sources[0]])

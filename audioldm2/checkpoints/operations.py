@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +39,24 @@ def _concat_shape(shapes: Sequence[Shape]) -> Shape:
     if len(set(shapes)) != 1 or not shapes[0]:
         raise ValueError(f"cannot concatenate shapes {', '.join(map(str, shapes))}")
     return (len(shapes) * shapes[0][0], *shapes[0][1:])
+
+
+def _concat(tensors: Sequence[Tensor]) -> Tensor:
+    """`torch.cat` in one thread.
+
+    Memory limits it, not the number of threads. `torch.cat` would wait for all of PyTorch's threads once per
+    tensor, which takes up to 10 ms where the cores are busy, with the import of the tokenizers for example.
+    """
+    if any(tensor.device.type != "cpu" or tensor.dtype != tensors[0].dtype for tensor in tensors):
+        return torch.cat(list(tensors))
+    joined = tensors[0].new_empty(_concat_shape([tuple(tensor.shape) for tensor in tensors]))
+    np.concatenate([_bytes(tensor) for tensor in tensors], out=_bytes(joined))
+    return joined
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    """A tensor's memory as an array; NumPy does not have all of PyTorch's types."""
+    return tensor.detach().contiguous().view(torch.uint8).numpy()
 
 
 def _squeeze_shape(shapes: Sequence[Shape]) -> Shape:
@@ -74,9 +93,7 @@ def _fold_weight_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 OPERATIONS = {
     "copy": Operation(lambda s: s[0], lambda t: t[0], lambda w, n: [w]),
-    "concat": Operation(
-        _concat_shape, lambda t: torch.cat(list(t)), lambda w, n: list(w.chunk(n)), takes=(2, None)
-    ),
+    "concat": Operation(_concat_shape, _concat, lambda w, n: list(w.chunk(n)), takes=(2, None)),
     "squeeze": Operation(_squeeze_shape, lambda t: t[0][:, :, 0, 0], lambda w, n: [w[:, :, None, None]]),
     "transpose": Operation(_transpose_shape, lambda t: t[0].t(), lambda w, n: [w.t()]),
     "fold_weight_norm": Operation(

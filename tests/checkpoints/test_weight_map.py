@@ -357,6 +357,22 @@ def test_concat_keeps_the_order():
     assert apply(Recipe("concat", ("q", "k", "v")), tensors.__getitem__).tolist() == [1, 2, 3]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("prepare", [torch.clone, torch.t, nn.Parameter, lambda x: x.to("meta")])
+def test_concat_is_torch_cat(dtype, prepare):
+    parts = [prepare(random(4, 4).to(dtype)) for _ in range(3)]
+    joined = apply(Recipe("concat", ("q", "k", "v")), dict(zip("qkv", parts, strict=True)).__getitem__)
+    expected = torch.cat(parts)
+    assert (joined.dtype, joined.device) == (dtype, expected.device)
+    assert joined.is_contiguous()
+    assert joined.is_meta or torch.equal(joined, expected)
+
+
+def test_concat_promotes_types_as_torch_cat_does():
+    parts = {"q": torch.ones(2), "k": torch.ones(2, dtype=torch.float16)}
+    assert apply(Recipe("concat", ("q", "k")), parts.__getitem__).dtype == torch.float32
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_weight_norm_equals_pytorchs(dtype):
     layer = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 3, 5))
