@@ -4,6 +4,7 @@
 - `dispatch`: runs one; errors, warnings and signals.
 - `options`: what their parsers share.
 - `loading`: from the options to a pipeline.
+- `memory`: keeps freed memory for the next feature map.
 - `messages`: errors and warnings as one line.
 - `process`: signals, and standard streams that are closed or full.
 - `prompts`: prompts from files and standard input.

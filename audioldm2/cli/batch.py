@@ -15,6 +15,7 @@ from audioldm2.audio.file_types import FILE_FORMATS, SAMPLE_FORMATS, sound_type
 from audioldm2.batch.jobs import BATCH_SIZE, Failure, Job
 from audioldm2.batch.tables import TABLES, parse_jobs, read_jobs
 from audioldm2.cli.loading import load_pipeline, loader
+from audioldm2.cli.memory import keep_freed_memory
 from audioldm2.cli.messages import (
     clean,
     counted,
@@ -222,6 +223,7 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
         SystemExit: with code 2 for invalid arguments.
         Exception: the run failed; what was finished stays.
     """
+    keep_freed_memory()
     # These checks come before PyTorch, which takes seconds to import.
     jobs, invalid = _read_table(parser, options)
     check_folder_writable(options.output)

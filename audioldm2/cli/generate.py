@@ -24,6 +24,7 @@ from audioldm2.cli.editing import (
     read_input,
 )
 from audioldm2.cli.loading import arguments_of, load_pipeline
+from audioldm2.cli.memory import keep_freed_memory
 from audioldm2.cli.messages import clean, print_error, say
 from audioldm2.cli.options import (
     STANDARD_OUTPUT,
@@ -203,6 +204,7 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
         SystemExit: with code 2 for invalid arguments.
         Exception: the run failed; nothing was written, or the sound but not the image.
     """
+    keep_freed_memory()
     # These checks come before PyTorch, which takes seconds to import.
     _check_files(parser, options)
     profile = Profile()

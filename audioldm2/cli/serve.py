@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from audioldm2.arguments import GUIDANCE
 from audioldm2.cli.loading import check_revision, config_folder, loader, speaks, stand_ins
+from audioldm2.cli.memory import keep_freed_memory
 from audioldm2.cli.messages import say
 from audioldm2.cli.options import (
     DEFAULT_MODEL,
@@ -184,6 +185,7 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
         KeyboardInterrupt, process.Stopped: a signal ended it.
         Exception: the server could not start.
     """
+    keep_freed_memory()
     # These checks come before PyTorch, which takes seconds to import.
     from audioldm2.web.server import check_port, prepare, serving
 
