@@ -719,7 +719,6 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods, FeatureCacheMethods):
                 waveforms,
                 unconditional,
             )
-            dtype = torch.promote_types(self.dtype, torch.float32)
             run = Sampling(
                 scheduler,
                 steps,
@@ -728,7 +727,7 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods, FeatureCacheMethods):
                 waveforms,
                 generator,
                 self.device,
-                dtype,
+                conditioning.t5_states.dtype,
             )
             start = source.begin(run)
             with (

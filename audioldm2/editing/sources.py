@@ -54,7 +54,7 @@ class Sampling:
         waveforms: how many of them belong to each prompt.
         generator: draws the noise.
         device: of the latents.
-        dtype: of the latents between the steps, at least float32.
+        encoder_dtype: of the encoded prompts.
     """
 
     scheduler: Any
@@ -64,11 +64,20 @@ class Sampling:
     waveforms: int
     generator: Generators
     device: torch.device
-    dtype: torch.dtype
+    encoder_dtype: torch.dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the latents between the steps, at least float32."""
+        return torch.promote_types(self.encoder_dtype, torch.float32)
 
     def noise(self, shape: Sequence[int], latents: Tensor | None = None) -> Tensor:
-        """Draw noise of a shape, or take `latents` for it."""
-        return initial_noise(shape, self.generator, self.device, self.dtype, latents)
+        """Draw noise of a shape, or take `latents` for it.
+
+        It is drawn in the encoders' dtype, as in diffusers; in half precision, a seed has other numbers.
+        """
+        dtype = self.encoder_dtype if latents is None else self.dtype
+        return initial_noise(shape, self.generator, self.device, dtype, latents).to(self.dtype)
 
 
 def latent_samples(pipe: Encoder) -> int:

@@ -5,9 +5,9 @@ Everything runs in the requested dtype, from the token embeddings to the wavefor
 * In float16, the parameters that a stage lists in `float32_parameters` (fnmatch patterns) stay in float32:
   the last matrix of each feed-forward layer in T5, whose outputs exceed the largest float16 number, 65504.
   T5's residual stream is float32, too. bfloat16 has the range of float32 and needs no exception.
-* The latents between the steps are float32, and so are the initial noise, guidance and the sampler's few
-  operations, whose coefficients are Python floats (float64). Only the UNet gets the latents in its own dtype.
-  With many steps, each changes the latents by little more than their rounding errors would be.
+* The latents between the steps are float32, and so are guidance and the sampler's few operations, whose
+  coefficients are Python floats (float64). Only the UNet gets the latents in its own dtype. With many steps,
+  each changes the latents by little more than their rounding errors would be.
 * On a CPU, attention with narrow heads in bfloat16 is computed in float32 (see `models.layers.attention`).
 * The sinusoids of the time embedding are computed in float32: float16 is too coarse for timesteps up to 999.
 * Statistics of normalization layers and softmax are computed in float32, inside PyTorch's kernels and in
