@@ -553,7 +553,7 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods, FeatureCacheMethods):
             audio_length_in_s: seconds; by default the length of `latents`, or of the clips that the
                 checkpoint was trained on (10.24). As in diffusers it is rounded down to whole mel frames, so
                 the sound can be some milliseconds shorter: 5 s with "tiny" are 79,872 samples, not 80,000.
-            num_inference_steps: by default what the scheduler needs: 200 for DDIM, 20 for DPM-Solver++.
+            num_inference_steps: by default what the scheduler needs: 200 for DDIM, 20 for the others.
             guidance_scale: the weight w of classifier-free guidance (Ho and Salimans 2021), in noise =
                 uncond + w (cond - uncond); 1 or less disables guidance, which halves the time.
             negative_prompt: what to steer away from, one for all prompts or one for each; "" by default.

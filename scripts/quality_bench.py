@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import json
 import shutil
 import statistics
@@ -29,6 +28,7 @@ from audioldm2.feature_cache import as_feature_caching
 from audioldm2.guidance import ALL_STEPS, guidance_of
 from audioldm2.sampling import denoise, set_timesteps
 from audioldm2.schedulers import SAMPLERS
+from audioldm2.schedulers.timesteps import optimized_timesteps
 from scripts.tiny.evaluate.prompts import draw_prompts
 from scripts.tiny.evaluate.quality import QualityScore, Setting, measure_quality, with_spread
 from scripts.tiny.evaluate.report import replace_block
@@ -39,16 +39,40 @@ FEW_CLIPS = 4  # of each kind and trait, for the combinations: 116 prompts
 
 PICTURE = "quality-over-seconds.png"  # in docs/
 
-# What the plot compares: a sampler and its steps, an interval of feature caching, and where guidance ends.
-COMBINATIONS = tuple(
-    Quality(sampler, steps, feature_cache=FeatureCaching(interval), guidance_interval=(0.0, end))
-    for sampler, steps, interval, end in (
-        *itertools.product(("dpmsolver++", "unipc"), (4, 5, 6, 8, 10, 15, 20), (1, 2, 3), (1.0,)),
-        *itertools.product(("unipc",), (8, 10, 20), (1, 2), (0.5, 0.75)),
+# Where guidance is left out in the plot: at the first and the last steps.
+MIDDLE = (0.2, 0.8)
+
+
+def combination(
+    sampler: str, steps: int, found: bool = False, interval: int = 1, middle: bool = False
+) -> Quality:
+    """A point of the plot.
+
+    Args:
+        sampler: its name.
+        steps: their number.
+        found: whether the timesteps are `optimized_timesteps`, not the sampler's own.
+        interval: of feature caching; 1 is none.
+        middle: whether guidance is left out of the first and the last steps.
+    """
+    return Quality(
+        sampler,
+        None if found else steps,
+        tuple(optimized_timesteps(steps)) if found else None,
+        FeatureCaching(interval) if interval > 1 else False,
+        MIDDLE if middle else ALL_STEPS,
     )
+
+
+COMBINATIONS = (
+    *(combination("dpmsolver++", steps) for steps in (4, 5, 6, 8, 10, 15, 20)),
+    *(combination("unipc", steps) for steps in (4, 5, 6, 8, 10, 15, 20)),
+    *(combination("unipc", steps, found=True) for steps in (5, 6, 8, 10, 15, 20)),
+    *(combination("unipc", steps, interval=2) for steps in (6, 8, 10, 20)),
+    *(combination("unipc", steps, found=True, interval=2) for steps in (8, 12, 20)),
+    *(combination("unipc", steps, middle=True) for steps in (5, 8)),
+    *(combination("unipc", steps, found=True, middle=True) for steps in (8, 10)),
 )
-
-
 Timer = Callable[[Callable[[], Any]], float]
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -191,27 +215,25 @@ def draw(parts: Parts, combinations: Mapping[Quality, QualityScore], path: Path,
     """
     from matplotlib.figure import Figure
 
-    points = sorted((parts.clip(quality), score.log_mel, quality) for quality, score in combinations.items())
+    points = [(parts.clip(quality), score.log_mel, quality) for quality, score in combinations.items()]
+    points.sort(key=lambda point: point[:2])
     figure = Figure(figsize=(9, 5.4), dpi=100, layout="constrained")
     axes = figure.subplots()
-    colors = dict(zip(SAMPLERS, ("tab:blue", "tab:orange", "tab:green"), strict=False))
+    colors = dict(zip(SAMPLERS, ("tab:gray", "tab:blue", "tab:orange"), strict=True))
     seen = set()
     for seconds, distance, quality in points:
-        caching = quality.feature_cache
-        interval = caching.interval if isinstance(caching, FeatureCaching) else 1
-        saves = quality.guidance_interval not in (None, ALL_STEPS)
-        label = (
-            f"{quality.sampler}, every step whole"
-            if interval == 1
-            else f"{quality.sampler}, cache {interval}"
-        )
-        label += ", less guidance" if saves else ""
+        cached = isinstance(quality.feature_cache, FeatureCaching)
+        middle = quality.guidance_interval != ALL_STEPS
+        words = [quality.sampler or "", "found timesteps" if quality.timesteps else "even timesteps"]
+        words += ["cache 2"] * cached + ["guidance in the middle"] * middle
+        label = ", ".join(words)
         axes.plot(
             [seconds],
             [distance],
-            {1: "o", 2: "s", 3: "^"}.get(interval, "v"),
+            "^" if cached else "s" if middle else "o",
             color=colors[quality.sampler or ""],
-            fillstyle="none" if saves else "full",
+            fillstyle="full" if quality.timesteps else "none",
+            linestyle="",
             label=None if label in seen else label,
         )
         seen.add(label)
