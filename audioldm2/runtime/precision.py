@@ -7,7 +7,9 @@ Everything runs in the requested dtype, from the token embeddings to the wavefor
   T5's residual stream is float32, too. bfloat16 has the range of float32 and needs no exception.
 * The latents between the steps are float32, and so are guidance and the sampler's few operations, whose
   coefficients are Python floats (float64). Only the UNet gets the latents in its own dtype. With many steps,
-  each changes the latents by little more than their rounding errors would be.
+  each changes the latents by little more than their rounding errors would be: with 200 steps of DPM-Solver++
+  in bfloat16, the latents of "tiny" are 0.7 % from those in float32, and 4.2 % if they are bfloat16 between
+  the steps (8 sounds). With 20 steps it makes no difference: 1.6 and 1.5 %.
 * On a CPU, attention with narrow heads in bfloat16 is computed in float32 (see `models.layers.attention`).
 * The sinusoids of the time embedding are computed in float32: float16 is too coarse for timesteps up to 999.
 * Statistics of normalization layers and softmax are computed in float32, inside PyTorch's kernels and in
