@@ -20,7 +20,7 @@ import torch
 from diffusers import AudioLDM2UNet2DConditionModel
 from torch import nn
 
-from audioldm2 import AudioLDM2Pipeline
+from audioldm2 import AudioLDM2Pipeline, FeatureCaching
 from audioldm2.runtime.compile import DYNAMIC, TARGETS, TOKEN_BUCKET, default_mode, rounded_up
 from tests import helpers
 from tests.helpers import HAMMER, RAIN, assert_same_sound, load_pipeline
@@ -229,6 +229,25 @@ def test_without_guidance_the_unet_is_compiled_once(
     same(sound(pipe, guidance_scale=1.0), expected)
     with nothing_compiled(compiler):
         same(sound(pipe, guidance_scale=1.0), expected)
+
+
+@pytest.mark.slow
+def test_feature_caching_and_less_guidance_add_one_graph_each(
+    pipe: AudioLDM2Pipeline, plain: AudioLDM2Pipeline, compiler: Compiler
+) -> None:
+    """The UNet has a graph that keeps features and one that takes them, with guidance and without."""
+    pipe.compile(mode="default", stages=["unet"])
+    steps = {"num_inference_steps": 6, "guidance_scale": 2.0}
+    cached = {**steps, "feature_cache": 2}
+    expected = sound(plain, **cached)
+    same(sound(pipe, **cached), expected)
+    assert compiler.graphs == 2
+    less = {**cached, "feature_cache": FeatureCaching(steps=[0, 2, 4]), "guidance_interval": (0, 0.5)}
+    same(sound(pipe, **less), sound(plain, **less))
+    assert compiler.graphs == 4
+    with nothing_compiled(compiler):
+        same(sound(pipe, **cached), expected)
+        same(sound(pipe, **less), sound(plain, **less))
 
 
 @pytest.mark.slow
