@@ -30,12 +30,20 @@ from audioldm2.sampling import denoise, set_timesteps
 from audioldm2.schedulers import SAMPLERS
 from audioldm2.schedulers.timesteps import optimized_timesteps
 from scripts.tiny.evaluate.prompts import draw_prompts
-from scripts.tiny.evaluate.quality import QualityScore, Setting, measure_quality, with_spread
+from scripts.tiny.evaluate.quality import (
+    QualityScore,
+    Setting,
+    measure_distances,
+    measure_quality,
+    with_spread,
+)
 from scripts.tiny.evaluate.report import replace_block
 
 TINY_GUIDANCE = 2.0  # what the tiny checkpoint recommends
-REFERENCE = "best"
-FEW_CLIPS = 4  # of each kind and trait, for the combinations: 116 prompts
+# What presets are compared with, and what diffusers is timed on.
+REFERENCE, WITHOUT = Quality("dpmsolver++", 20), "without"
+BATCH = 16
+FEW_CLIPS = 8  # of each kind and trait, for the combinations: 232 prompts, of which every fourth counts
 
 PICTURE = "quality-over-seconds.png"  # in docs/
 
@@ -197,7 +205,7 @@ def markdown(rows: Sequence[Row], prompts: int) -> str:
             cells += [""] * 5
         else:
             cells += [
-                with_spread(row.score.right, 1, 100),
+                f"{100 * row.score.right:.1f}",
                 with_spread(row.score.frechet, 4),
                 with_spread(row.score.clap, 3),
                 f"{row.score.distance:.1f}",
@@ -207,7 +215,7 @@ def markdown(rows: Sequence[Row], prompts: int) -> str:
     return "\n".join(lines)
 
 
-def draw(parts: Parts, combinations: Mapping[Quality, QualityScore], path: Path, machine: str) -> None:
+def draw(parts: Parts, combinations: Mapping[Quality, float], path: Path, machine: str) -> None:
     """Plot the distance from 200 steps over the seconds of a clip, for all combinations.
 
     The seconds are those of the parts, added up. The line joins the combinations that no other one beats in
@@ -215,7 +223,7 @@ def draw(parts: Parts, combinations: Mapping[Quality, QualityScore], path: Path,
     """
     from matplotlib.figure import Figure
 
-    points = [(parts.clip(quality), score.log_mel, quality) for quality, score in combinations.items()]
+    points = [(parts.clip(quality), distance, quality) for quality, distance in combinations.items()]
     points.sort(key=lambda point: point[:2])
     figure = Figure(figsize=(9, 5.4), dpi=100, layout="constrained")
     axes = figure.subplots()
@@ -245,12 +253,10 @@ def draw(parts: Parts, combinations: Mapping[Quality, QualityScore], path: Path,
             front.append((seconds, distance))
     axes.plot(*zip(*front, strict=True), color="black", linewidth=1, zorder=0, label="frontier")
     for name, preset in QUALITIES.items():
-        at = next((s for q, s in combinations.items() if q == preset), None)
+        at = combinations.get(preset)
         if at is not None:
-            axes.plot([parts.clip(preset)], [at.log_mel], "*", color="red", markersize=14, zorder=5)
-            axes.annotate(
-                name, (parts.clip(preset), at.log_mel), (8, 8), textcoords="offset points", color="red"
-            )
+            axes.plot([parts.clip(preset)], [at], "*", color="red", markersize=14, zorder=5)
+            axes.annotate(name, (parts.clip(preset), at), (8, 8), textcoords="offset points", color="red")
     axes.set(
         xscale="log",
         yscale="log",
@@ -270,7 +276,8 @@ def key(quality: Quality, dtype: str) -> str:
 
 def presets(dtypes: Sequence[str]) -> list[Setting]:
     """The presets in all dtypes."""
-    return [Setting(name, quality, dtype) for dtype in dtypes for name, quality in QUALITIES.items()]
+    named = {WITHOUT: REFERENCE, **QUALITIES}
+    return [Setting(name, quality, dtype) for dtype in dtypes for name, quality in named.items()]
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
@@ -300,18 +307,20 @@ def scores_command(path: Path, dtypes: Sequence[str], clips: int, seeds: int) ->
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    few = [Setting(str(quality.steps), quality) for quality in (*COMBINATIONS, *QUALITIES.values())]
-    for place, settings, count, runs in (
-        ("presets", presets(dtypes), clips, seeds),
-        ("combinations", few, min(clips, FEW_CLIPS), 1),
+    drawn = draw_prompts(clips, 0)
+    for setting, score in measure_quality(
+        load_tiny, drawn, presets(dtypes), guidance=TINY_GUIDANCE, batch=BATCH, seeds=seeds
     ):
-        found = measure_quality(
-            load_tiny, draw_prompts(count, 0), settings, guidance=TINY_GUIDANCE, batch=16, seeds=runs
-        )
-        for setting, score in found:
-            print(f"{setting.title}: {score}", flush=True)
-            content[place][key(setting.quality, setting.dtype)] = dataclasses.asdict(score)
-            save(path, content)
+        print(f"{setting.title}: {score}", flush=True)
+        content["presets"][key(setting.quality, setting.dtype)] = dataclasses.asdict(score)
+        save(path, content)
+    few = draw_prompts(min(clips, FEW_CLIPS), 0)
+    points = dict.fromkeys((*COMBINATIONS, *QUALITIES.values()))
+    for quality, distance in measure_distances(
+        load_tiny, few, [*points], guidance=TINY_GUIDANCE, batch=BATCH
+    ):
+        content["combinations"][key(quality, "float32")] = distance
+        save(path, content)
 
 
 def speed_command(
@@ -330,20 +339,19 @@ def speed_command(
         path: of the JSON file.
         sizes: the configs of the checkpoint's parts.
         pipes: `Pipelines` of `scripts/bench` by dtype; the first also has diffusers'.
-        memory: the peak memory in GiB of a process that generates one clip with a preset, None for
-            diffusers', in a dtype.
+        memory: the peak memory in GiB of a process that generates one clip with a preset ("" for none, and
+            None for diffusers) in a dtype.
         time_of: the seconds of one call.
         length: of a clip, in seconds.
         repeat: how often each is timed; medians count.
         about: the machine.
     """
     first = next(iter(pipes.values()))
-    reference = QUALITIES[REFERENCE]
     settings = presets([*pipes])
     times: dict[str, list[float]] = {}
     for _ in range(repeat):
         calls: dict[str, Callable[[], Any]] = {
-            "diffusers": functools.partial(first.clip, first.theirs, reference.steps, length)
+            "diffusers": functools.partial(first.clip, first.theirs, REFERENCE.steps, length)
         }
         for s in settings:
             ours = pipes[s.dtype]
@@ -357,14 +365,14 @@ def speed_command(
     content: dict[str, Any] = {"about": dict(about), "rows": {}, "parts": {}}
     content["rows"]["diffusers"] = {
         "seconds": seconds["diffusers"],
-        "gflop": operations(sizes, reference, frames, tokens) / 1e9,
+        "gflop": operations(sizes, REFERENCE, frames, tokens) / 1e9,
         "memory": memory(None, settings[0].dtype),
     }
     for s in settings:
         content["rows"][key(s.quality, s.dtype)] = {
             "seconds": seconds[s.title],
             "gflop": operations(sizes, s.quality, frames, tokens) / 1e9,
-            "memory": memory(s.name, s.dtype),
+            "memory": memory("" if s.name == WITHOUT else s.name, s.dtype),
         }
     parts = measure_parts(
         first.ours,
@@ -383,8 +391,7 @@ def report(speed: Mapping[str, Any], scores: Mapping[str, Any], picture: Path) -
     if not speed:
         return "There are no figures of speed yet: scripts/bench --quality speed"
     rows, theirs = [], speed["rows"]["diffusers"]
-    steps = QUALITIES[REFERENCE].steps
-    rows.append(Row("diffusers", "float32", str(steps), **theirs, ratio=1.0, score=None))
+    rows.append(Row("diffusers", "float32", str(REFERENCE.steps), **theirs, ratio=1.0, score=None))
     for setting in presets(DTYPES):
         found = speed["rows"].get(key(setting.quality, setting.dtype))
         score = scores.get("presets", {}).get(key(setting.quality, setting.dtype))
@@ -405,9 +412,9 @@ def report(speed: Mapping[str, Any], scores: Mapping[str, Any], picture: Path) -
             )
         )
     combinations = {
-        quality: QualityScore(**score)
+        quality: distance
         for quality in (*COMBINATIONS, *QUALITIES.values())
-        if (score := scores.get("combinations", {}).get(key(quality, "float32")))
+        if (distance := scores.get("combinations", {}).get(key(quality, "float32"))) is not None
     }
     if combinations:
         parts = Parts({(a, b): taken for a, b, taken in speed["parts"]["steps"]}, speed["parts"]["rest"])
