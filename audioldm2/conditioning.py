@@ -24,6 +24,7 @@ from einops import repeat
 from torch import Tensor
 
 from audioldm2.arguments import as_negatives, as_texts
+from audioldm2.guidance import UNCONDITIONAL, check_unconditional
 from audioldm2.models.clap import max_text_tokens
 from audioldm2.models.projection import NUM_ADDED_VECTORS
 from audioldm2.runtime.foreign import setting
@@ -32,8 +33,6 @@ from audioldm2.tensors import check_finite, check_tensor
 from audioldm2.words import WordWeights, token_weights, word_weights_of
 
 Text = str | Sequence[str]
-# What guidance steers away from without a negative prompt: the empty text, or zeros for GPT-2's vectors.
-UNCONDITIONAL = ("text", "zeros")
 
 # VITS's tokenizer adds no end-of-sequence token; the speech checkpoints were trained with this one.
 VITS_END_TOKEN = 182
@@ -221,12 +220,8 @@ def condition(
     """
     cond_encoded = _fitting(pipe, cond)
     uncond_encoded = _fitting(pipe, uncond)
-    zeros = unconditional == "zeros"
-    if zeros and (uncond.text or uncond_encoded is not None):
-        raise ValueError("unconditional = 'zeros' replaces the negative prompt; leave out one of them")
+    check_unconditional(unconditional, guided, bool(uncond.text or uncond_encoded is not None))
     if not guided:
-        if zeros:
-            raise ValueError("unconditional has no effect without guidance; pass a guidance_scale over 1")
         _check_unused(uncond)
         uncond_encoded = None
     prompts: list[str] = []
@@ -267,7 +262,7 @@ def condition(
         weighted = (cond_encoded.states.float() * factors).to(cond_encoded.states.dtype)
         cond_encoded = cond_encoded._replace(states=weighted)
     assert cond_encoded is not None
-    if zeros and uncond_encoded is not None:
+    if unconditional == "zeros" and uncond_encoded is not None:
         uncond_encoded = uncond_encoded._replace(vectors=torch.zeros_like(uncond_encoded.vectors))
     both = [cond_encoded] if uncond_encoded is None else _aligned(uncond_encoded, cond_encoded)
     states, mask, vectors = (

@@ -18,13 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from audioldm2.arguments import as_integer, check_count, check_number
-from audioldm2.conditioning import Conditioning
 from audioldm2.quoting import quoted
+
+if TYPE_CHECKING:  # the command line reads settings before PyTorch is imported
+    from torch import Tensor, nn
+
+    from audioldm2.conditioning import Conditioning
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,17 @@ eqs. 15 and 16):
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from audioldm2.arguments import check_number, is_finite
+from audioldm2.arguments import check_choice, check_number, is_finite
 from audioldm2.quoting import quoted
 
+if TYPE_CHECKING:  # the command line checks its options before PyTorch is imported
+    from torch import Tensor
+
 ALL_STEPS = (0.0, 1.0)
+# What guidance steers away from without a negative prompt: the empty text, or zeros for GPT-2's vectors.
+UNCONDITIONAL = ("text", "zeros")
 
 
 @dataclass(frozen=True)
@@ -97,3 +100,23 @@ def guidance_of(scale: Any, interval: Any, rescale: Any, default: Any = None) ->
                 raise ValueError(f"{name} has no effect without guidance; pass a guidance_scale over 1")
     start, end = ALL_STEPS if interval is None else interval
     return Guidance(float(scale), (float(start), float(end)), float(rescale))
+
+
+def check_unconditional(unconditional: Any, guided: bool, has_negative: bool) -> None:
+    """Check the argument `unconditional` of a generation.
+
+    Args:
+        unconditional: one of `UNCONDITIONAL`.
+        guided: whether there is guidance.
+        has_negative: whether there is a negative prompt.
+
+    Raises:
+        ValueError: it is something else, or "zeros" with a negative prompt or without guidance.
+    """
+    check_choice("unconditional", unconditional, UNCONDITIONAL)
+    if unconditional == UNCONDITIONAL[0]:
+        return
+    if has_negative:
+        raise ValueError("unconditional = 'zeros' replaces the negative prompt; leave out one of them")
+    if not guided:
+        raise ValueError("unconditional has no effect without guidance; pass a guidance_scale over 1")

@@ -42,7 +42,7 @@ from audioldm2.checkpoints.options import (
     save_options,
 )
 from audioldm2.checkpoints.recommended import RECOMMENDED, check_recommended
-from audioldm2.conditioning import UNCONDITIONAL, PromptInputs, Text, condition
+from audioldm2.conditioning import PromptInputs, Text, condition
 from audioldm2.decoding import decode, vocode
 from audioldm2.editing.edit import Start
 from audioldm2.editing.inversion import Inverted
@@ -52,7 +52,7 @@ from audioldm2.editing.sound import Audio, as_waveforms, encode
 from audioldm2.editing.sources import Sampling, source_of
 from audioldm2.feature_cache import FeatureCacheMethods, FeatureCaching, as_feature_caching
 from audioldm2.frozen import FrozenMapping
-from audioldm2.guidance import guidance_of
+from audioldm2.guidance import UNCONDITIONAL, guidance_of
 from audioldm2.models.clap import ClapModel
 from audioldm2.models.gpt2 import GPT2
 from audioldm2.models.hifigan import HifiGan
@@ -310,6 +310,7 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods, FeatureCacheMethods):
         max_new_tokens: int | None = None,
         *,
         word_weights: WordWeights | None = None,
+        unconditional: str = UNCONDITIONAL[0],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Encode prompts into what the UNet attends to.
 
@@ -334,6 +335,8 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods, FeatureCacheMethods):
             word_weights: how much the UNet attends to words or phrases of the prompt, as in {"rain": 1.5}:
                 their T5 states are multiplied by the weight, 1 by default (see `audioldm2.words`). They
                 match whole words, in any case; a list has a dict for each prompt.
+            unconditional: without a negative prompt, "text" puts the empty text before the prompts; "zeros"
+                has zeros in place of its GPT-2 vectors, as in the original repository.
 
         Returns:
             prompt_embeds: the second encoder's states, (B, tokens, width).
@@ -370,6 +373,7 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods, FeatureCacheMethods):
                 transcription,
                 max_new_tokens,
                 int(num_waveforms_per_prompt),
+                unconditional,
             )
         return found.t5_states.to(device), found.t5_mask.to(device), found.gpt2_vectors.to(device)
 

@@ -112,3 +112,18 @@ def test_bad_arguments_are_refused(
 ) -> None:
     with pytest.raises(kind, match=message):
         sound(pipe, **arguments)
+
+
+def test_an_encoded_prompt_has_the_unconditional_side_of_a_generation(pipe: AudioLDM2Pipeline) -> None:
+    text, zeros = (pipe.encode_prompt(HAMMER, unconditional=name) for name in ("text", "zeros"))
+    for one, other in zip(text[:2], zeros[:2], strict=True):
+        assert torch.equal(one, other)
+    assert zeros[2][0].abs().max() == 0 < text[2][0].abs().min()
+    assert torch.equal(zeros[2][1], text[2][1])
+    for arguments, message in (
+        ({"unconditional": "noise"}, "unconditional must be one of text, zeros"),
+        ({"unconditional": "zeros", "negative_prompt": "low quality"}, "replaces the negative prompt"),
+        ({"unconditional": "zeros", "do_classifier_free_guidance": False}, "no effect without guidance"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe.encode_prompt(HAMMER, **arguments)
