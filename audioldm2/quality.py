@@ -76,6 +76,15 @@ class Quality:
             changes |= {"num_inference_steps": num_inference_steps, "timesteps": timesteps}
         return dataclasses.replace(self, **changes)
 
+    def with_sampler(self, sampler: str | None) -> Quality:
+        """The same with another sampler, or the same for None.
+
+        The number of steps stays. Timesteps do not, as they were chosen for the preset's sampler.
+        """
+        if sampler is None or sampler == self.sampler:
+            return self
+        return dataclasses.replace(self, sampler=sampler, num_inference_steps=self.steps, timesteps=None)
+
     def scheduler(self, scheduler: Any) -> Any:
         """The sampler of the preset with a scheduler's noise schedule, or that scheduler."""
         return scheduler if self.sampler is None else as_sampler(self.sampler, scheduler)

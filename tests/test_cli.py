@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,13 +19,16 @@ import pytest
 import torch
 
 from audioldm2 import (
+    QUALITIES,
     AudioLDM2Pipeline,
     CheckpointError,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    FeatureCaching,
     cli,
     read_wav,
 )
+from audioldm2.quality_settings import NEUTRAL
 from tests.helpers import HAMMER, HANGS_AFTER, ROOT, load_pipeline, noise, seeded
 
 
@@ -217,6 +221,64 @@ BAD_ARGUMENTS = {
     ),
     "control characters": ([HAMMER, "--scheduler", "\x1b[31mred\n"], r"\x1b[31mred"),
     "same files": ([HAMMER, "-o", "a.png", "--spectrogram", "./a.png"], "are the same file"),
+    "quality": ([HAMMER, "--quality", "fast"], "invalid choice: 'fast'"),
+    "cache text": ([HAMMER, "--cache", "often"], "--cache: must be an interval such as 3, or the steps that"),
+    "cache of no step": ([HAMMER, "--cache", "0"], "such as 0,1,2,5; got '0'"),
+    "cache not from 0": ([HAMMER, "--cache", "1,2"], "such as 0,1,2,5; got '1,2'"),
+    "cache of late steps": (
+        [HAMMER, "--cache", "0,5", "--steps", "4"],
+        "--cache has step 5, but the run has 4, counted from 0",
+    ),
+    "cache of a preset's late steps": (
+        [HAMMER, "--cache", "0,50", "--quality", "best"],
+        "--cache has step 50",
+    ),
+    "interval text": (
+        [HAMMER, "--guidance-interval", "0.75"],
+        "--guidance-interval: must be two shares of the steps, from 0 to 1 and the smaller one first",
+    ),
+    "interval of nothing": ([HAMMER, "--guidance-interval", "0.5-0.5"], "such as 0-0.75; got '0.5-0.5'"),
+    "interval too long": ([HAMMER, "--guidance-interval", "0-20"], "such as 0-0.75; got '0-20'"),
+    "interval without guidance": (
+        [HAMMER, "--guidance-interval", "0-0.5", "--guidance", "1"],
+        "--guidance-interval has no effect without guidance; pass a --guidance over 1",
+    ),
+    "rescale": ([HAMMER, "--guidance-rescale", "1.5"], "--guidance-rescale: must be a number from 0 to 1"),
+    "rescale without guidance": (
+        [HAMMER, "--guidance-rescale", "0.7", "--guidance", "1"],
+        "--guidance-rescale has no effect without guidance",
+    ),
+    "unconditional": ([HAMMER, "--unconditional", "noise"], "invalid choice: 'noise'"),
+    "zeros without guidance": (
+        [HAMMER, "--unconditional", "zeros", "--guidance", "1"],
+        "--unconditional has no effect without guidance",
+    ),
+    "zeros and a negative": (
+        [HAMMER, "--unconditional", "zeros", "--negative", "noise"],
+        "--unconditional = 'zeros' replaces the negative prompt",
+    ),
+    "timesteps text": (
+        [HAMMER, "--timesteps", "first,last"],
+        "--timesteps: must be integers that fall, such",
+    ),
+    "timesteps that rise": ([HAMMER, "--timesteps", "1,2"], "such as 999,700,300, and are at least 0; got"),
+    "timesteps beyond": (
+        [HAMMER, "--model", "tiny", "--timesteps", "2000,5"],
+        "--timesteps must be integers that fall, from 999 at most",
+    ),
+    "timesteps and steps": (
+        [HAMMER, "--timesteps", "9,5", "--steps", "2"],
+        "--timesteps say which steps are taken, so leave out --steps",
+    ),
+    "quality of an inversion": (
+        [HAMMER, "--quality", "draft", "--from", __file__, "--invert"],
+        "--quality does not go with --invert, which settles the sampler and its steps",
+    ),
+    "timesteps of an inversion": (
+        [HAMMER, "--timesteps", "9,5", "--from", __file__, "--invert"],
+        "--timesteps does not go with --invert",
+    ),
+    "another library's name": ([HAMMER, "--feature-cache", "3"], "did you mean --cache?"),
 }
 
 
@@ -340,6 +402,61 @@ def test_the_checkpoints_recommendations_are_the_defaults(stub: Stub) -> None:
     assert "unknown" not in stub.called
     used("--duration", "2", "--negative", "")
     assert (stub.called["audio_length_in_s"], stub.called["negative_prompt"]) == (2.0, "")
+
+
+def test_options_of_quality_are_arguments_of_the_pipeline(stub: Stub) -> None:
+    def used(*arguments: str) -> dict[str, object]:
+        stub.called = {}
+        assert cli.main([*STUBBED, "--quiet", *arguments]) == 0
+        names = {*NEUTRAL, "quality", "num_inference_steps", "negative_prompt"}
+        found = {name: value for name, value in stub.called.items() if name in names and value is not None}
+        return {**found, "scheduler": type(stub.scheduler).__name__}
+
+    dpm, ddim = "DPMSolverMultistepScheduler", "DDIMScheduler"
+    draft = QUALITIES["draft"]
+    assert used() == {"num_inference_steps": 12, "scheduler": dpm}
+    assert used("--quality", "draft") == {"quality": draft, "scheduler": dpm}
+    assert used("--quality", "draft", "--steps", "5", "--cache", "1") == {
+        "quality": draft,
+        "num_inference_steps": 5,
+        "feature_cache": 1,
+        "scheduler": dpm,
+    }
+    assert used("--quality", "draft", "--scheduler", "ddim") == {
+        "quality": replace(draft, sampler="ddim"),
+        "scheduler": ddim,
+    }
+    assert used("--quality", "draft", "--timesteps", "900,500") == {
+        "quality": draft,
+        "timesteps": (900, 500),
+        "scheduler": dpm,
+    }
+    assert used("--timesteps", "900,500,0") == {"timesteps": (900, 500, 0), "scheduler": dpm}
+    assert used("--cache", "0,1, 2,5")["feature_cache"] == FeatureCaching(steps=(0, 1, 2, 5))
+    stub.recommended = {"negative_prompt": "noise"}
+    assert used("--unconditional", "text")["negative_prompt"] == "noise"
+    assert used(
+        *("--cache", "3", "--guidance-interval", "0 - .75", "--guidance-rescale", "0.7"),
+        *("--unconditional", "zeros"),
+    ) == {
+        "feature_cache": 3,
+        "guidance_interval": (0.0, 0.75),
+        "guidance_rescale": 0.7,
+        "unconditional": "zeros",
+        "scheduler": dpm,
+    }
+
+
+def test_a_preset_of_the_command_line_is_that_of_the_pipeline(
+    fast: list[str], random_checkpoint: Path
+) -> None:
+    arguments = ["--quality", "draft", "--scheduler", "unipc", "--guidance-interval", "0-0.5", "--seed", "3"]
+    assert cli.main([HAMMER, "-o", "hammer.wav", "--format", "float32", "--quiet", *arguments, *fast]) == 0
+    waveform, _ = read_wav("hammer.wav")
+    quality = replace(QUALITIES["draft"], sampler="unipc", num_inference_steps=2, guidance_interval=(0, 0.5))
+    pipe = load_pipeline(random_checkpoint)
+    audio = pipe(HAMMER, audio_length_in_s=0.5, quality=quality, generator=seeded(3)).audios
+    np.testing.assert_array_equal(waveform[0].numpy(), audio[0])
 
 
 def test_errors_use_the_options_names_and_print_no_secrets(

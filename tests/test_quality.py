@@ -163,3 +163,10 @@ def test_an_inversion_settles_the_sampler(pipe):
     for arguments in ({"quality": "draft"}, {"timesteps": [900]}):
         with pytest.raises(ValueError, match="does not go with inverted"):
             pipe("noise", inverted=inverted, **arguments)
+
+
+def test_another_sampler_keeps_the_number_of_steps():
+    timed = Quality("dpmsolver++", timesteps=[900, 500, 20], feature_cache=3)
+    assert timed.with_sampler(None) is timed
+    assert timed.with_sampler("dpmsolver++") is timed
+    assert timed.with_sampler("ddim") == Quality("ddim", 3, feature_cache=3)

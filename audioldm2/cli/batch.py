@@ -30,9 +30,11 @@ from audioldm2.cli.options import (
     add_model_options,
     add_quality_options,
     add_sound_options,
+    check_quality,
     check_words,
     number,
     parse_options,
+    sampler_of,
 )
 from audioldm2.cli.process import print_line
 from audioldm2.cli.prompts import STANDARD_INPUT, standard_input
@@ -206,6 +208,7 @@ def parse(p: Parser, arguments: Sequence[str]) -> argparse.Namespace:
     except ValueError as error:
         p.error(str(error))
     check_words(p, options)
+    check_quality(p, options)
     return options
 
 
@@ -294,7 +297,7 @@ def _read_table(parser: Parser, options: argparse.Namespace) -> tuple[list[Job],
         "num_inference_steps": options.steps,
         "guidance_scale": options.guidance,
         "num_waveforms_per_prompt": options.candidates,
-        "scheduler": options.scheduler,
+        "scheduler": sampler_of(options),
         "seed": options.seed,
     }
     completed = []

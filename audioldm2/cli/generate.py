@@ -32,6 +32,7 @@ from audioldm2.cli.options import (
     add_model_options,
     add_quality_options,
     add_sound_options,
+    check_quality,
     check_words,
     parse_options,
     suggestion,
@@ -70,6 +71,8 @@ examples:
   audioldm2 "Rain" -o rain.wav --model ./my-checkpoint --scheduler ddim
   echo "A slow scale" | audioldm2 - --model tiny -o - | aplay
   audioldm2 "A telephone rings" -o ring.wav --lora ./telephone-lora:0.8
+  audioldm2 "Rain" -o rain.wav --quality draft
+  audioldm2 "Rain" -o rain.wav --cache 3 --guidance-interval 0-0.75
   audioldm2 "Rain" --model tiny --steps 5 --profile trace.json.gz
   audioldm2 "Rain" --blend "a bell: 0.3" -o rain-and-bell.wav
   audioldm2 "A siren over rain" --word-weights "siren: 0.5" -o far-siren.wav
@@ -187,6 +190,7 @@ def parse(p: Parser, arguments: Sequence[str]) -> argparse.Namespace:
     check_words(p, options)
     check_prompt_weights(p, options)
     check_editing(p, options)
+    check_quality(p, options)
     return options
 
 

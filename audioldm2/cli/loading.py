@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from audioldm2.arguments import GUIDANCE
 from audioldm2.batch.names import distinct
 from audioldm2.cli.messages import say
-from audioldm2.cli.options import Parser
+from audioldm2.cli.options import Parser, quality_arguments, sampler_of
+from audioldm2.quality_settings import fitting_defaults, preset_of
 from audioldm2.schedulers import SAMPLERS, as_sampler, sampler_class
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def loader(parser: Parser, options: argparse.Namespace, has_gpu: bool | None = N
         options.model,
         options.dtype or _default_dtype(device, here=has_gpu is None),
         device,
-        options.scheduler,
+        sampler_of(options),
         options.compile,
         options.variant,
         options.revision,
@@ -175,7 +176,10 @@ def check_revision(parser: Parser, model: str, revision: str | None) -> None:
 
 
 def arguments_of(options: argparse.Namespace, recommended: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments for which a checkpoint may recommend values, unless the options set them."""
+    """The arguments of quality and speed, and those for which a checkpoint may recommend values.
+
+    A preset takes precedence over the recommended number of steps.
+    """
     from audioldm2.checkpoints.recommended import recommended_for
 
     given = {
@@ -184,8 +188,16 @@ def arguments_of(options: argparse.Namespace, recommended: Mapping[str, Any]) ->
         "negative_prompt": options.negative,
         "num_inference_steps": options.steps,
     }
-    defaults = {"guidance_scale": GUIDANCE, **recommended_for(recommended, SAMPLERS[options.scheduler][1])}
-    return {name: defaults.get(name) if value is None else value for name, value in given.items()}
+    recommended = recommended_for(recommended, SAMPLERS[sampler_of(options)][1])
+    arguments = quality_arguments(options)
+    preset = preset_of(vars(options))
+    if preset.steps is not None:
+        recommended.pop("num_inference_steps", None)
+    if options.quality is not None:
+        arguments["quality"] = preset
+    defaults = fitting_defaults({**given, **arguments}, {"guidance_scale": GUIDANCE, **recommended})
+    completed = {name: defaults.get(name) if value is None else value for name, value in given.items()}
+    return {**completed, **arguments}
 
 
 def config_folder(model: str, variant: str | None = None, revision: str | None = None) -> Path:
@@ -241,11 +253,14 @@ def _check_with_checkpoint(options: argparse.Namespace, of_rows: bool) -> None:
         ValueError: an argument is out of range, or a transcription is missing or not possible; the message
             names the argument as the pipeline does.
     """
+    import torch
+
     from audioldm2.checkpoints.tensors import read_json
     from audioldm2.conditioning import check_transcription
     from audioldm2.decoding import frames_and_samples
+    from audioldm2.sampling import set_timesteps
 
-    sampler = sampler_class(options.scheduler)
+    sampler = sampler_class(sampler_of(options))
     folder = config_folder(options.model, options.variant, options.revision)
     if options.transcription is not None or not of_rows:
         check_transcription(options.transcription, speaks(folder))
@@ -254,7 +269,7 @@ def _check_with_checkpoint(options: argparse.Namespace, of_rows: bool) -> None:
         parts = stand_ins(folder)
     except Exception:
         return  # loading names the file and what is wrong with it
-    if options.steps is not None:
-        scheduler.set_timesteps(options.steps)
+    if options.steps is not None or options.timesteps is not None:
+        set_timesteps(scheduler, options.steps or 0, options.timesteps, torch.device("cpu"))
     if options.duration is not None:
         frames_and_samples(*parts, options.duration)

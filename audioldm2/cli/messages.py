@@ -19,6 +19,9 @@ MAX_QUOTATION = 80  # in a warning
 OPTIONS = {
     "audio_length_in_s": "--duration",
     "exact_decoding": "--windowed-decoding",
+    "feature_cache": "--cache",
+    "guidance_interval": "--guidance-interval",
+    "guidance_rescale": "--guidance-rescale",
     "guidance_scale": "--guidance",
     "negative_prompt": "--negative",
     "num_inference_steps": "--steps",
@@ -37,9 +40,12 @@ WORDS = {
     "invert": "--invert",
     "keep": "--keep",
     "loop": "--loop",
+    "quality": "--quality",
     "replace": "--replace",
     "skip": "--skip",
     "strength": "--strength",
+    "timesteps": "--timesteps",
+    "unconditional": "--unconditional",
     "window": "--window",
 }
 _ARGUMENT = re.compile(rf"(?<![\w-])({'|'.join(OPTIONS)})(?!\w)")

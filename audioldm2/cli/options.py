@@ -13,10 +13,29 @@ from typing import Any, NoReturn, TypeVar
 from audioldm2 import __version__
 from audioldm2.arguments import GUIDANCE, MAX_LENGTH_IN_S, MAX_SEED, as_texts, check_length, did_you_mean
 from audioldm2.cli.commands import PROGRAM
-from audioldm2.cli.messages import OPTIONS, summary
+from audioldm2.cli.messages import OPTIONS, summary, with_option_names
+from audioldm2.guidance import UNCONDITIONAL
+from audioldm2.quality import QUALITIES
+from audioldm2.quality_settings import (
+    cache_of,
+    check_quality_settings,
+    interval_of,
+    preset_of,
+    timesteps_of,
+)
 from audioldm2.schedulers import SAMPLERS
 
 DEFAULT_MODEL = "cvssp/audioldm2"
+DEFAULT_SAMPLER = "dpmsolver++"
+# The pipeline's arguments, and the options that set them, of `add_quality_options`.
+OF_QUALITY = {
+    "quality": "quality",
+    "feature_cache": "cache",
+    "guidance_interval": "guidance_interval",
+    "guidance_rescale": "guidance_rescale",
+    "unconditional": "unconditional",
+    "timesteps": "timesteps",
+}
 STANDARD_OUTPUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 MAX_COLUMNS = 80
 DTYPES = ("float32", "float16", "bfloat16")
@@ -97,11 +116,17 @@ def add_quality_options(p: argparse.ArgumentParser) -> None:
     """Add the options that trade quality for speed."""
     quality = p.add_argument_group("quality and speed")
     quality.add_argument(
+        "--quality",
+        choices=tuple(QUALITIES),
+        help="preset of scheduler, steps, cache and guidance interval: draft is the fastest, best leaves "
+        "nothing out, and normal is between them. An option that is given beside it takes precedence "
+        "(default: no preset, but the defaults below)",
+    )
+    quality.add_argument(
         "--scheduler",
         choices=tuple(SAMPLERS),
-        default="dpmsolver++",
         help="sampling algorithm: dpmsolver++ needs a tenth of ddim's steps, and unipc loses least below 10 "
-        "steps (default: %(default)s)",
+        f"steps (default: {DEFAULT_SAMPLER})",
     )
     quality.add_argument(
         "--steps",
@@ -118,6 +143,70 @@ def add_quality_options(p: argparse.ArgumentParser) -> None:
         help="guidance scale; larger values follow the prompt more closely, and 1 or less disables guidance, "
         f"which takes half the time (default: what the checkpoint recommends, otherwise {GUIDANCE})",
     )
+    quality.add_argument(
+        "--cache",
+        type=reading("cache", cache_of),
+        metavar="N",
+        help="feature caching: run the whole UNet only at every Nth step, as in 3, or at these steps, "
+        "counted from 0, as in 0,1,2,5; the others run its upper levels, in a fraction of the time. 1 is off "
+        "(default: 1)",
+    )
+    quality.add_argument(
+        "--guidance-interval",
+        type=reading("guidance_interval", interval_of),
+        metavar="START-END",
+        help="shares of the steps that have guidance, as in 0-0.75; the others take half the time "
+        "(default: 0-1, all)",
+    )
+    quality.add_argument(
+        "--guidance-rescale",
+        type=number(float, 0, 1),
+        metavar="PHI",
+        help="from 0 to 1, how far the spread of the guided prediction, which a strong --guidance makes too "
+        "large, is brought back to that of the prompt's; try 0.7 (default: 0)",
+    )
+    quality.add_argument(
+        "--unconditional",
+        choices=UNCONDITIONAL,
+        help="what guidance steers away from without --negative: the empty text, or zeros in place of its "
+        "GPT-2 vectors, as in the original repository (default: text)",
+    )
+    quality.add_argument(
+        "--timesteps",
+        type=reading("timesteps", timesteps_of),
+        metavar="T,T,...",
+        help="the timesteps of the run, as in 999,800,500,200, in place of --steps",
+    )
+
+
+def sampler_of(options: argparse.Namespace) -> str:
+    """The name of the sampler that the options of `add_quality_options` choose."""
+    return options.scheduler or preset_of({"quality": options.quality}).sampler or DEFAULT_SAMPLER
+
+
+def quality_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """The pipeline's arguments in `OF_QUALITY` that the options set."""
+    given = {name: getattr(options, option) for name, option in OF_QUALITY.items()}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def check_quality(p: Parser, options: argparse.Namespace) -> None:
+    """Check that the options of `add_quality_options` go together.
+
+    Raises:
+        SystemExit: with code 2 if they do not.
+    """
+    others = {
+        "num_inference_steps": options.steps,
+        "guidance_scale": options.guidance,
+        "negative_prompt": options.negative,
+        "scheduler": options.scheduler,
+        "invert": vars(options).get("invert"),  # of single sounds only
+    }
+    try:
+        check_quality_settings({**quality_arguments(options), **others})
+    except (TypeError, ValueError) as error:
+        p.error(with_option_names(error) or str(error))
 
 
 def add_model_options(p: argparse.ArgumentParser, several: bool = False, generates: bool = True) -> None:

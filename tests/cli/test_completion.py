@@ -21,6 +21,8 @@ from tests.helpers import HANGS_AFTER
 COMPLETED = {
     "audioldm2 --sch": "audioldm2 --scheduler",
     "audioldm2 --scheduler dd": "audioldm2 --scheduler ddim",
+    "audioldm2 --quality dr": "audioldm2 --quality draft",
+    "audioldm2 batch a.csv --unconditional z": "audioldm2 batch a.csv --unconditional zeros",
     "audioldm2 comp": "audioldm2 completion",
     "audioldm2 completion fi": "audioldm2 completion fish",
     "audioldm2 -o so": "audioldm2 -o sound.wav",

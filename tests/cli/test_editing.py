@@ -107,11 +107,14 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_2(
     assert "no.wav is not a sound file" in line
 
 
-def test_files_and_spans_are_checked_without_torch() -> None:
+def test_files_and_spans_and_presets_are_checked_without_torch() -> None:
     code = """
 import sys
 from audioldm2 import cli
-for words in ("--from none.wav", "--from in.wav --keep 2-1", "--from in.wav -o in.wav", "--strength 1"):
+for words in (
+    "--from none.wav", "--from in.wav --keep 2-1", "--from in.wav -o in.wav", "--strength 1",
+    "--quality draft --cache 0,9", "--guidance 1 --guidance-interval 0-1",
+):
     try:
         cli.main(["Rain", *words.split()])
     except SystemExit as stop:
