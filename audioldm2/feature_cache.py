@@ -192,6 +192,11 @@ class FeatureCacheMethods:
 
     _feature_caching: FeatureCaching | None = None
 
+    @property
+    def feature_caching(self) -> FeatureCaching | None:
+        """The settings of `enable_feature_cache`; None if it is off."""
+        return self._feature_caching
+
     def enable_feature_cache(
         self, interval: int = 3, level: int = 0, power: float = 1.0, steps: Sequence[int] | None = None
     ) -> None:

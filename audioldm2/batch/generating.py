@@ -17,7 +17,7 @@ from torch import Tensor
 
 from audioldm2.audio.resample import resample
 from audioldm2.batch.jobs import Failure, Job
-from audioldm2.batch.planning import SHARED, SHARED_OF_EDITS, Group, Request, scheduler_of
+from audioldm2.batch.planning import SHARED, SHARED_OF_EDITS, SHARED_OF_QUALITY, Group, Request, scheduler_of
 from audioldm2.batch.sources import check_unchanged
 from audioldm2.editing.generations import with_inverted, with_prompts
 from audioldm2.pipeline import AudioLDM2Pipeline
@@ -142,12 +142,14 @@ def _sounds(pipe: AudioLDM2Pipeline, group: Group, requests: Sequence[Request]) 
 def _with_edits(
     arguments: dict[str, Any], requests: Sequence[Request], pipe: AudioLDM2Pipeline
 ) -> dict[str, Any]:
-    """Arguments with those of the edits, loops and windows that requests have; sounds are inverted here."""
+    """Arguments with those that few requests have, such as those of edits; sounds are inverted here."""
     first = requests[0].job
-    given = {name: getattr(first, name) for name in SHARED_OF_EDITS if getattr(first, name) is not None}
+    names = (*SHARED_OF_EDITS, *SHARED_OF_QUALITY)
+    given = {name: getattr(first, name) for name in names if getattr(first, name) is not None}
     if "adapters" in given:
         given["adapters"] = dict(given["adapters"])
-    arguments = {**arguments, **given}
+    # Without caching, that of the pipeline is off, too.
+    arguments = {**arguments, "feature_cache": False, **given}
     sounds = [request.source.path for request in requests if request.source is not None]
     if not sounds:
         return arguments

@@ -34,7 +34,11 @@ from audioldm2.editing.checks import (
     pairs,
     read_pairs,
 )
+from audioldm2.feature_cache import FeatureCaching
+from audioldm2.guidance import UNCONDITIONAL
 from audioldm2.prompt_weights import FORMS, Weights, check_weights, weights_of
+from audioldm2.quality import QUALITIES
+from audioldm2.quality_settings import NEUTRAL, READERS, check_quality_settings, fitting_defaults
 from audioldm2.quoting import listed, quoted
 from audioldm2.schedulers import SAMPLERS
 
@@ -98,6 +102,13 @@ class Job:
         blend: other prompts to mix in and their weights, of which the prompt has the rest: a mapping such as
             {"a bell": 0.3}, a list of pairs, or text such as "a bell: 0.3, wind: 0.1".
         word_weights: how strongly words of the prompt act, likewise: {"siren": 1.5}.
+        quality: the name of a preset in `QUALITIES`; other fields take precedence over it.
+        feature_cache: an interval, the steps that run the whole UNet in a list or in text such as "0,1,2,5",
+            a mapping of `FeatureCaching`'s fields, or one; 1 is off.
+        guidance_interval: the steps with guidance, as two shares of all steps, or text such as "0-0.75".
+        guidance_rescale: from 0 to 1.
+        unconditional: "text" or "zeros".
+        timesteps: of the run in place of a number of steps, a list or text such as "999,700,300".
         where: the file and line that the job was read from, for messages.
 
     Raises:
@@ -131,6 +142,12 @@ class Job:
     adapters: tuple[tuple[str, float], ...] | None = None
     blend: Weights | None = None
     word_weights: Weights | None = None
+    quality: str | None = None
+    feature_cache: int | FeatureCaching | None = None
+    guidance_interval: tuple[float, float] | None = None
+    guidance_rescale: float | None = None
+    unconditional: str | None = None
+    timesteps: tuple[int, ...] | None = None
     where: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -145,13 +162,19 @@ class Job:
         check_edit(self.audio is not None, settings, self.loop)
         check_inversion(self.audio is not None, self.invert, settings)
         check_weights(self.prompt, self.blend or (), self.word_weights or (), self.transcription)
+        check_quality_settings(settings)
+
+    @property
+    def steps(self) -> int | None:
+        """The number of steps, also where `timesteps` says it."""
+        return self.num_inference_steps if self.timesteps is None else len(self.timesteps)
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Job:
-        """The job with the values of `defaults` for the fields that are None."""
+        """The job with the values of `defaults` for the fields that are None and do not rule them out."""
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         if self.extend is not None:  # says how long the sound becomes
             missing.pop("audio_length_in_s", None)
-        return dataclasses.replace(self, **missing)
+        return dataclasses.replace(self, **fitting_defaults(vars(self), missing))
 
     @classmethod
     def of(cls, value: Job | Mapping[str, Any] | str, where: str = "") -> Job:
@@ -269,6 +292,10 @@ _CHECKS: dict[str, Callable[[str, Any], object]] = {
     "skip": check_number,
     "adapters": _adapters,
     **dict.fromkeys(FORMS, weights_of),
+    "quality": lambda name, value: check_choice(name, value, tuple(QUALITIES)),
+    **READERS,
+    "guidance_rescale": check_number,
+    "unconditional": lambda name, value: check_choice(name, value, UNCONDITIONAL),
 }
 # What a cell of a table is read as.
 NUMBERS: dict[str, Callable[[Any], Any]] = {
@@ -283,6 +310,7 @@ NUMBERS: dict[str, Callable[[Any], Any]] = {
     "extend": float,
     "window": float,
     "skip": float,
+    "guidance_rescale": float,
 }
 FLAGS = ("loop", "exact_decoding")
 _CONVERTED: dict[str, Callable[[Any], Any]] = {
@@ -294,6 +322,7 @@ _CONVERTED: dict[str, Callable[[Any], Any]] = {
     "audio": os.fspath,
     "adapters": partial(_adapters, "adapters"),
     **{name: partial(_weights, name) for name in FORMS},
+    **{name: partial(read, name) for name, read in READERS.items()},
 }
 COLUMNS = {
     **{name: name for name in _CHECKS},
@@ -303,6 +332,7 @@ COLUMNS = {
     "guidance": "guidance_scale",
     "candidates": "num_waveforms_per_prompt",
     "from": "audio",
+    "cache": "feature_cache",
 }
 
 
@@ -313,6 +343,7 @@ SHOWN_COLUMNS = (
     *("from", "strength", "keep", "replace", "replace_band", "extend"),
     *("invert", "source_prompt", "skip", "loop", "window", "exact_decoding", "adapters"),
     *FORMS,
+    *("quality", *(name.replace("feature_cache", "cache") for name in NEUTRAL)),
 )
 
 

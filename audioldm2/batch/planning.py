@@ -33,7 +33,9 @@ from audioldm2.decoding import frames_and_samples
 from audioldm2.editing.checks import OF_EDITS
 from audioldm2.pipeline import AudioLDM2Pipeline
 from audioldm2.prompt_weights import FORMS
+from audioldm2.quality_settings import NEUTRAL, as_plain, preset_of
 from audioldm2.quoting import one_line, quoted
+from audioldm2.sampling import set_timesteps
 from audioldm2.schedulers import DDIMScheduler, as_sampler
 from audioldm2.words import token_weights
 
@@ -51,6 +53,8 @@ SHARED_OF_EDITS = (
     *OF_EDITS,
     *("loop", "window", "exact_decoding", "adapters"),
 )
+# The same of guidance and feature caching, and of chosen timesteps; None has no effect.
+SHARED_OF_QUALITY = tuple(NEUTRAL)
 SETTINGS = ("prompt", "negative_prompt", "transcription", *SHARED, "seed")  # of a job, in the manifest
 # In the manifest, and in what a seed is made from, only if a job has them.
 SETTINGS_OF_EDITS = (*SHARED_OF_EDITS, "invert", "source_prompt", "skip", *FORMS)
@@ -97,8 +101,10 @@ class Request:
 
     Attributes:
         index: of the request, in its plan.
-        job: the job, in which only `name`, `negative_prompt`, `transcription`, `max_new_tokens`, `scheduler`
-            and the settings of edits may still be None, and `audio_length_in_s` if there is a sound.
+        job: the job with what its preset stands for, in which only `name`, `negative_prompt`,
+            `transcription`, `max_new_tokens`, `scheduler`, the settings of edits and of `SHARED_OF_QUALITY`
+            may still be None, `audio_length_in_s` if there is a sound, and `num_inference_steps` if there
+            are timesteps.
         files: the names of its files, that of the best candidate first.
         key: a digest of all that the sounds depend on; a sound with another key is generated again.
         tokens: the number to which the second encoder's states are padded, of a blend all together; that of
@@ -159,7 +165,11 @@ def plan(jobs: Sequence[Job], pipe: AudioLDM2Pipeline, files: FileOptions) -> Pl
     rate = files.sampling_rate or pipe.vocoder.config.sampling_rate
     # What many jobs share is checked once: an encoder, a sampler, its steps.
     check_suffix = cache(lambda suffix: check_can_write(f"a{suffix}", rate, files.sample_format))
-    check_steps = cache(lambda name, steps: copy.deepcopy(sampler_of(name)).set_timesteps(steps))
+    check_steps = cache(
+        lambda name, steps, timesteps: set_timesteps(
+            copy.deepcopy(sampler_of(name)), steps, timesteps, pipe.device
+        )
+    )
     sampler_of = cache(lambda name: pipe.scheduler if name is None else as_sampler(name, pipe.scheduler))
     check_suffix(f".{files.file_format}")
     completed: list[tuple[Job, str, tuple[int, ...], float, InputFile | None]] = []
@@ -170,6 +180,7 @@ def plan(jobs: Sequence[Job], pipe: AudioLDM2Pipeline, files: FileOptions) -> Pl
                 suffix = split_name(job.name or "")[1] or f".{files.file_format}"
                 check_suffix(suffix)
                 source = input_file(job, pipe)
+                job = _with_preset(job, pipe)
                 whole, seconds = _completed(job, pipe, sampler_of(job.scheduler), check_steps, source)
                 completed.append((whole, suffix, _tokens(job, pipe), seconds, source))
             except (ValueError, TypeError) as error:
@@ -184,6 +195,7 @@ def plan(jobs: Sequence[Job], pipe: AudioLDM2Pipeline, files: FileOptions) -> Pl
         stored = {
             **{name: getattr(job, name) for name in SETTINGS},
             **_edit_settings(job, source),
+            **_quality_settings(job),
             "scheduler": type(sampler).__name__,
             "sampling_rate": rate,
             "checkpoint": pipe.name_or_path,
@@ -201,7 +213,13 @@ def plan(jobs: Sequence[Job], pipe: AudioLDM2Pipeline, files: FileOptions) -> Pl
                 tuple(f"{next(names)}{suffix}" for _ in each),
                 key,
                 tokens,
-                {**stored, **({} if source is None else {"audio": job.audio}), "version": __version__},
+                {
+                    **stored,
+                    **({} if source is None else {"audio": job.audio}),
+                    # Not in the key: what the preset stands for is.
+                    **({} if job.quality is None else {"quality": job.quality}),
+                    "version": __version__,
+                },
                 seconds,
                 source,
             )
@@ -214,11 +232,29 @@ def scheduler_of(job: Job, pipe: AudioLDM2Pipeline) -> Any:
     return pipe.scheduler if job.scheduler is None else as_sampler(job.scheduler, pipe.scheduler)
 
 
+def _with_preset(job: Job, pipe: AudioLDM2Pipeline) -> Job:
+    """A job with what its preset stands for, which takes precedence over what a checkpoint recommends."""
+    if job.quality is None:
+        return job
+    preset = preset_of(vars(job))
+    return job.with_defaults(
+        {
+            # Without guidance, a preset's interval is left out.
+            "guidance_scale": pipe.recommended.get("guidance_scale", GUIDANCE),
+            "scheduler": preset.sampler,
+            "num_inference_steps": preset.num_inference_steps,
+            "timesteps": preset.timesteps,
+            "feature_cache": preset.feature_cache,
+            "guidance_interval": preset.guidance_interval,
+        }
+    )
+
+
 def _completed(
     job: Job,
     pipe: AudioLDM2Pipeline,
     sampler: Any,
-    check_steps: Callable[[str | None, int | None], object],
+    check_steps: Callable[[str | None, int, tuple[int, ...] | None], object],
     source: InputFile | None,
 ) -> tuple[Job, float]:
     """A job with the default of every setting but the seed, and the length of its sound in seconds.
@@ -227,7 +263,8 @@ def _completed(
         job: what to complete.
         pipe: has the defaults.
         sampler: the job's.
-        check_steps: raises ValueError unless a sampler, given by its name, has this number of steps.
+        check_steps: raises ValueError unless a sampler, given by its name, has this number of steps, or
+            these timesteps.
         source: the sound that it edits.
 
     Raises:
@@ -242,10 +279,15 @@ def _completed(
     }
     if on := pipe.get_adapter_weights():
         defaults["adapters"] = tuple(sorted(on.items()))
+    if pipe.feature_caching is not None:
+        defaults["feature_cache"] = pipe.feature_caching
     if source is not None:
         defaults.pop("audio_length_in_s", None)  # a sound keeps its own
         defaults["strength"] = source.strength
     job = job.with_defaults(defaults)
+    # None where the value has no effect, so that it makes no difference to write it.
+    neutral: dict[str, Any] = {name: None for name, value in NEUTRAL.items() if getattr(job, name) == value}
+    job = dataclasses.replace(job, **neutral)
     check_transcription(job.transcription, speaks(pipe))
     for field in FORMS:
         if getattr(job, field) and speaks(pipe):
@@ -255,7 +297,7 @@ def _completed(
         for adapter, _ in job.adapters:
             if adapter not in known:
                 raise ValueError(f"adapters: {quoted(adapter)} is not loaded{did_you_mean(adapter, known)}")
-    check_steps(name, job.num_inference_steps)
+    check_steps(name, job.steps or 0, job.timesteps)
     if source is not None:
         return job, source.length
     frames, _ = frames_and_samples(pipe.unet, pipe.part("vae"), pipe.part("vocoder"), job.audio_length_in_s)
@@ -271,6 +313,12 @@ def _edit_settings(job: Job, source: InputFile | None) -> dict[str, Any]:
     given = {name: getattr(job, name) for name in SETTINGS_OF_EDITS if getattr(job, name) is not None}
     given |= {name: dict(given[name]) for name in WEIGHTS if name in given}
     return given if source is None else {**given, "audio_sha256": source.sha256}
+
+
+def _quality_settings(job: Job) -> dict[str, Any]:
+    """What a sound depends on of `SHARED_OF_QUALITY`; {} for most sounds."""
+    given = {name: as_plain(getattr(job, name)) for name in SHARED_OF_QUALITY}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _tokens(job: Job, pipe: AudioLDM2Pipeline) -> tuple[int, ...]:
@@ -297,7 +345,8 @@ def _with_seeds(jobs: Sequence[tuple[Job, InputFile | None]]) -> list[Job]:
     for job, source in jobs:
         if job.seed is None:
             fields = {name: getattr(job, name) for name in _SEEDING}
-            content = _digest({**fields, "name": None, "where": None, **_edit_settings(job, source)})
+            more = {**_edit_settings(job, source), **_quality_settings(job)}
+            content = _digest({**fields, "name": None, "where": None, **more})
             counts[content] += 1
             seed = int(_digest({"job": content, "number": counts[content]})[:8], 16)
             job = dataclasses.replace(job, seed=seed)
@@ -328,7 +377,8 @@ def in_groups(plan: Plan, batch_size: int) -> list[Group]:
     for request in plan.requests:
         job, source = request.job, request.source
         shared = tuple(
-            getattr(job, name) for name in (*SHARED, *SHARED_OF_EDITS, "scheduler", "invert", "skip")
+            getattr(job, name)
+            for name in (*SHARED, *SHARED_OF_EDITS, *SHARED_OF_QUALITY, "scheduler", "invert", "skip")
         )
         shared = (*shared, job.blend is None)  # embeddings take the place of blended prompts
         samples = None if source is None else source.samples

@@ -25,6 +25,7 @@ from audioldm2.batch.planning import (
 )
 from audioldm2.editing.variation import first_step
 from audioldm2.pipeline import AudioLDM2Pipeline
+from audioldm2.quality_settings import NEUTRAL
 from audioldm2.quoting import one_line, quoted
 
 JobLike = Job | Mapping[str, Any] | str
@@ -163,7 +164,8 @@ def estimate(
     """What `run` would generate, and about how long it would take with the local engine.
 
     Nothing is written. The first sound that is missing is generated with two numbers of steps to measure this
-    machine; the time of the others follows from their lengths and their steps.
+    machine; the time of the others follows from their lengths and their steps. Feature caching and steps
+    without guidance are faster than what is estimated.
 
     Args:
         jobs: as in `run`.
@@ -258,14 +260,14 @@ def _length(request: Request) -> float:
 
 def _steps(request: Request) -> int:
     """The steps that are taken for a request."""
-    steps, strength = request.job.num_inference_steps or 0, request.job.strength
+    steps, strength = request.job.steps or 0, request.job.strength
     if request.job.invert is not None:
         return 2 * steps  # about: those of the inversion, and most of them again
     return steps if strength is None else steps - first_step(steps, strength)
 
 
 def _measured(pipe: AudioLDM2Pipeline, request: Request, sampling_rate: int) -> tuple[float, float]:
-    """The time for a second of a request's sound without steps, and for each step.
+    """The time for a second of a request's sound without steps, and for each step that leaves nothing out.
 
     Raises:
         RuntimeError: the sound cannot be generated.
@@ -275,7 +277,8 @@ def _measured(pipe: AudioLDM2Pipeline, request: Request, sampling_rate: int) -> 
     strength = None if request.job.strength is None else 1.0  # all of the steps are taken
     with _inner_bars(pipe, hidden=True):
         for steps in (few, few, more):  # the first call is slower than others
-            job = dataclasses.replace(request.job, num_inference_steps=steps, strength=strength)
+            whole: dict[str, Any] = dict.fromkeys(NEUTRAL)
+            job = dataclasses.replace(request.job, **whole, num_inference_steps=steps, strength=strength)
             group = Group((dataclasses.replace(request, job=job),), sampling_rate)
             start = time.perf_counter()
             result = generate(pipe, group)

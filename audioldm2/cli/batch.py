@@ -25,6 +25,7 @@ from audioldm2.cli.messages import (
     with_column_names,
 )
 from audioldm2.cli.options import (
+    DEFAULT_SAMPLER,
     STANDARD_OUTPUT,
     Parser,
     add_model_options,
@@ -34,7 +35,7 @@ from audioldm2.cli.options import (
     check_words,
     number,
     parse_options,
-    sampler_of,
+    quality_arguments,
 )
 from audioldm2.cli.process import print_line
 from audioldm2.cli.prompts import STANDARD_INPUT, standard_input
@@ -61,11 +62,13 @@ to edit a sound:
 of loops, long sounds and adapters:
   loop, window, exact_decoding, and adapters, as in "dog:0.8, rain", of those
   that --lora loads, which are named after their folders
+of quality and speed:
+  quality, cache, guidance_interval, guidance_rescale, unconditional, timesteps
 
 Only prompt is required. The options below are the defaults of what a row
 leaves out; "audioldm2 --help" says what the settings of edits mean. Cells of
 keep, replace and replace_band are like "0-2.5, 4-". In .jsonl, weights may be
-objects, such as {"a bell": 0.3}.
+objects, such as {"a bell": 0.3}, and what is several numbers may be a list.
 
 A batch that was stopped, at any moment, is resumed by giving the same command
 again. A sound is generated again if its row or an option has changed. The
@@ -297,13 +300,17 @@ def _read_table(parser: Parser, options: argparse.Namespace) -> tuple[list[Job],
         "num_inference_steps": options.steps,
         "guidance_scale": options.guidance,
         "num_waveforms_per_prompt": options.candidates,
-        "scheduler": sampler_of(options),
+        "scheduler": options.scheduler,
         "seed": options.seed,
+        **quality_arguments(options),
     }
     completed = []
     for job in jobs:
         try:
-            completed.append(job.with_defaults(defaults))
+            whole = job.with_defaults(defaults)
+            if whole.quality is None:
+                whole = whole.with_defaults({"scheduler": DEFAULT_SAMPLER})
+            completed.append(whole)
         except ValueError as error:  # an option does not go with the row
             failures.append(Failure(job.where, one_line(error)))
     return completed, failures
@@ -362,7 +369,7 @@ def _print_estimate(found: Any, options: argparse.Namespace, failures: Sequence[
 
 def _described(request: Any) -> str:
     job = request.job
-    settings = f"{request.seconds:g} s, {job.num_inference_steps} steps, seed {job.seed}"
+    settings = f"{request.seconds:g} s, {job.steps} steps, seed {job.seed}"
     return f"{shortened(job.prompt, 100)} ({settings})"
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from audioldm2 import FeatureCaching
 from audioldm2.batch import Job, read_jobs
 from audioldm2.batch.tables import parse_jobs
+from audioldm2.quality_settings import as_plain, cache_of
 
 
 def parsed(text: str, kind: str) -> tuple[list[Job], list[str]]:
@@ -107,3 +110,92 @@ def test_jobs_are_checked_and_hold_pythons_numbers() -> None:
     ]:
         with pytest.raises((TypeError, ValueError), match=reason):
             Job.of(value)
+
+
+def test_cells_of_quality_and_speed() -> None:
+    jobs, failures = parsed(
+        "prompt\tquality\tcache\tguidance_interval\tguidance_rescale\tunconditional\ttimesteps\n"
+        "Rain\tdraft\t3\t0 - 0.75\t0.7\tzeros\t\n"
+        "Rain\t\t0,1,5\t\t\ttext\t900, 500,20,10,5,0\n"
+        "Rain\tfast\t\t\t\t\t\nRain\t\toften\t\t\t\t\nRain\t\t\t1-0\t\t\t\nRain\t\t\t\t2\t\t\n"
+        "Rain\t\t\t\t\tnoise\t\nRain\t\t\t\t\t\t1,2\n"
+        "Rain\t\t0,9\t\t\t\t9,5\n",
+        "tsv",
+    )
+    first = Job(
+        "Rain",
+        quality="draft",
+        feature_cache=3,
+        guidance_interval=(0.0, 0.75),
+        guidance_rescale=0.7,
+        unconditional="zeros",
+    )
+    second = Job(
+        "Rain",
+        feature_cache=FeatureCaching(steps=(0, 1, 5)),
+        unconditional="text",
+        timesteps=(900, 500, 20, 10, 5, 0),
+    )
+    assert jobs == [first, second]
+    assert (second.num_inference_steps, second.steps) == (None, 6)
+    for failure, reason in zip(
+        failures,
+        (
+            "table:4: quality must be one of draft, normal, best; got 'fast'",
+            "table:5: cache must be an interval such as 3, or the steps that run the whole UNet, from 0 on",
+            "table:6: guidance_interval must be two shares of the steps, from 0 to 1 and the smaller",
+            "table:7: guidance_rescale must be a number from 0 to 1, got 2.0",
+            "table:8: unconditional must be one of text, zeros; got 'noise'",
+            "table:9: timesteps must be integers that fall, such as 999,700,300",
+            "table:10: cache has step 9, but the run has 2, counted from 0",
+        ),
+        strict=True,
+    ):
+        assert failure.startswith(reason)
+    line = (
+        '{"prompt": "Rain", "quality": "draft", "cache": %s, "guidance_interval": [0, 0.75],'
+        '"guidance_rescale": 0.7, "unconditional": "zeros"}\n'
+        '{"prompt": "Rain", "cache": [0, 1, 5], "unconditional": "text",'
+        '"timesteps": [900, 500, 20, 10, 5, 0]}'
+    )
+    assert parsed(line % "3", "jsonl") == ([first, second], [])
+    assert parsed(line % '{"interval": 3, "level": 0}', "jsonl") == ([first, second], [])
+    assert Job("Rain", feature_cache=False).feature_cache == 1
+    for value in (True, 0, 2.5, {"every": 3}, []):
+        with pytest.raises(ValueError, match="feature_cache must be an interval such as 3"):
+            Job("Rain", feature_cache=value)
+    for caching in (3, 1, FeatureCaching(3, level=1, power=1.5), FeatureCaching(steps=(0, 2), level=1)):
+        assert cache_of("cache", json.loads(json.dumps(as_plain(caching)))) == caching
+    assert as_plain(FeatureCaching(steps=(0, 2))) == [0, 2]
+
+
+def test_settings_that_do_not_go_together_and_defaults_that_give_way() -> None:
+    for fields, reason in (
+        ({"timesteps": [9, 5], "num_inference_steps": 2}, "timesteps say which steps are taken"),
+        ({"audio": "a.wav", "invert": "ddpm", "quality": "best"}, "quality does not go with invert"),
+        ({"audio": "a.wav", "invert": "ddpm", "timesteps": [9]}, "timesteps does not go with invert"),
+        ({"guidance_interval": (0, 0.5), "guidance_scale": 1}, "guidance_interval has no effect without"),
+        ({"guidance_rescale": 0.5, "guidance_scale": 1}, "guidance_rescale has no effect without"),
+        ({"unconditional": "zeros", "guidance_scale": 1}, "unconditional has no effect without"),
+        ({"unconditional": "zeros", "negative_prompt": "x"}, "replaces the negative prompt"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            Job("Rain", **fields)
+    options = {
+        "num_inference_steps": 4,
+        "guidance_interval": (0, 0.5),
+        "guidance_rescale": 0.5,
+        "unconditional": "zeros",
+        "quality": "draft",
+    }
+    for fields, left in (
+        ({}, {*options}),
+        ({"timesteps": (9, 5)}, {*options} - {"num_inference_steps"}),
+        ({"guidance_scale": 1.0}, {"num_inference_steps", "quality"}),
+        ({"negative_prompt": "x"}, {*options} - {"unconditional"}),
+        ({"audio": "a.wav", "invert": "ddpm"}, {*options} - {"quality"}),
+    ):
+        job = Job("Rain", **fields).with_defaults(options)
+        assert {name for name in options if getattr(job, name) is not None} == left
+    job = Job("Rain", unconditional="zeros").with_defaults({"negative_prompt": "x"})
+    assert job.negative_prompt is None
