@@ -161,7 +161,8 @@ def check_quality_settings(given: Mapping[str, Any]) -> None:
                 raise ValueError(f"{name} does not go with invert, which settles the sampler and its steps")
     scale = given.get("guidance_scale")
     scale = GUIDANCE if scale is None else scale
-    guidance_of(scale, given.get("guidance_interval"), given.get("guidance_rescale") or 0.0)
+    rescale = given.get("guidance_rescale")
+    guidance_of(scale, given.get("guidance_interval"), 0.0 if rescale is None else rescale)
     unconditional = given.get("unconditional")
     if unconditional is not None:
         check_unconditional(unconditional, scale > 1, bool(given.get("negative_prompt")))

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,15 @@ import numpy as np
 import pytest
 import torch
 
-from audioldm2 import CheckpointError, DPMSolverMultistepScheduler, cli, read_wav, write_wav
+from audioldm2 import (
+    QUALITIES,
+    CheckpointError,
+    DPMSolverMultistepScheduler,
+    FeatureCaching,
+    cli,
+    read_wav,
+    write_wav,
+)
 from audioldm2.checkpoints.hub import TINY_FOLDER
 from audioldm2.cli import serve
 from audioldm2.web.files import save_sounds
@@ -54,6 +63,34 @@ def test_what_is_left_out_is_the_checkpoints_default() -> None:
     other = {"prompt": "A voice", "checkpoint": "speaker", "sampler": "ddim", "speech": "Hello", "seed": 7.0}
     request = read_request(other, CHECKPOINTS, Limits())
     assert (request.negative, request.steps, request.speech, request.seed) == ("Low quality", 200, "Hello", 7)
+
+
+def test_a_preset_settles_what_is_not_given() -> None:
+    draft = QUALITIES["draft"]
+
+    def sampling(**values: Any) -> dict[str, Any]:
+        request = read_request({"prompt": "A bell", **values}, CHECKPOINTS, Limits())
+        given = {name: value for name, value in request.sampling.items() if value is not None}
+        return {**given, "sampler": request.sampler, "taken": request.steps}
+
+    rest = {"guidance_scale": 2.0, "guidance_rescale": 0.0, "unconditional": "text"}
+    assert sampling() == {**rest, "num_inference_steps": 20, "sampler": "dpmsolver++", "taken": 20}
+    settled = {"sampler": draft.sampler, "taken": draft.steps}
+    assert sampling(quality="draft") == {**rest, "quality": draft, **settled}
+    assert sampling(quality="draft", steps=5, sampler="ddim", cache=1, guidance_interval="0-0.5") == {
+        **rest,
+        "quality": replace(draft, sampler="ddim"),
+        "num_inference_steps": 5,
+        "feature_cache": 1,
+        "guidance_interval": (0.0, 0.5),
+        "sampler": "ddim",
+        "taken": 5,
+    }
+    request = request_of(
+        cache="0,2", guidance_rescale=0.7, unconditional="zeros", checkpoint="speaker", speech="a"
+    )
+    assert request.negative == "", "zeros take its place"
+    assert request.sampling["feature_cache"] == FeatureCaching(steps=(0, 2))
 
 
 @pytest.mark.parametrize(
@@ -96,6 +133,22 @@ def test_what_is_left_out_is_the_checkpoints_default() -> None:
         ({"audio": "a", "extend": 31}, "the time to add must be a number of seconds, more than 0 and at mo"),
         ({"audio": "a", "extend": 1, "duration": 3}, "with a time to add, leave out the length"),
         ({"audio": "a", "loop": "yes"}, "the loop must be True or False, got 'yes'"),
+        ({"quality": "fast"}, "the quality must be one of draft, normal, best; got 'fast'"),
+        ({"quality": []}, "the quality must be one of"),
+        ({"quality": "draft", "audio": "a", "invert": "ddpm"}, "the quality does not go with the inversion"),
+        ({"cache": "often"}, "the cache must be an interval such as 3, or the steps that run the whole UNet"),
+        ({"cache": 0}, "the cache must be an interval such as 3"),
+        ({"cache": "0,9", "steps": 3}, "the cache has step 9, but the run has 3, counted from 0"),
+        ({"guidance_interval": "1-0"}, "the guidance interval must be two shares of the steps, from 0 to 1"),
+        (
+            {"guidance_interval": "0-0.5", "guidance": 1},
+            "the guidance interval has no effect without guidance; pass a guidance over 1",
+        ),
+        ({"guidance_rescale": 2}, "the guidance rescale must be a number from 0 to 1, got 2"),
+        ({"guidance_rescale": "x"}, "the guidance rescale must be a number from 0 to 1"),
+        ({"unconditional": "noise"}, "the unconditional side must be one of text, zeros; got 'noise'"),
+        ({"unconditional": {}}, "the unconditional side must be one of"),
+        ({"unconditional": "zeros", "negative": "rain"}, "replaces the negative prompt"),
     ],
 )
 def test_what_is_not_allowed_is_refused_in_words(values: dict[str, Any], message: str) -> None:
@@ -312,6 +365,21 @@ def test_the_api_gives_what_the_pipeline_gives(server: Server, tmp_path: Path) -
         waveform, rate = read_wav(tmp_path / "sound.wav")
         assert rate == 16000
         np.testing.assert_allclose(waveform[0].numpy(), audio, atol=1e-3)
+    (preset,) = generate(
+        server, prompt="A bell", quality="draft", cache="2", guidance_interval="0-0.5", seed=5
+    )[1]
+    expected = pipe(
+        "A bell",
+        quality="draft",
+        feature_cache=2,
+        guidance_interval=(0, 0.5),
+        guidance_scale=2.0,
+        audio_length_in_s=0.64,
+        generator=seeded(5),
+    )
+    (tmp_path / "sound.wav").write_bytes(HTTP.get(preset["sounds"][0]["file"]["url"]).content)
+    waveform, _ = read_wav(tmp_path / "sound.wav")
+    np.testing.assert_allclose(waveform[0].numpy(), expected.audios[0], atol=1e-3)
     # With the sampler that was not the checkpoint's, and back; and a warning.
     (other,) = generate(server, prompt="A bell", sampler="ddim", seed=5)[1]
     (same,) = generate(server, prompt="A bell", negative="rain", guidance=1, seed=5)[1]

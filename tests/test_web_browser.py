@@ -13,7 +13,7 @@ from urllib.parse import urlparse
 import pytest
 import torch
 
-from audioldm2 import read_wav, write_wav
+from audioldm2 import QUALITIES, read_wav, write_wav
 from tests.helpers import HANGS_AFTER, noise
 from tests.web_server import LONG, Server, tiny_server, wait_until
 
@@ -203,6 +203,31 @@ def test_an_example_fills_the_prompt_and_the_sampler_its_steps(page: Any) -> Non
     page.click("#sampler input")
     page.get_by_role("option", name="DDIM").click()
     wait_until(lambda: page.locator("#steps input[type=number]").input_value() == "3")
+
+
+def test_a_preset_settles_fields_and_an_inversion_has_none(page: Any) -> None:
+    steps = page.locator("#steps input[type=number]")
+    page.locator("#advanced button").first.click()
+    page.locator("#quality").get_by_text("Draft").click()
+    wait_until(lambda: steps.input_value() == str(QUALITIES["draft"].steps) and steps.is_disabled())
+    wait_until(lambda: not page.locator("#cache").is_visible())
+    assert page.locator("#sampler input").is_disabled()
+    assert page.locator("#guidance-rescale").is_visible()
+    generate(page, prompt="A bell", candidates=1)
+    assert "quality draft" in status(page, "made in")
+    page.locator("#edit button").first.click()
+    page.locator("#invert").get_by_text("Inversion", exact=True).click()
+    wait_until(lambda: steps.input_value() == "3" and steps.is_enabled())
+    assert page.locator("#quality input").first.is_disabled()
+    page.locator("#invert").get_by_text("Variation").click()
+    wait_until(lambda: page.locator("#quality input").first.is_enabled())
+    page.locator("#edit button").first.click()
+    generate(page, prompt="A bell", cache="0,5")
+    status(page, "The cache has step 5, but the run has 2, counted from 0")
+    generate(page, cache="2")
+    assert "cache 2" in status(page, "made in")
+    fill(page, cache="")
+    page.locator("#advanced button").first.click()
 
 
 def test_a_reload_starts_a_new_visit_and_frees_the_device(page: Any, server: Server) -> None:

@@ -47,6 +47,11 @@ def endpoint(studio: Studio, folder: Path) -> Callable[..., Iterator[dict[str, A
         skip: float | None = None,
         blend: str | None = None,
         word_weights: str | None = None,
+        quality: str | None = None,
+        cache: str | None = None,
+        guidance_interval: str | None = None,
+        guidance_rescale: float | None = None,
+        unconditional: str | None = None,
     ) -> Iterator[dict]:  # type: ignore[type-arg]  # Gradio publishes the type, and knows the plain one
         """Generate sounds from a prompt, or edit a sound, which is an uploaded file.
 
@@ -75,6 +80,11 @@ def endpoint(studio: Studio, folder: Path) -> Callable[..., Iterator[dict[str, A
             "skip": skip,
             "blend": blend,
             "word_weights": word_weights,
+            "quality": quality,
+            "cache": cache,
+            "guidance_interval": guidance_interval,
+            "guidance_rescale": guidance_rescale,
+            "unconditional": unconditional,
         }
         try:
             values["audio"] = uploaded(audio, folder)

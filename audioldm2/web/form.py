@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from audioldm2.editing.checks import SKIP, STRENGTH
+from audioldm2.guidance import UNCONDITIONAL
+from audioldm2.quality import QUALITIES
 from audioldm2.schedulers import SAMPLERS
 from audioldm2.web.requests import MAX_CHARACTERS, Checkpoint, Request
 from audioldm2.web.studio import Studio
@@ -138,6 +140,7 @@ class Form:
         gr, limits = self.gr, self.limits
         names = list(self.checkpoints)
         first = self.checkpoints[names[0]]
+        presets = [name for name, preset in QUALITIES.items() if (preset.steps or 1) <= limits.steps]
         with gr.Column(elem_id="area-settings"):
             self.negative = gr.Textbox(
                 first.negative,
@@ -163,6 +166,14 @@ class Form:
                     visible=limits.candidates > 1,
                     elem_id="candidates",
                 )
+            self.quality = gr.Radio(
+                [("As set below", ""), *((name.capitalize(), name) for name in presets)],
+                value="",
+                label="Quality",
+                info="Draft is the fastest. A preset settles sampler, steps, caching and guidance interval; "
+                "an inversion has none",
+                elem_id="quality",
+            )
             with gr.Row():
                 self.sampler = gr.Dropdown(
                     [(SAMPLER_LABELS.get(name, name), name) for name in SAMPLERS],
@@ -189,6 +200,7 @@ class Form:
                 info="Larger values follow the prompt more closely; 1 or less switches guidance off",
                 elem_id="guidance",
             )
+            self._add_advanced(gr)
             with gr.Row():
                 self.seed = gr.Number(
                     precision=0,
@@ -208,19 +220,52 @@ class Form:
                 elem_id="checkpoint",
             )
 
+    def _add_advanced(self, gr: Any) -> None:
+        """Add the fields of feature caching, and those of guidance that are seldom changed."""
+        with gr.Accordion("Caching and guidance", open=False, elem_id="advanced"):
+            with gr.Column(elem_id="saving") as self.saving:
+                self.cache = gr.Textbox(
+                    label="Cache",
+                    info="3: the whole UNet runs at every third step; 0,1,2,5: at these steps; empty: at all",
+                    max_length=MAX_CHARACTERS,
+                    elem_id="cache",
+                )
+                self.guidance_interval = gr.Textbox(
+                    label="Guidance interval",
+                    info="Shares of the steps that have guidance, as in 0-0.75; empty for all",
+                    max_length=MAX_CHARACTERS,
+                    elem_id="guidance-interval",
+                )
+            self.guidance_rescale = gr.Slider(
+                0,
+                1,
+                0,
+                step=0.05,
+                label="Guidance rescale",
+                info="Against the distortion of strong guidance; 0 is off",
+                elem_id="guidance-rescale",
+            )
+            self.unconditional = gr.Dropdown(
+                [("The empty text", "text"), ("Zeros, as in the original repository", "zeros")],
+                value=UNCONDITIONAL[0],
+                label="What guidance steers away from",
+                info="Without a negative prompt",
+                elem_id="unconditional",
+            )
+
     @property
     def fields(self) -> dict[str, Any]:
         """The components by the names of `Request`'s fields."""
         names = Request.__dataclass_fields__
         return {name: getattr(self, name) for name in names}
 
-    def defaults(self, name: str, sampler: str) -> dict[Any, Any]:
+    def defaults(self, name: str, sampler: str, quality: str) -> dict[Any, Any]:
         """Updates of the fields for another checkpoint."""
         gr, checkpoint = self.gr, self.checkpoints[name]
         return {
             self.negative: checkpoint.negative,
             self.duration: min(checkpoint.duration, self.limits.duration),
-            self.steps: self.steps_for(name, sampler),
+            **self.defaults_of_quality(quality, name, sampler),
             self.guidance: gr.Slider(
                 value=checkpoint.guidance, maximum=max(MAX_GUIDANCE_SHOWN, checkpoint.guidance)
             ),
@@ -236,12 +281,29 @@ class Form:
         return {
             self.variation: self.gr.Column(visible=not method),
             self.inversion: self.gr.Column(visible=bool(method)),
+            self.quality: self.gr.Radio(interactive=not method),
         }
+
+    def kinds_of_quality(self, quality: str) -> dict[Any, Any]:
+        """Updates of what can be set with a preset; "" is none."""
+        return {
+            self.sampler: self.gr.Dropdown(interactive=not quality),
+            self.steps: self.gr.Slider(interactive=not quality),
+            self.saving: self.gr.Column(visible=not quality),
+        }
+
+    def defaults_of_quality(self, quality: str, name: str, sampler: str) -> dict[Any, Any]:
+        """Updates of the fields for another preset; "" is none, which keeps the sampler."""
+        if not quality:
+            return {self.sampler: sampler, self.steps: self.steps_for(name, sampler)}
+        sampler = QUALITIES[quality].sampler or sampler
+        return {self.sampler: sampler, self.steps: QUALITIES[quality].steps or self.steps_for(name, sampler)}
 
     def defaults_of_edit(self, method: str, name: str) -> dict[Any, Any]:
         """Updates of the fields for another method of inversion; "" is none."""
         sampler = "ddim" if method else "dpmsolver++"
         return {
+            self.quality: "",
             self.sampler: sampler,
             self.steps: self.steps_for(name, sampler),
             self.skip: SKIP.get(method, SKIP["ddpm"]),

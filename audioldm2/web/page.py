@@ -24,6 +24,8 @@ CLEANING_S = 600  # from one look for old files to the next
 # Fields that are visible only for one kind of edit.
 OF_VARIATIONS = ("strength", "keep", "replace", "extend", "loop")
 OF_INVERSIONS = ("source_prompt", "skip")
+# Fields that a preset settles.
+OF_PRESETS = ("sampler", "steps", "cache", "guidance_interval")
 DEVICE = "device"  # the queue of the events that use it
 # Options of events that are answered at once, and are not part of the API.
 QUICK = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -182,6 +184,7 @@ def _connect(gr: Any, studio: Studio, folder: Path, form: Form, results: _Result
                 given["duration"] = None
             # Fields that are hidden do not count.
             given |= dict.fromkeys(OF_VARIATIONS if given["invert"] else OF_INVERSIONS)
+            given |= dict.fromkeys(OF_PRESETS if given["quality"] else ())
             given["extend"] = given["extend"] or None  # 0 adds nothing
             if given["audio"] is None or given["keep"] or given["replace"] or given["extend"]:
                 given["strength"] = None  # the slider is for a sound that is changed as a whole
@@ -247,11 +250,18 @@ def _connect(gr: Any, studio: Studio, folder: Path, form: Form, results: _Result
 
     changed = [form.negative, form.duration, form.steps, form.guidance, form.speech, form.examples]
     changed += [form.weights, form.blend, form.word_weights]
-    form.checkpoint.input(form.defaults, [form.checkpoint, form.sampler], changed, **QUICK)
+    changed += [form.sampler]
+    choices = [form.checkpoint, form.sampler, form.quality]
+    form.checkpoint.input(form.defaults, choices, changed, **QUICK)
     # The kind of an edit changes with an old sound that is shown again, too, which has settings of its own.
-    form.invert.change(form.kinds_of_edit, form.invert, [form.variation, form.inversion], **QUICK)
-    of_edit = [form.sampler, form.steps, form.skip]
+    kinds = [form.variation, form.inversion, form.quality]
+    form.invert.change(form.kinds_of_edit, form.invert, kinds, **QUICK)
+    of_edit = [form.sampler, form.steps, form.skip, form.quality]
     form.invert.input(form.defaults_of_edit, [form.invert, form.checkpoint], of_edit, **QUICK)
+    of_quality = [form.sampler, form.steps]
+    form.quality.change(form.kinds_of_quality, form.quality, [*of_quality, form.saving], **QUICK)
+    choices = [form.quality, form.checkpoint, form.sampler]
+    form.quality.input(form.defaults_of_quality, choices, of_quality, **QUICK)
     form.sampler.input(form.steps_for, [form.checkpoint, form.sampler], form.steps, **QUICK)
 
     def use_example(index: int, name: str) -> tuple[str, str]:
@@ -323,6 +333,12 @@ def _summary(sounds: Sounds) -> str:
     ]
     if request.invert:
         facts.insert(3, f"by inversion, with {request.taken_steps} of the steps")
+    if request.quality:
+        facts.append(f"quality {request.quality}")
+    if request.cache:
+        facts.append(f"cache {request.cache}")
+    if request.guidance_interval:
+        facts.append(f"guidance interval {request.guidance_interval}")
     if request.word_weights:
         facts.insert(1, f"word weights {request.word_weights}")
     if request.blend:

@@ -23,7 +23,10 @@ from audioldm2.arguments import (
     check_number,
 )
 from audioldm2.editing.checks import METHODS, SKIP, check_edit, check_inversion, read_pairs
+from audioldm2.guidance import UNCONDITIONAL
 from audioldm2.prompt_weights import Weights, check_weights, weights_of
+from audioldm2.quality import QUALITIES
+from audioldm2.quality_settings import cache_of, check_quality_settings, interval_of, preset_of
 from audioldm2.quoting import quoted
 from audioldm2.schedulers import SAMPLERS
 
@@ -32,6 +35,9 @@ MAX_CHARACTERS = 2000  # of a text; the encoders read far fewer
 # The pipeline's names of arguments in the page's words.
 WORDS = {
     "audio_length_in_s": "the length",
+    "feature_cache": "the cache",
+    "guidance_rescale": "the guidance rescale",
+    "a guidance_scale": "a guidance",
     "guidance_scale": "the guidance",
     "negative_prompt": "the negative prompt",
     "num_inference_steps": "the number of steps",
@@ -42,16 +48,21 @@ WORDS = {
 WORDS_OF_EDITS = {
     "audio": "the sound",
     "blend": "the blend",
+    "cache": "the cache",
     "extend": "the time to add",
+    "guidance_interval": "the guidance interval",
     "invert": "the inversion",
     "keep": "the part to keep",
+    "quality": "the quality",
     "replace": "the part to replace",
     "skip": "the share to skip",
     "source_prompt": "the source prompt",
     "strength": "the strength",
+    "unconditional": "the unconditional side",
     "word_weights": "the word weights",
 }
-TEXTS = ("keep", "replace", "source_prompt", "blend", "word_weights")  # those that are texts, "" by default
+# Those that are texts, "" by default.
+TEXTS = ("keep", "replace", "source_prompt", "blend", "word_weights", "cache", "guidance_interval")
 _OF_EDITS = re.compile(rf"\b({'|'.join(WORDS_OF_EDITS)})\b")
 BYTES_PER_SECOND = 48_000 * 2 * 4  # of an uploaded sound: stereo at 48 kHz, as 32-bit floats
 
@@ -117,6 +128,11 @@ class Request:
         skip: the share of an inversion's steps that is left out; None is the method's default.
         blend: prompts to mix in as text, such as "a bell: 0.3"; "" for none.
         word_weights: of words of the prompt, likewise.
+        quality: the name of a preset; "" for none. What it stands for is in `sampler` and `steps`, too.
+        cache: of feature caching, as text such as "3" or "0,1,2,5"; "" is the preset's, or off.
+        guidance_interval: shares of the steps as text, such as "0-0.75"; "" is the preset's, or all.
+        guidance_rescale: from 0 to 1.
+        unconditional: one of `UNCONDITIONAL`.
     """
 
     prompt: str
@@ -140,6 +156,31 @@ class Request:
     skip: float | None = None
     blend: str = ""
     word_weights: str = ""
+    quality: str = ""
+    cache: str = ""
+    guidance_interval: str = ""
+    guidance_rescale: float = 0.0
+    unconditional: str = UNCONDITIONAL[0]
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The pipeline's arguments of the steps, feature caching and guidance."""
+        given: dict[str, Any] = {
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance,
+            "feature_cache": cache_of("cache", self.cache) if self.cache else None,
+            "guidance_interval": interval_of("guidance_interval", self.guidance_interval)
+            if self.guidance_interval
+            else None,
+            "guidance_rescale": self.guidance_rescale,
+            "unconditional": self.unconditional,
+        }
+        if self.quality:
+            preset = preset_of({"quality": self.quality, "scheduler": self.sampler})
+            given["quality"] = preset
+            if preset.steps == self.steps:  # perhaps timesteps, in place of which a number would be taken
+                given["num_inference_steps"] = None
+        return given
 
     @property
     def weights(self) -> dict[str, Weights]:
@@ -190,19 +231,29 @@ def read_request(values: Mapping[str, Any], checkpoints: Mapping[str, Checkpoint
     invert = given.get("invert") or ""
     if invert:
         check_choice("the inversion", invert, METHODS)
-    sampler = given.get("sampler", "ddim" if invert else "dpmsolver++")
-    check_choice("the sampler", sampler, list(SAMPLERS))
-    if invert and sampler != "ddim":
+    quality = given.get("quality") or ""
+    if quality:
+        check_choice("the quality", quality, list(QUALITIES))
+    if "sampler" in given:
+        check_choice("the sampler", given["sampler"], list(SAMPLERS))
+    preset = preset_of({"quality": quality or None, "scheduler": given.get("sampler")})
+    sampler = preset.sampler or ("ddim" if invert else "dpmsolver++")
+    if invert and sampler != "ddim" and not quality:
         raise ValueError("an inversion takes the steps of DDIM; choose the sampler ddim")
     prompt = _text("the prompt", given.get("prompt", ""))
-    negative = _text("the negative prompt", given.get("negative", checkpoint.negative), empty=True)
-    steps = _integer("the number of steps", given.get("steps", checkpoint.steps[sampler]), 1, limits.steps)
+    unconditional = given.get("unconditional", UNCONDITIONAL[0])
+    default = checkpoint.negative if unconditional == UNCONDITIONAL[0] else ""
+    negative = _text("the negative prompt", given.get("negative", default), empty=True)
+    steps = given.get("steps", preset.steps or checkpoint.steps[sampler])
+    steps = _integer("the number of steps", steps, 1, limits.steps)
     candidates = _integer("the number of candidates", given.get("candidates", 1), 1, limits.candidates)
     seed = _integer("the seed", given.get("seed", new_seed()), 0, MAX_SEED)
     guidance = given.get("guidance", checkpoint.guidance)
     check_number("the guidance", guidance)
     if not 0 <= guidance <= MAX_GUIDANCE:
         raise ValueError(f"the guidance must be from 0 to {MAX_GUIDANCE:g}, got {quoted(guidance)}")
+    if as_integer(given.get("cache")) is not None:
+        given["cache"] = str(given["cache"])
     audio = given.get("audio")
     duration = given.get("duration", None if audio is not None else checkpoint.duration)
     request = Request(
@@ -223,6 +274,9 @@ def read_request(values: Mapping[str, Any], checkpoints: Mapping[str, Checkpoint
         loop=check_flag("the loop", given.get("loop")),
         invert=invert,
         skip=given.get("skip"),
+        quality=quality,
+        guidance_rescale=given.get("guidance_rescale", 0.0),
+        unconditional=unconditional,
     )
     inversion = {
         "source_prompt": request.source_prompt or None,
@@ -233,6 +287,8 @@ def read_request(values: Mapping[str, Any], checkpoints: Mapping[str, Checkpoint
         check_edit(audio is not None, request.edits, request.loop)
         check_inversion(audio is not None, invert or None, {**request.edits, **inversion})
         check_weights(prompt, **request.weights, transcription=request.speech)
+        together = {"quality": quality or None, "negative_prompt": negative, "invert": invert}
+        check_quality_settings({**request.sampling, **together})
     except ValueError as error:
         raise ValueError(in_words(str(error))) from error
     if request.extend is not None:

@@ -209,9 +209,9 @@ class Studio:
         pipe.scheduler = as_sampler(request.sampler, pipe.scheduler)
         arguments: dict[str, Any] = {
             **request.edits,
+            **request.sampling,
             "audio_length_in_s": request.duration,
             "transcription": request.speech,
-            "num_inference_steps": request.steps,
             "num_waveforms_per_prompt": request.candidates,
             "generator": torch.Generator(pipe.device).manual_seed(request.seed),
         }
@@ -232,7 +232,6 @@ class Studio:
                 arguments["audio"], arguments["sampling_rate"] = sound
             blend, word_weights = request.weights.values()
             output = pipe(
-                guidance_scale=request.guidance,
                 negative_prompt=request.negative or None,
                 callback_on_step_end=on_step_end,
                 **with_prompts(pipe, arguments, [request.prompt], [blend], [word_weights]),
