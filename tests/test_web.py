@@ -134,7 +134,7 @@ def test_a_preset_settles_what_is_not_given() -> None:
         ({"audio": "a", "extend": 1, "duration": 3}, "with a time to add, leave out the length"),
         ({"audio": "a", "loop": "yes"}, "the loop must be True or False, got 'yes'"),
         ({"quality": "fast"}, "the quality must be one of draft, normal, best; got 'fast'"),
-        ({"quality": []}, "the quality must be one of"),
+        ({"quality": 3}, "the quality must be one of"),
         ({"quality": "draft", "audio": "a", "invert": "ddpm"}, "the quality does not go with the inversion"),
         ({"cache": "often"}, "the cache must be an interval such as 3, or the steps that run the whole UNet"),
         ({"cache": 0}, "the cache must be an interval such as 3"),

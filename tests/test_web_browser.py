@@ -208,7 +208,7 @@ def test_an_example_fills_the_prompt_and_the_sampler_its_steps(page: Any) -> Non
 def test_a_preset_settles_fields_and_an_inversion_has_none(page: Any) -> None:
     steps = page.locator("#steps input[type=number]")
     page.locator("#advanced button").first.click()
-    page.locator("#quality").get_by_text("Draft").click()
+    page.locator("#quality").get_by_text("Draft", exact=True).click()
     wait_until(lambda: steps.input_value() == str(QUALITIES["draft"].steps) and steps.is_disabled())
     wait_until(lambda: not page.locator("#cache").is_visible())
     assert page.locator("#sampler input").is_disabled()
@@ -219,7 +219,7 @@ def test_a_preset_settles_fields_and_an_inversion_has_none(page: Any) -> None:
     page.locator("#invert").get_by_text("Inversion", exact=True).click()
     wait_until(lambda: steps.input_value() == "3" and steps.is_enabled())
     assert page.locator("#quality input").first.is_disabled()
-    page.locator("#invert").get_by_text("Variation").click()
+    page.locator("#invert").get_by_text("Variation", exact=True).click()
     wait_until(lambda: page.locator("#quality input").first.is_enabled())
     page.locator("#edit button").first.click()
     generate(page, prompt="A bell", cache="0,5")
