@@ -36,6 +36,7 @@ LONG_PROMPT = "rain " * 300
 JOBS = [
     *({"prompt": prompt, **SHORT} for prompt in ("Rain", "A bell", "A rising sweep", "A slow drum beat") * 3),
     {"prompt": LONG_PROMPT, "name": "long", **SHORT},
+    {"prompt": "Wind", "quality": "draft", "cache": "0,1", "guidance_interval": "0-0.5", **SHORT},
 ]
 
 
