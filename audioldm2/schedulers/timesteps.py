@@ -28,8 +28,6 @@ and last timesteps would stay where they are at any number of steps.
 
 from __future__ import annotations
 
-import numpy as np
-
 from audioldm2.arguments import check_count
 
 MAX_STEPS = 50  # many more than the list was made for
@@ -57,5 +55,8 @@ def optimized_timesteps(steps: int) -> list[int]:
         [999, 891, 647, 307, 44]
     """
     check_count("steps", steps, 1, MAX_STEPS)
-    positions = np.linspace(0, len(FOUND) - 1, int(steps) + 1)[:-1]
-    return [round(float(t)) for t in np.interp(positions, range(len(FOUND)), FOUND)]
+    found = []
+    for i in range(int(steps)):
+        k, share = divmod(i * (len(FOUND) - 1) / int(steps), 1)
+        found.append(round(FOUND[int(k)] + share * (FOUND[int(k) + 1] - FOUND[int(k)])))
+    return found
