@@ -16,6 +16,7 @@ from audioldm2.feature_cache import FeatureCaching, as_feature_caching
 from audioldm2.guidance import ALL_STEPS
 from audioldm2.quoting import quoted
 from audioldm2.schedulers import SAMPLERS, as_sampler
+from audioldm2.schedulers.timesteps import optimized_timesteps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +92,13 @@ class Quality:
 
 
 QUALITIES = {
-    "draft": Quality("dpmsolver++", 8, feature_cache=FeatureCaching(3)),
-    "normal": Quality("dpmsolver++", 20, feature_cache=FeatureCaching(2)),
-    "best": Quality("dpmsolver++", 20, feature_cache=False, guidance_interval=ALL_STEPS),
+    "draft": Quality("unipc", 5, feature_cache=False, guidance_interval=(0.2, 0.8)),
+    "normal": Quality(
+        "unipc", timesteps=optimized_timesteps(10), feature_cache=False, guidance_interval=ALL_STEPS
+    ),
+    "best": Quality(
+        "unipc", timesteps=optimized_timesteps(20), feature_cache=False, guidance_interval=ALL_STEPS
+    ),
 }
 
 

@@ -34,6 +34,9 @@ NEUTRAL: dict[str, Any] = {
     "timesteps": None,
 }
 
+# Settings that a preset stands for.
+OF_PRESET = ("scheduler", "num_inference_steps", "timesteps", "feature_cache", "guidance_interval")
+
 
 def cache_of(name: str, value: Any) -> int | FeatureCaching:
     """The settings of feature caching; 1 is off.

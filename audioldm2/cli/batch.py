@@ -40,6 +40,7 @@ from audioldm2.cli.options import (
 from audioldm2.cli.process import print_line
 from audioldm2.cli.prompts import STANDARD_INPUT, standard_input
 from audioldm2.extras import install_hint
+from audioldm2.quality_settings import OF_PRESET
 from audioldm2.quoting import one_line, shortened
 
 ENGINES = ("local", "ray")
@@ -304,10 +305,12 @@ def _read_table(parser: Parser, options: argparse.Namespace) -> tuple[list[Job],
         "seed": options.seed,
         **quality_arguments(options),
     }
+    # A row's own preset says more than an option for all rows.
+    beside_preset = {name: value for name, value in defaults.items() if name not in OF_PRESET}
     completed = []
     for job in jobs:
         try:
-            whole = job.with_defaults(defaults)
+            whole = job.with_defaults(defaults if job.quality is None else beside_preset)
             if whole.quality is None:
                 whole = whole.with_defaults({"scheduler": DEFAULT_SAMPLER})
             completed.append(whole)

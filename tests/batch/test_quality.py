@@ -89,7 +89,8 @@ def test_each_sound_is_that_of_a_call_with_its_settings(
 
 
 def test_what_has_no_effect_makes_no_difference(tiny: AudioLDM2Pipeline) -> None:
-    plain = {"prompt": "Rain", "scheduler": "dpmsolver++", "steps": 20, **SHORT}
+    best = QUALITIES["best"]
+    plain = {"prompt": "Rain", "scheduler": best.sampler, "timesteps": [*best.timesteps], **SHORT}
     neutral = {
         **plain,
         "cache": 1,
@@ -100,7 +101,7 @@ def test_what_has_no_effect_makes_no_difference(tiny: AudioLDM2Pipeline) -> None
     preset = {"prompt": "Rain", "quality": "best", **SHORT}
     requests = [planned(tiny, job).requests[0] for job in (plain, neutral, preset)]
     assert len({(request.key, request.job.seed) for request in requests}) == 1
-    assert not {*NEUTRAL, "quality"} & {*requests[1].stored}
+    assert {*NEUTRAL, "quality"} & {*requests[1].stored} == {"timesteps"}
     assert requests[2].stored["quality"] == "best"
 
 
@@ -142,3 +143,17 @@ def test_options_are_the_defaults_of_rows(
     capsys.readouterr()
     assert cli.main([*arguments, *options]) == 0
     assert capsys.readouterr().out == "out: 2 sounds, 0 new, 2 already there\n"
+
+
+def test_a_rows_preset_says_more_than_options_for_all_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(QUALITIES, "draft", Quality("unipc", 2))
+    Path("prompts.csv").write_text("prompt,quality\nRain,draft\nWind,\n", "utf-8")
+    arguments = ["batch", "prompts.csv", "-o", "out", "--model", "tiny", "--device", "cpu", "--quiet"]
+    options = ["--duration", "0.64", "--steps", "1", "--scheduler", "ddim", "--guidance", "2"]
+    assert cli.main([*arguments, *options]) == 0
+    names = ("scheduler", "num_inference_steps", "guidance_scale")
+    expected = {"Rain": ["UniPCMultistepScheduler", 2, 2.0], "Wind": ["DDIMScheduler", 1, 2.0]}
+    assert {line["prompt"]: [line[name] for name in names] for line in lines_of(Path("out"))} == expected
