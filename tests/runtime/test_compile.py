@@ -21,7 +21,7 @@ from diffusers import AudioLDM2UNet2DConditionModel
 from torch import nn
 
 from audioldm2 import AudioLDM2Pipeline, FeatureCaching
-from audioldm2.runtime.compile import DYNAMIC, TARGETS, TOKEN_BUCKET, default_mode, rounded_up
+from audioldm2.runtime.compile import DYNAMIC, TARGETS, TOKEN_BUCKET, CompiledUNet, default_mode, rounded_up
 from tests import helpers
 from tests.helpers import HAMMER, RAIN, assert_same_sound, load_pipeline
 from tests.reference import SMALL, assert_close, make_checkpoint
@@ -248,6 +248,34 @@ def test_feature_caching_and_less_guidance_add_one_graph_each(
     with nothing_compiled(compiler):
         same(sound(pipe, **cached), expected)
         same(sound(pipe, **less), sound(plain, **less))
+
+
+def test_kept_features_are_copies_which_another_call_does_not_overwrite(
+    pipe: AudioLDM2Pipeline,
+) -> None:
+    """As CUDA graphs do, each call writes its outputs into the buffers of those before it."""
+    forward, buffers = pipe.unet.forward, {}
+
+    def replayed(*args: Any, **kwargs: Any) -> Any:
+        result = forward(*args, **kwargs)
+        outputs = result if isinstance(result, tuple) else (result,)
+        kept = [
+            buffers.setdefault((len(outputs), i, x.shape), torch.empty_like(x)).copy_(x)
+            for i, x in enumerate(outputs)
+        ]
+        return tuple(kept) if len(kept) > 1 else kept[0]
+
+    stage, contexts = (
+        CompiledUNet(pipe.unet),
+        pipe.unet.contexts(*(helpers.noise(1, n, width) for n, width in ((8, 16), (5, 20)))),
+    )
+    pipe.unet.forward = replayed
+    first, second = helpers.noise(1, 4, 12, 4), helpers.noise(1, 4, 12, 4, seed=1)
+    with torch.no_grad():
+        _, features = stage(first, torch.tensor(500), contexts=contexts, level=0)
+        before = features.clone()
+        stage(second, torch.tensor(500), contexts=contexts, level=0)
+    assert torch.equal(features, before)
 
 
 @pytest.mark.slow
