@@ -327,7 +327,7 @@ def speed_command(
     path: Path,
     sizes: Mapping[str, Mapping[str, Any]],
     pipes: Mapping[str, Any],
-    memory: Callable[[str | None, str], float],
+    memory: Mapping[str | None, float],
     time_of: Timer,
     length: float,
     repeat: int,
@@ -339,8 +339,8 @@ def speed_command(
         path: of the JSON file.
         sizes: the configs of the checkpoint's parts.
         pipes: `Pipelines` of `scripts/bench` by dtype; the first also has diffusers'.
-        memory: the peak memory in GiB of a process that generates one clip with a preset ("" for none, and
-            None for diffusers) in a dtype.
+        memory: the peak memory in GiB of a process that generates one clip, by title of the setting, and of
+            diffusers, None.
         time_of: the seconds of one call.
         length: of a clip, in seconds.
         repeat: how often each is timed; medians count.
@@ -366,13 +366,13 @@ def speed_command(
     content["rows"]["diffusers"] = {
         "seconds": seconds["diffusers"],
         "gflop": operations(sizes, REFERENCE, frames, tokens) / 1e9,
-        "memory": memory(None, settings[0].dtype),
+        "memory": memory[None],
     }
     for s in settings:
         content["rows"][key(s.quality, s.dtype)] = {
             "seconds": seconds[s.title],
             "gflop": operations(sizes, s.quality, frames, tokens) / 1e9,
-            "memory": memory("" if s.name == WITHOUT else s.name, s.dtype),
+            "memory": memory[s.title],
         }
     parts = measure_parts(
         first.ours,
