@@ -21,11 +21,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from audioldm2 import QUALITIES, AudioLDM2Pipeline, DDIMScheduler, FeatureCaching, Quality
+from audioldm2.arguments import GUIDANCE
 from audioldm2.atomic import replacing
 from audioldm2.checkpoints.formats import PARTS
 from audioldm2.conditioning import Conditioning
 from audioldm2.feature_cache import as_feature_caching
-from audioldm2.guidance import ALL_STEPS, guidance_of
+from audioldm2.guidance import ALL_STEPS, Guidance, guidance_of
 from audioldm2.sampling import denoise, set_timesteps
 from audioldm2.schedulers import SAMPLERS
 from audioldm2.schedulers.timesteps import optimized_timesteps
@@ -110,11 +111,21 @@ class Row:
     score: QualityScore | None
 
 
+def whole_steps(quality: Quality) -> list[int]:
+    """The steps that run the whole UNet, counted from 0."""
+    caching = as_feature_caching(quality.feature_cache) or FeatureCaching(1)
+    return caching.full_steps(quality.steps or 0)
+
+
 # --- operations
 
 
 def operations(
-    sizes: Mapping[str, Mapping[str, Any]], quality: Quality, frames: int, tokens: int, scale: float = 3.5
+    sizes: Mapping[str, Mapping[str, Any]],
+    quality: Quality,
+    frames: int,
+    tokens: int,
+    scale: float = GUIDANCE,
 ) -> float:
     """The multiplications and additions of the UNet in one generation: `denoise`, run without data.
 
@@ -155,11 +166,9 @@ class Parts:
 
     def clip(self, quality: Quality) -> float:
         """Seconds of a clip: the sum over its steps, and the rest."""
-        count = quality.steps or 0
-        whole = {*(as_feature_caching(quality.feature_cache) or FeatureCaching(1)).full_steps(count)}
-        start, end = quality.guidance_interval or ALL_STEPS
-        guided = [start <= i / count < end for i in range(count)]
-        return self.rest + sum(self.steps[guided[i], i in whole] for i in range(count))
+        count, whole = quality.steps or 0, {*whole_steps(quality)}
+        guidance = Guidance(GUIDANCE, quality.guidance_interval or ALL_STEPS)
+        return self.rest + sum(self.steps[guidance.has_step(i, count), i in whole] for i in range(count))
 
 
 def measure_parts(pipe: AudioLDM2Pipeline, clip: Callable[[Quality], Any], time_of: Timer) -> Parts:
@@ -295,8 +304,9 @@ def load(path: Path) -> dict[str, Any]:
 
 def scores_command(path: Path, dtypes: Sequence[str], clips: int, seeds: int) -> None:
     """Measure the scores of all presets and combinations, and store them."""
+    drawn = draw_prompts(clips, 0)
     content: dict[str, Any] = {
-        "prompts": len(draw_prompts(clips, 0)),
+        "prompts": len(drawn),
         "seeds": seeds,
         "presets": {},
         "combinations": {},
@@ -307,7 +317,6 @@ def scores_command(path: Path, dtypes: Sequence[str], clips: int, seeds: int) ->
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    drawn = draw_prompts(clips, 0)
     for setting, score in measure_quality(
         load_tiny, drawn, presets(dtypes), guidance=TINY_GUIDANCE, batch=BATCH, seeds=seeds
     ):
@@ -397,10 +406,7 @@ def report(speed: Mapping[str, Any], scores: Mapping[str, Any], picture: Path) -
         score = scores.get("presets", {}).get(key(setting.quality, setting.dtype))
         if found is None:
             continue
-        count = setting.quality.steps or 0
-        whole = len(
-            (as_feature_caching(setting.quality.feature_cache) or FeatureCaching(1)).full_steps(count)
-        )
+        count, whole = setting.quality.steps or 0, len(whole_steps(setting.quality))
         rows.append(
             Row(
                 setting.name,
