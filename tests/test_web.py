@@ -77,14 +77,14 @@ def test_a_preset_settles_what_is_not_given() -> None:
     assert sampling() == {**rest, "num_inference_steps": 20, "sampler": "dpmsolver++", "taken": 20}
     settled = {"sampler": draft.sampler, "taken": draft.steps}
     assert sampling(quality="draft") == {**rest, "quality": draft, **settled}
-    assert sampling(quality="draft", steps=5, sampler="ddim", cache=1, guidance_interval="0-0.5") == {
+    assert sampling(quality="draft", steps=7, sampler="ddim", cache=1, guidance_interval="0-0.5") == {
         **rest,
         "quality": replace(draft, sampler="ddim"),
-        "num_inference_steps": 5,
+        "num_inference_steps": 7,
         "feature_cache": 1,
         "guidance_interval": (0.0, 0.5),
         "sampler": "ddim",
-        "taken": 5,
+        "taken": 7,
     }
     request = request_of(
         cache="0,2", guidance_rescale=0.7, unconditional="zeros", checkpoint="speaker", speech="a"

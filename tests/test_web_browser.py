@@ -85,8 +85,8 @@ def generate(page: Any, **fields: Any) -> None:
 
 
 def status(page: Any, text: str) -> str:
-    """Wait until the status contains a text; returns all of it."""
-    found: str = page.locator("#status", has_text=re.compile(text)).inner_text()
+    """Wait until the status contains a text; returns all of it, without Gradio's own clock above it."""
+    found: str = page.locator("#status .status", has_text=re.compile(text)).inner_text()
     return found
 
 
