@@ -83,7 +83,8 @@ class FeatureCaching:
         if self.steps is not None:
             if self.steps[-1] >= steps:
                 raise ValueError(
-                    f"feature_cache has step {self.steps[-1]}, but the run has {steps}, counted from 0"
+                    f"feature_cache lists step {self.steps[-1]}, but the last of the run's {steps} steps is "
+                    f"{steps - 1}"
                 )
             return [int(step) for step in self.steps]
         if self.power == 1:
@@ -202,7 +203,8 @@ class FeatureCacheMethods:
     ) -> None:
         """Run the whole UNet only at some steps of each generation, and its upper levels at the others.
 
-        In a generation, the argument `feature_cache` takes precedence.
+        In a generation, the argument `feature_cache` takes precedence, and so does a preset (`quality`): the
+        named ones turn caching off.
 
         Args:
             interval: see `FeatureCaching`.

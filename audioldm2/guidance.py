@@ -33,7 +33,8 @@ class Guidance:
 
     Attributes:
         scale: the weight w; 1 or less is no guidance.
-        interval: the steps with guidance, as shares of the run: step i of N has it if start <= i / N < end.
+        interval: the steps with guidance, as fractions of the run: step i of N has it if
+            start <= i / N < end.
         rescale: the weight phi of the rescaled prediction, from 0 to 1.
     """
 
@@ -75,7 +76,7 @@ def guidance_of(scale: Any, interval: Any, rescale: Any, default: Any = None) ->
         scale: `guidance_scale`.
         interval: `guidance_interval`.
         rescale: `guidance_rescale`.
-        default: the interval if none is given, which may have no effect; None is all steps.
+        default: used if `interval` is None and there is guidance; None is all steps.
 
     Raises:
         TypeError, ValueError: an argument that cannot be used, or has no effect without guidance.
@@ -88,7 +89,8 @@ def guidance_of(scale: Any, interval: Any, rescale: Any, default: Any = None) ->
     if interval is not None:
         if not isinstance(interval, list | tuple) or len(interval) != 2 or not all(map(is_finite, interval)):
             raise TypeError(
-                f"guidance_interval must be two shares of the steps such as (0, 0.75), got {quoted(interval)}"
+                "guidance_interval must be two fractions of the steps such as (0, 0.75), got "
+                f"{quoted(interval)}"
             )
         if not 0 <= interval[0] < interval[1] <= 1:
             raise ValueError(
@@ -97,7 +99,9 @@ def guidance_of(scale: Any, interval: Any, rescale: Any, default: Any = None) ->
     if not scale > 1:
         for name, given in (("guidance_interval", interval is not None), ("guidance_rescale", rescale != 0)):
             if given:
-                raise ValueError(f"{name} has no effect without guidance; pass a guidance_scale over 1")
+                raise ValueError(
+                    f"{name} has no effect without guidance; pass a guidance_scale greater than 1"
+                )
     start, end = ALL_STEPS if interval is None else interval
     return Guidance(float(scale), (float(start), float(end)), float(rescale))
 
@@ -117,6 +121,8 @@ def check_unconditional(unconditional: Any, guided: bool, has_negative: bool) ->
     if unconditional == UNCONDITIONAL[0]:
         return
     if has_negative:
-        raise ValueError("unconditional = 'zeros' replaces the negative prompt; leave out one of them")
+        raise ValueError(
+            "unconditional = 'zeros' cannot be combined with a negative prompt; leave out one of them"
+        )
     if not guided:
-        raise ValueError("unconditional has no effect without guidance; pass a guidance_scale over 1")
+        raise ValueError("unconditional has no effect without guidance; pass a guidance_scale greater than 1")

@@ -557,7 +557,8 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods, FeatureCacheMethods):
             audio_length_in_s: seconds; by default the length of `latents`, or of the clips that the
                 checkpoint was trained on (10.24). As in diffusers it is rounded down to whole mel frames, so
                 the sound can be some milliseconds shorter: 5 s with "tiny" are 79,872 samples, not 80,000.
-            num_inference_steps: by default what the scheduler needs: 200 for DDIM, 20 for the others.
+            num_inference_steps: by default what the scheduler needs: 20 for this package's DPM-Solver++ and
+                UniPC, 200 for any other.
             guidance_scale: the weight w of classifier-free guidance (Ho and Salimans 2021), in noise =
                 uncond + w (cond - uncond); 1 or less disables guidance, which halves the time.
             negative_prompt: what to steer away from, one for all prompts or one for each; "" by default.
@@ -621,19 +622,21 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods, FeatureCacheMethods):
             word_weights: see `encode_prompt`.
             clap_embeds: CLAP's embeddings, (prompts, 512), by which candidates are ranked where
                 `prompt_embeds` replaces the prompt; see `blend`.
-            guidance_interval: the steps with guidance, as shares of all steps: (0, 0.75) leaves it out of the
-                last quarter, whose steps then take half of the time (Kynkäänniemi et al. 2024).
+            guidance_interval: the steps with guidance, as fractions of all steps: (0, 0.75) leaves it out of
+                the last quarter, whose steps then take half of the time (Kynkäänniemi et al. 2024).
             guidance_rescale: from 0 to 1, how far the standard deviation of the guided prediction is brought
                 back to that of the prompt's (Lin et al. 2024).
             unconditional: what guidance steers away from without a negative prompt: "text", the empty text,
                 as in diffusers; or "zeros", which has zeros in place of GPT-2's vectors, as in the original
                 repository.
             feature_cache: an interval such as 3, or a `FeatureCaching`: only every third step runs the whole
-                UNet. False runs it at every step. By default what `enable_feature_cache` says.
+                UNet. False runs it at every step, as the named presets do. By default what
+                `enable_feature_cache` says.
             timesteps: the timesteps of the sampling run, decreasing, instead of a number of steps.
             quality: "draft", "normal" or "best", or a `Quality`: a preset of sampler, steps, guidance
                 interval and feature caching, in which the arguments above take precedence (see
-                docs/speed.md). The scheduler of the pipeline gives the noise schedule.
+                docs/speed.md). Its sampler is made from the settings of `pipe.scheduler`, and takes the steps
+                in place of it.
 
         Returns:
             `.audios`: B waveforms, those of one prompt together, the best of ranked candidates first.
@@ -677,7 +680,7 @@ class AudioLDM2Pipeline(AdapterMethods, EditingMethods, FeatureCacheMethods):
         with (
             self.generation(),
             self._adapters_of_call(adapters, cross_attention_kwargs),
-            exclusive(plan.scheduler(self.scheduler)) as scheduler,
+            exclusive(plan.make_scheduler(self.scheduler)) as scheduler,
         ):
             self.check_stages()
             waveforms = int(num_waveforms_per_prompt)

@@ -8,12 +8,13 @@ docs/speed.md shows how they were chosen, what each saves, and what it costs.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from audioldm2.arguments import as_integer, check_choice, check_count
+from audioldm2.arguments import GUIDANCE, as_integer, check_choice, check_count
 from audioldm2.feature_cache import FeatureCaching, as_feature_caching
-from audioldm2.guidance import ALL_STEPS
+from audioldm2.guidance import ALL_STEPS, guidance_of
 from audioldm2.quoting import quoted
 from audioldm2.schedulers import SAMPLERS, as_sampler
 from audioldm2.schedulers.timesteps import optimized_timesteps
@@ -21,16 +22,19 @@ from audioldm2.schedulers.timesteps import optimized_timesteps
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """How a sampling run is done.
+    """Settings of a sampling run.
 
     None stands for what the pipeline does without a preset.
 
     Attributes:
-        sampler: a name in `audioldm2.schedulers.SAMPLERS`. The pipeline's scheduler gives the noise schedule.
+        sampler: a name in `audioldm2.schedulers.SAMPLERS`; its other settings are those of the pipeline's
+            scheduler.
         num_inference_steps: of the sampler.
-        timesteps: these instead of the sampler's own, decreasing.
+        timesteps: these instead of the sampler's own, decreasing. They also replace a spacing of noise levels
+            (Karras and others) in the settings of the pipeline's scheduler.
         feature_cache: an interval, or a `FeatureCaching`; False runs the whole UNet at every step.
-        guidance_interval: the steps with guidance, as shares of all steps. Without guidance it has no effect.
+        guidance_interval: the steps with guidance, as fractions of all steps. Without guidance it has no
+            effect.
 
     Raises:
         TypeError, ValueError: an attribute that cannot be used; the message names it.
@@ -52,6 +56,7 @@ class Quality:
         if self.num_inference_steps is not None:
             check_count("num_inference_steps", self.num_inference_steps)
         as_feature_caching(self.feature_cache)
+        guidance_of(GUIDANCE, self.guidance_interval, 0.0)
         if self.timesteps is None:
             return
         given = self.timesteps.tolist() if hasattr(self.timesteps, "tolist") else self.timesteps
@@ -61,7 +66,10 @@ class Quality:
             )
         if self.num_inference_steps is not None:
             raise ValueError("give num_inference_steps or timesteps, not both")
-        object.__setattr__(self, "timesteps", tuple(int(step) for step in given))
+        steps = tuple(int(step) for step in given)
+        if not steps or steps[-1] < 0 or any(a <= b for a, b in itertools.pairwise(steps)):
+            raise ValueError(f"timesteps must be decreasing and at least 0, got {quoted(self.timesteps)}")
+        object.__setattr__(self, "timesteps", steps)
 
     @property
     def steps(self) -> int | None:
@@ -78,21 +86,24 @@ class Quality:
         return dataclasses.replace(self, **changes)
 
     def with_sampler(self, sampler: str | None) -> Quality:
-        """The same with another sampler, or the same for None.
+        """The same with another sampler, or the same for None."""
+        return self if sampler is None else dataclasses.replace(self, sampler=sampler)
 
-        The number of steps stays. Timesteps do not, as they were chosen for the preset's sampler.
-        """
-        if sampler is None or sampler == self.sampler:
-            return self
-        return dataclasses.replace(self, sampler=sampler, num_inference_steps=self.steps, timesteps=None)
-
-    def scheduler(self, scheduler: Any) -> Any:
-        """The sampler of the preset with a scheduler's noise schedule, or that scheduler."""
-        return scheduler if self.sampler is None else as_sampler(self.sampler, scheduler)
+    def make_scheduler(self, scheduler: Any) -> Any:
+        """The sampler of the preset with a scheduler's settings; that scheduler if the preset names none."""
+        if self.sampler is None:
+            return scheduler
+        found = as_sampler(self.sampler, scheduler)
+        spacings = {name: False for name in found.spacings if found.config[name]}
+        if self.timesteps is None or not spacings:
+            return found
+        return type(found).from_config(found.config, **spacings)
 
 
 QUALITIES = {
-    "draft": Quality("unipc", 5, feature_cache=False, guidance_interval=(0.2, 0.8)),
+    "draft": Quality(
+        "unipc", timesteps=(999, 799, 599, 399, 199), feature_cache=False, guidance_interval=(0.2, 0.8)
+    ),
     "normal": Quality(
         "unipc", timesteps=optimized_timesteps(10), feature_cache=False, guidance_interval=ALL_STEPS
     ),

@@ -4,10 +4,10 @@ The command line, the tables of batches and the web page take
 
     quality             a preset, by its name in `QUALITIES`
     feature_cache       an interval, "3", or the steps that run the whole UNet, "0,1,2,5"
-    guidance_interval   shares of the steps, "0-0.75"
+    guidance_interval   fractions of the steps, "0-0.75"
     guidance_rescale    a number from 0 to 1
     unconditional       one of `UNCONDITIONAL`
-    timesteps           integers that fall, "999,700,300"
+    timesteps           decreasing integers, "999,700,300"
 
 Imports only the standard library, so that mistakes are found before PyTorch is imported.
 """
@@ -15,7 +15,6 @@ Imports only the standard library, so that mistakes are found before PyTorch is 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -65,7 +64,7 @@ def cache_of(name: str, value: Any) -> int | FeatureCaching:
         found = as_feature_caching(given)
     except (TypeError, ValueError):
         raise ValueError(
-            f"{name} must be an interval such as 3, or the steps that run the whole UNet, from 0 on, such as "
+            f"{name} must be an interval such as 3, or a list of the steps that run the whole UNet, such as "
             f"0,1,2,5; got {quoted(value)}"
         ) from None
     if found is None:
@@ -77,7 +76,7 @@ def cache_of(name: str, value: Any) -> int | FeatureCaching:
 
 
 def interval_of(name: str, value: Any) -> tuple[float, float]:
-    """The interval of the steps with guidance, as shares of all steps.
+    """The interval of the steps with guidance, as fractions of all steps.
 
     Args:
         name: the setting's, for the error.
@@ -93,7 +92,7 @@ def interval_of(name: str, value: Any) -> tuple[float, float]:
         return guidance_of(GUIDANCE, given, 0.0).interval
     except (TypeError, ValueError):
         raise ValueError(
-            f"{name} must be two shares of the steps, from 0 to 1 and the smaller one first, such as 0-0.75; "
+            f"{name} must be START-END, two fractions with 0 <= START < END <= 1, such as 0-0.75; "
             f"got {quoted(value)}"
         ) from None
 
@@ -106,16 +105,16 @@ def timesteps_of(name: str, value: Any) -> tuple[int, ...]:
         value: text such as "999,700,300", or a list of integers.
 
     Raises:
-        ValueError: it is something else, or they do not fall.
+        ValueError: it is something else, or they do not decrease.
     """
     try:
         listed = [int(part) for part in value.split(",")] if isinstance(value, str) else value
         found = Quality(timesteps=listed).timesteps
     except (TypeError, ValueError):
         found = None
-    if not found or found[-1] < 0 or not all(a > b for a, b in itertools.pairwise(found)):
+    if found is None:
         raise ValueError(
-            f"{name} must be integers that fall, such as 999,700,300, and are at least 0; got {quoted(value)}"
+            f"{name} must be decreasing integers of at least 0, such as 999,700,300; got {quoted(value)}"
         )
     return tuple(found)
 
@@ -157,11 +156,13 @@ def check_quality_settings(given: Mapping[str, Any]) -> None:
     """
     steps, timesteps = given.get("num_inference_steps"), given.get("timesteps")
     if timesteps is not None and steps is not None:
-        raise ValueError("timesteps say which steps are taken, so leave out num_inference_steps")
+        raise ValueError("timesteps and num_inference_steps cannot be used together; leave out one of them")
     if given.get("invert"):
         for name in ("quality", "timesteps"):
             if given.get(name) is not None:
-                raise ValueError(f"{name} does not go with invert, which settles the sampler and its steps")
+                raise ValueError(
+                    f"{name} cannot be used with invert, which determines the sampler and its steps"
+                )
     scale = given.get("guidance_scale")
     scale = GUIDANCE if scale is None else scale
     rescale = given.get("guidance_rescale")

@@ -64,8 +64,8 @@ def set_timesteps(scheduler: Any, steps: int, timesteps: Sequence[int] | None, d
 
     Args:
         scheduler: any sampler with diffusers' interface.
-        steps: their number.
-        timesteps: chosen by the caller; None is what the sampler chooses for this number.
+        steps: the number of sampling steps.
+        timesteps: chosen by the caller; None for the sampler's own.
         device: of the timesteps.
 
     Raises:

@@ -137,7 +137,7 @@ def operations(
         scale: of guidance.
     """
     form, device = PARTS["unet"][0], torch.device("meta")
-    scheduler = quality.scheduler(DDIMScheduler())
+    scheduler = quality.make_scheduler(DDIMScheduler())
     steps = quality.steps or scheduler.default_num_inference_steps
     set_timesteps(scheduler, steps, quality.timesteps, device)
     rows = 2 if scale > 1 else 1

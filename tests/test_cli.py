@@ -222,26 +222,26 @@ BAD_ARGUMENTS = {
     "control characters": ([HAMMER, "--scheduler", "\x1b[31mred\n"], r"\x1b[31mred"),
     "same files": ([HAMMER, "-o", "a.png", "--spectrogram", "./a.png"], "are the same file"),
     "quality": ([HAMMER, "--quality", "fast"], "invalid choice: 'fast'"),
-    "cache text": ([HAMMER, "--cache", "often"], "--cache: must be an interval such as 3, or the steps that"),
+    "cache text": ([HAMMER, "--cache", "often"], "--cache: must be an interval such as 3, or a list"),
     "cache of no step": ([HAMMER, "--cache", "0"], "such as 0,1,2,5; got '0'"),
     "cache not from 0": ([HAMMER, "--cache", "1,2"], "such as 0,1,2,5; got '1,2'"),
     "cache of late steps": (
         [HAMMER, "--cache", "0,5", "--steps", "4"],
-        "--cache has step 5, but the run has 4, counted from 0",
+        "--cache lists step 5, but the last of the run's 4 steps is 3",
     ),
     "cache of a preset's late steps": (
         [HAMMER, "--cache", "0,50", "--quality", "best"],
-        "--cache has step 50",
+        "--cache lists step 50",
     ),
     "interval text": (
         [HAMMER, "--guidance-interval", "0.75"],
-        "--guidance-interval: must be two shares of the steps, from 0 to 1 and the smaller one first",
+        "--guidance-interval: must be START-END, two fractions",
     ),
     "interval of nothing": ([HAMMER, "--guidance-interval", "0.5-0.5"], "such as 0-0.75; got '0.5-0.5'"),
     "interval too long": ([HAMMER, "--guidance-interval", "0-20"], "such as 0-0.75; got '0-20'"),
     "interval without guidance": (
         [HAMMER, "--guidance-interval", "0-0.5", "--guidance", "1"],
-        "--guidance-interval has no effect without guidance; pass a --guidance over 1",
+        "--guidance-interval has no effect without guidance; pass a --guidance greater than 1",
     ),
     "rescale": ([HAMMER, "--guidance-rescale", "1.5"], "--guidance-rescale: must be a number from 0 to 1"),
     "rescale without guidance": (
@@ -255,28 +255,28 @@ BAD_ARGUMENTS = {
     ),
     "zeros and a negative": (
         [HAMMER, "--unconditional", "zeros", "--negative", "noise"],
-        "--unconditional = 'zeros' replaces the negative prompt",
+        "--unconditional = 'zeros' cannot be combined with a negative prompt",
     ),
     "timesteps text": (
         [HAMMER, "--timesteps", "first,last"],
-        "--timesteps: must be integers that fall, such",
+        "--timesteps: must be decreasing integers of at least 0, such",
     ),
-    "timesteps that rise": ([HAMMER, "--timesteps", "1,2"], "such as 999,700,300, and are at least 0; got"),
+    "timesteps that rise": ([HAMMER, "--timesteps", "1,2"], "such as 999,700,300; got"),
     "timesteps beyond": (
         [HAMMER, "--model", "tiny", "--timesteps", "2000,5"],
-        "--timesteps must be integers that fall, from 999 at most",
+        "--timesteps must be decreasing integers from at most 999",
     ),
     "timesteps and steps": (
         [HAMMER, "--timesteps", "9,5", "--steps", "2"],
-        "--timesteps say which steps are taken, so leave out --steps",
+        "--timesteps and --steps cannot be used together",
     ),
     "quality of an inversion": (
         [HAMMER, "--quality", "draft", "--from", __file__, "--invert"],
-        "--quality does not go with --invert, which settles the sampler and its steps",
+        "--quality cannot be used with --invert, which determines the sampler and its steps",
     ),
     "timesteps of an inversion": (
         [HAMMER, "--timesteps", "9,5", "--from", __file__, "--invert"],
-        "--timesteps does not go with --invert",
+        "--timesteps cannot be used with --invert",
     ),
     "another library's name": ([HAMMER, "--feature-cache", "3"], "did you mean --cache?"),
 }
@@ -414,7 +414,7 @@ def test_options_of_quality_are_arguments_of_the_pipeline(stub: Stub) -> None:
 
     dpm, ddim = "DPMSolverMultistepScheduler", "DDIMScheduler"
     draft = QUALITIES["draft"]
-    of_draft = type(draft.scheduler(DDIMScheduler())).__name__
+    of_draft = type(draft.make_scheduler(DDIMScheduler())).__name__
     assert used() == {"num_inference_steps": 12, "scheduler": dpm}
     assert used("--quality", "draft") == {"quality": draft, "scheduler": of_draft}
     assert used("--quality", "draft", "--steps", "5", "--cache", "1") == {
@@ -454,7 +454,7 @@ def test_a_preset_of_the_command_line_is_that_of_the_pipeline(
     arguments = ["--quality", "draft", "--scheduler", "unipc", "--guidance-interval", "0-0.5", "--seed", "3"]
     assert cli.main([HAMMER, "-o", "hammer.wav", "--format", "float32", "--quiet", *arguments, *fast]) == 0
     waveform, _ = read_wav("hammer.wav")
-    quality = replace(QUALITIES["draft"], sampler="unipc", num_inference_steps=2, guidance_interval=(0, 0.5))
+    quality = replace(QUALITIES["draft"], timesteps=None, num_inference_steps=2, guidance_interval=(0, 0.5))
     pipe = load_pipeline(random_checkpoint)
     audio = pipe(HAMMER, audio_length_in_s=0.5, quality=quality, generator=seeded(3)).audios
     np.testing.assert_array_equal(waveform[0].numpy(), audio[0])

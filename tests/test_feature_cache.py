@@ -169,7 +169,7 @@ def test_what_cannot_be_cached_is_refused(base: Both, pipe: AudioLDM2Pipeline) -
         (0, ValueError, "feature_cache must be an integer of at least 1"),
         (True, TypeError, "feature_cache must be an interval"),
         ("3", TypeError, "feature_cache must be an interval"),
-        (FeatureCaching(steps=[0, 5]), ValueError, "has step 5, but the run has 2"),
+        (FeatureCaching(steps=[0, 5]), ValueError, "lists step 5, but the last of the run's 2 steps is 1"),
     ):
         with pytest.raises(kind, match=message):
             sound(pipe, feature_cache=value)

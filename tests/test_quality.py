@@ -13,6 +13,7 @@ from audioldm2 import (
     DPMSolverMultistepScheduler,
     FeatureCaching,
     Quality,
+    UniPCMultistepScheduler,
 )
 
 SOUND = torch.sin(torch.arange(8000) / 10)
@@ -31,7 +32,7 @@ def generated(pipe, **arguments):
 
 
 def sampler_of(pipe, quality):
-    return pipe.components | {"scheduler": quality.scheduler(pipe.scheduler)}
+    return pipe.components | {"scheduler": quality.make_scheduler(pipe.scheduler)}
 
 
 @pytest.mark.parametrize("name", QUALITIES)
@@ -48,12 +49,28 @@ def test_a_preset_is_its_sampler_and_arguments(pipe, name):
 def test_the_schedulers_settings_are_kept(pipe):
     before = pipe.scheduler
     ddim = DDIMScheduler.from_config(before.config, beta_end=0.05)
-    sampler = Quality("dpmsolver++").scheduler(ddim)
+    sampler = Quality("dpmsolver++").make_scheduler(ddim)
     assert isinstance(sampler, DPMSolverMultistepScheduler)
     assert sampler.config.beta_end == 0.05
-    assert Quality("ddim").scheduler(ddim) is ddim
+    assert Quality("ddim").make_scheduler(ddim) is ddim
     generated(pipe, quality=Quality("ddim", 2))
     assert pipe.scheduler is before
+
+
+def test_timesteps_of_a_preset_replace_a_spacing_of_noise_levels(pipe):
+    expected = generated(pipe, quality="draft")
+    karras = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)
+    unipc = UniPCMultistepScheduler.from_config(pipe.scheduler.config, use_exponential_sigmas=True)
+    leading = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading", steps_offset=1)
+    for scheduler in (karras, unipc, leading):
+        other = AudioLDM2Pipeline(**pipe.components | {"scheduler": scheduler})
+        other.set_progress_bar_config(disable=True)
+        assert torch.equal(generated(other, quality="draft"), expected)
+    other = AudioLDM2Pipeline(**pipe.components | {"scheduler": karras})
+    kept = Quality("dpmsolver++", 4).make_scheduler(karras)
+    assert kept is karras, "without timesteps, its own spacing counts"
+    with pytest.raises(ValueError, match="timesteps cannot be given together with use_karras_sigmas"):
+        generated(other, timesteps=[900, 500])
 
 
 def test_arguments_take_precedence(pipe):
@@ -135,6 +152,11 @@ def test_bad_arguments(pipe):
         ({"num_inference_steps": 0}, "num_inference_steps"),
         ({"feature_cache": 0}, "feature_cache"),
         ({"feature_cache": "on"}, "feature_cache must be"),
+        ({"guidance_interval": (3, 5)}, "guidance_interval must be"),
+        ({"guidance_interval": 0.5}, "guidance_interval must be"),
+        ({"timesteps": []}, "timesteps must be decreasing"),
+        ({"timesteps": [5, 500]}, "timesteps must be decreasing"),
+        ({"timesteps": [500, -1]}, "timesteps must be decreasing"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             Quality(**arguments)
@@ -165,8 +187,7 @@ def test_an_inversion_settles_the_sampler(pipe):
             pipe("noise", inverted=inverted, **arguments)
 
 
-def test_another_sampler_keeps_the_number_of_steps():
+def test_another_sampler_keeps_the_rest():
     timed = Quality("dpmsolver++", timesteps=[900, 500, 20], feature_cache=3)
     assert timed.with_sampler(None) is timed
-    assert timed.with_sampler("dpmsolver++") is timed
-    assert timed.with_sampler("ddim") == Quality("ddim", 3, feature_cache=3)
+    assert timed.with_sampler("ddim") == Quality("ddim", timesteps=[900, 500, 20], feature_cache=3)

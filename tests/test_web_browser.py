@@ -223,7 +223,7 @@ def test_a_preset_settles_fields_and_an_inversion_has_none(page: Any) -> None:
     wait_until(lambda: page.locator("#quality input").first.is_enabled())
     page.locator("#edit button").first.click()
     generate(page, prompt="A bell", cache="0,5")
-    status(page, "The cache has step 5, but the run has 2, counted from 0")
+    status(page, "The cache lists step 5, but the last of the run's 2 steps is 1")
     generate(page, cache="2")
     assert "cache 2" in status(page, "made in")
     fill(page, cache="")

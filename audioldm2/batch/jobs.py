@@ -105,7 +105,7 @@ class Job:
         quality: the name of a preset in `QUALITIES`; other fields take precedence over it.
         feature_cache: an interval, the steps that run the whole UNet in a list or in text such as "0,1,2,5",
             a mapping of `FeatureCaching`'s fields, or one; 1 is off.
-        guidance_interval: the steps with guidance, as two shares of all steps, or text such as "0-0.75".
+        guidance_interval: the steps with guidance, as two fractions of all steps, or text such as "0-0.75".
         guidance_rescale: from 0 to 1.
         unconditional: "text" or "zeros".
         timesteps: of the run in place of a number of steps, a list or text such as "999,700,300".

@@ -25,7 +25,6 @@ from audioldm2.cli.messages import (
     with_column_names,
 )
 from audioldm2.cli.options import (
-    DEFAULT_SAMPLER,
     STANDARD_OUTPUT,
     Parser,
     add_model_options,
@@ -42,6 +41,7 @@ from audioldm2.cli.prompts import STANDARD_INPUT, standard_input
 from audioldm2.extras import install_hint
 from audioldm2.quality_settings import OF_PRESET
 from audioldm2.quoting import one_line, shortened
+from audioldm2.schedulers import DEFAULT_SAMPLER
 
 ENGINES = ("local", "ray")
 MAX_LISTED = 20  # failures at the end
@@ -67,9 +67,12 @@ of quality and speed:
   quality, cache, guidance_interval, guidance_rescale, unconditional, timesteps
 
 Only prompt is required. The options below are the defaults of what a row
-leaves out; "audioldm2 --help" says what the settings of edits mean. Cells of
-keep, replace and replace_band are like "0-2.5, 4-". In .jsonl, weights may be
-objects, such as {"a bell": 0.3}, and what is several numbers may be a list.
+leaves out; but in a row with a quality of its own, that preset takes
+precedence over --scheduler, --steps, --timesteps, --cache and
+--guidance-interval. "audioldm2 --help" says what the settings of edits mean.
+Cells of keep, replace and replace_band are like "0-2.5, 4-". In .jsonl,
+weights may be objects, such as {"a bell": 0.3}, and what is several numbers
+may be a list.
 
 A batch that was stopped, at any moment, is resumed by giving the same command
 again. A sound is generated again if its row or an option has changed. The

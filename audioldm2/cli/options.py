@@ -23,10 +23,9 @@ from audioldm2.quality_settings import (
     preset_of,
     timesteps_of,
 )
-from audioldm2.schedulers import SAMPLERS
+from audioldm2.schedulers import DEFAULT_SAMPLER, SAMPLERS
 
 DEFAULT_MODEL = "cvssp/audioldm2"
-DEFAULT_SAMPLER = "dpmsolver++"
 # The pipeline's arguments, and the options that set them, of `add_quality_options`.
 OF_QUALITY = {
     "quality": "quality",
@@ -118,9 +117,9 @@ def add_quality_options(p: argparse.ArgumentParser) -> None:
     quality.add_argument(
         "--quality",
         choices=tuple(QUALITIES),
-        help="preset of scheduler, steps, cache and guidance interval: draft is the fastest, best leaves "
-        "nothing out, and normal is between them. An option that is given beside it takes precedence "
-        "(default: no preset, but the defaults below)",
+        help="preset of scheduler, steps, cache and guidance interval: draft is the fastest, best comes "
+        "closest to the result of many steps, and normal is in between. Options given beside it take "
+        "precedence (default: none)",
     )
     quality.add_argument(
         "--scheduler",
@@ -155,15 +154,15 @@ def add_quality_options(p: argparse.ArgumentParser) -> None:
         "--guidance-interval",
         type=reading("guidance_interval", interval_of),
         metavar="START-END",
-        help="shares of the steps that have guidance, as in 0-0.75; the others take half the time "
+        help="fractions of the steps that have guidance, as in 0-0.75; the others take half the time "
         "(default: 0-1, all)",
     )
     quality.add_argument(
         "--guidance-rescale",
         type=number(float, 0, 1),
         metavar="PHI",
-        help="from 0 to 1, how far the spread of the guided prediction, which a strong --guidance makes too "
-        "large, is brought back to that of the prompt's; try 0.7 (default: 0)",
+        help="strength, from 0 to 1, of rescaling the guided prediction to the standard deviation of the "
+        "conditional one, against the distortion that a strong --guidance brings; try 0.7 (default: 0, off)",
     )
     quality.add_argument(
         "--unconditional",

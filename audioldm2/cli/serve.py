@@ -22,7 +22,7 @@ from audioldm2.cli.options import (
     seconds,
 )
 from audioldm2.extras import import_extra, install_hint
-from audioldm2.schedulers import SAMPLERS
+from audioldm2.schedulers import DEFAULT_SAMPLER, SAMPLERS
 from audioldm2.web.requests import Checkpoint, Limits
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def run(parser: Parser, options: argparse.Namespace) -> int:
 
     for name in options.model:
         check_revision(parser, name, options.revision)
-    first = {"model": options.model[0], "scheduler": "dpmsolver++"}  # visitors choose others
+    first = {"model": options.model[0], "scheduler": DEFAULT_SAMPLER}  # visitors choose others
     load_first = loader(parser, argparse.Namespace(**{**vars(options), **first}))
 
     def load(name: str) -> AudioLDM2Pipeline:

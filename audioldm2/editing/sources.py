@@ -48,8 +48,8 @@ class Sampling:
 
     Attributes:
         scheduler: the sampler, after `set_timesteps`.
-        steps: their number.
-        timesteps: what a caller chose, if so.
+        steps: the number of sampling steps.
+        timesteps: chosen by the caller; None for the sampler's own.
         batch: B, the number of waveforms.
         waveforms: how many of them belong to each prompt.
         generator: draws the noise.

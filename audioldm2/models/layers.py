@@ -27,7 +27,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 # The widest heads whose attention in bfloat16 is computed in float32 on a CPU. On two Zen 4 cores, which
 # multiply bfloat16 in hardware, PyTorch's attention with heads of 32, as in AudioLDM 2's UNet, was measured
-# at 142 GFLOP/s in float32 and at 111 in bfloat16 (issue 19). `scripts/bench --stage attention` measures it.
+# at 142 GFLOP/s in float32 and at 111 in bfloat16. `scripts/bench --stage attention` measures it.
 MAX_WIDTH_FOR_FLOAT32 = 32
 
 

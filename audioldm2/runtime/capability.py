@@ -1,16 +1,17 @@
 """The dtype in which a processor generates best.
 
-A CPU with AVX512_BF16, AMX_BF16 or Arm's BF16 multiplies bfloat16 numbers in hardware and adds the products
+A CPU with AVX512_BF16 or AMX_BF16 multiplies bfloat16 numbers in hardware and adds the products
 in float32. On two Zen 4 cores, matrix products in bfloat16 were measured at 404 GFLOP/s, and in float32 at
-157 to 207 (issue 19). Other CPUs convert each number first, and are slower in bfloat16 than in float32.
+157 to 207 (torch 2.13). Other x86 CPUs convert each number first, and are slower in bfloat16 than in
+float32; Arm's were not measured.
 """
 
 from __future__ import annotations
 
 import torch
 
-# Of `torch.cpu.get_capabilities`, for x86 and for Arm.
-NATIVE_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
+# Of `torch.cpu.get_capabilities`.
+NATIVE_BFLOAT16 = ("avx512_bf16", "amx_bf16")
 # In place of that function in older releases of PyTorch.
 _OLDER_QUERIES = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
 

@@ -24,9 +24,12 @@ SAMPLERS = {
     "unipc": ("unipc", "UniPCMultistepScheduler"),
 }
 
+DEFAULT_SAMPLER = "dpmsolver++"  # of the commands and of the page; a checkpoint's own is its scheduler's
+
 SCHEDULERS: dict[str, type[Scheduler]]  # the classes by class name, made from SAMPLERS when it is read
 
 __all__ = [
+    "DEFAULT_SAMPLER",
     "SAMPLERS",
     "SCHEDULERS",
     "DDIMScheduler",

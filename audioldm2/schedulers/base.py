@@ -18,7 +18,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -60,11 +60,13 @@ class Scheduler(Configurable, ABC):
         order: the number of network evaluations in a step.
         init_noise_sigma: the standard deviation of the noise that a run starts from.
         default_num_inference_steps: the N that gives good results with this sampler.
+        spacings: the settings that space the noise levels in place of `timestep_spacing`.
     """
 
     order = 1
     init_noise_sigma: float = 1.0
     default_num_inference_steps: int
+    spacings: ClassVar[tuple[str, ...]] = ()
     num_inference_steps: int | None
     timesteps: Tensor
 
@@ -251,10 +253,10 @@ class Scheduler(Configurable, ABC):
             raise ValueError(f"timesteps must be a list of integers, got {quoted(timesteps)}") from error
         steps = [value for value in values if value is not None]
         last = self.config.num_train_timesteps - 1
-        falling = all(after < before for before, after in itertools.pairwise(steps))
-        if len(steps) < len(values) or not steps or not falling or steps[0] > last or steps[-1] < 0:
+        decreasing = all(after < before for before, after in itertools.pairwise(steps))
+        if len(steps) < len(values) or not steps or not decreasing or steps[0] > last or steps[-1] < 0:
             raise ValueError(
-                f"timesteps must be integers that fall, from {last} at most to 0 at least, got "
+                f"timesteps must be decreasing integers from at most {last} to at least 0, got "
                 f"{quoted(listed)}"
             )
         if number is not None and as_integer(number) != len(steps):

@@ -135,12 +135,12 @@ class DDIMScheduler(Scheduler):
         Args:
             num_inference_steps: N, from 1 to T.
             device: where `timesteps` is placed; the CPU by default.
-            timesteps: the timesteps themselves, falling, instead of N and `timestep_spacing`. Each step then
-                goes to the next of them.
+            timesteps: decreasing timesteps to use instead of N and `timestep_spacing`. Each step then goes to
+                the next of them.
 
         Raises:
-            ValueError: if N is not an integer from 1 to T, if the timesteps do not fall from at most T - 1 to
-                at least 0, or if the run would visit a timestep that was not trained or that
+            ValueError: if N is not an integer from 1 to T, if the timesteps do not decrease from
+                at most T - 1 to at least 0, or if the run would visit a timestep that was not trained or that
                 `prediction_type` cannot start from. The scheduler is then unchanged.
         """
         if timesteps is None:

@@ -118,7 +118,7 @@ class DPMSolverMultistepScheduler(MultistepScheduler[Update]):
     """
 
     default_num_inference_steps = 20
-    _spacings = ("use_karras_sigmas", "use_exponential_sigmas", "use_lu_lambdas")
+    spacings = ("use_karras_sigmas", "use_exponential_sigmas", "use_lu_lambdas")
 
     @records_settings
     def __init__(
@@ -190,12 +190,12 @@ class DPMSolverMultistepScheduler(MultistepScheduler[Update]):
             num_inference_steps: N, from 1 to T.
             device: where `timesteps` is placed; the CPU by default.
             mu: not supported; belongs to `use_dynamic_shifting`.
-            timesteps: the timesteps themselves, falling, instead of N and `timestep_spacing`.
+            timesteps: decreasing timesteps to use instead of N and `timestep_spacing`.
 
         Raises:
-            ValueError: if N is not an integer from 1 to T, if the timesteps do not fall from at most T - 1 to
-                at least 0, or are given although a setting spaces the noise levels, or if the run would visit
-                a timestep that was not trained. The scheduler is then unchanged.
+            ValueError: if N is not an integer from 1 to T, if the timesteps do not decrease from
+                at most T - 1 to at least 0, or are given although a setting spaces the noise levels, or if
+                the run would visit a timestep that was not trained. The scheduler is then unchanged.
         """
         if mu is not None:
             raise ValueError("mu is not supported, since use_dynamic_shifting is not")

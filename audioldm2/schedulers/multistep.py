@@ -20,7 +20,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -57,7 +57,6 @@ class MultistepScheduler(Scheduler, Generic[U]):
     """
 
     sigmas: Tensor
-    _spacings: ClassVar[tuple[str, ...]]  # the settings that space the noise levels instead of the timesteps
     _run: list[Step[U]]
     _step_index: int | None  # of the next step
     _begin_index: int | None
@@ -161,7 +160,7 @@ class MultistepScheduler(Scheduler, Generic[U]):
             rounded: see `sampling_sigmas`, as for the arguments after it.
         """
         if timesteps is not None:
-            for name in self._spacings:
+            for name in self.spacings:
                 if self.config[name]:
                     raise ValueError(f"timesteps cannot be given together with {name}, which chooses them")
             values = self._given_timesteps(timesteps, number)

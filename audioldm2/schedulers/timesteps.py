@@ -43,7 +43,7 @@ def optimized_timesteps(steps: int) -> list[int]:
         steps: N, from 1 to MAX_STEPS.
 
     Returns:
-        N integers that fall from 999, for `set_timesteps(timesteps=...)` of any sampler that takes them.
+        N decreasing integers from 999 on, for `set_timesteps(timesteps=...)` of any sampler that takes them.
 
     Raises:
         ValueError: if N is not an integer from 1 to MAX_STEPS.

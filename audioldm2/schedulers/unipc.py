@@ -119,7 +119,7 @@ class UniPCMultistepScheduler(MultistepScheduler[Update]):
     """
 
     default_num_inference_steps = 20
-    _spacings = ("use_karras_sigmas", "use_exponential_sigmas")
+    spacings = ("use_karras_sigmas", "use_exponential_sigmas")
     _correction: tuple[float, ...] | None  # the weights of the correction of the last step's result
 
     @records_settings
@@ -193,13 +193,13 @@ class UniPCMultistepScheduler(MultistepScheduler[Update]):
             device: where `timesteps` is placed; the CPU by default.
             sigmas: not supported; belongs to `use_flow_sigmas`.
             mu: not supported; belongs to `use_dynamic_shifting`.
-            timesteps: the timesteps themselves, falling, instead of N and `timestep_spacing`. diffusers has
+            timesteps: decreasing timesteps to use instead of N and `timestep_spacing`. diffusers has
                 no such argument here.
 
         Raises:
-            ValueError: if N is not an integer from 1 to T, if the timesteps do not fall from at most T - 1 to
-                at least 0, or are given although a setting spaces the noise levels, or if the run would visit
-                a timestep that was not trained. The scheduler is then unchanged.
+            ValueError: if N is not an integer from 1 to T, if the timesteps do not decrease from
+                at most T - 1 to at least 0, or are given although a setting spaces the noise levels, or if
+                the run would visit a timestep that was not trained. The scheduler is then unchanged.
         """
         if sigmas is not None:
             raise ValueError("sigmas is not supported, since use_flow_sigmas is not; pass timesteps")
@@ -209,7 +209,7 @@ class UniPCMultistepScheduler(MultistepScheduler[Update]):
         values, levels = self._levels(num_inference_steps, timesteps, rounded=config.use_karras_sigmas)
         last = 0.0
         if config.final_sigmas_type == "sigma_min":
-            spaced = any(config[name] for name in self._spacings)
+            spaced = any(config[name] for name in self.spacings)
             last = float(levels[-1] if spaced else training_sigmas(self.alphas_cumprod)[0])
         self._begin_run(values, levels, last, device)
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from audioldm2.editing.checks import SKIP, STRENGTH
 from audioldm2.guidance import UNCONDITIONAL
-from audioldm2.quality import QUALITIES
-from audioldm2.schedulers import SAMPLERS
+from audioldm2.quality import QUALITIES, quality_of
+from audioldm2.schedulers import DEFAULT_SAMPLER, SAMPLERS
 from audioldm2.web.requests import MAX_CHARACTERS, Checkpoint, Request
 from audioldm2.web.studio import Studio
 
@@ -170,14 +170,14 @@ class Form:
                 [("As set below", ""), *((name.capitalize(), name) for name in presets)],
                 value="",
                 label="Quality",
-                info="Draft is the fastest. A preset settles sampler, steps, caching and guidance interval; "
+                info="Draft is the fastest. A preset sets sampler, steps, caching and guidance interval; "
                 "an inversion has none",
                 elem_id="quality",
             )
             with gr.Row():
                 self.sampler = gr.Dropdown(
                     [(SAMPLER_LABELS.get(name, name), name) for name in SAMPLERS],
-                    value="dpmsolver++",
+                    value=DEFAULT_SAMPLER,
                     label="Sampler",
                     info="UniPC is best below 10 steps; DDIM needs ten times the steps",
                     elem_id="sampler",
@@ -185,7 +185,7 @@ class Form:
                 self.steps = gr.Slider(
                     1,
                     limits.steps,
-                    min(first.steps["dpmsolver++"], limits.steps),
+                    min(first.steps[DEFAULT_SAMPLER], limits.steps),
                     step=1,
                     label="Steps",
                     info="More take longer",
@@ -265,7 +265,7 @@ class Form:
         return {
             self.negative: checkpoint.negative,
             self.duration: min(checkpoint.duration, self.limits.duration),
-            **self.defaults_of_quality(quality, name, sampler),
+            self.steps: quality_of(quality or None).steps or self.steps_for(name, sampler),
             self.guidance: gr.Slider(
                 value=checkpoint.guidance, maximum=max(MAX_GUIDANCE_SHOWN, checkpoint.guidance)
             ),
@@ -292,16 +292,15 @@ class Form:
             self.saving: self.gr.Column(visible=not quality),
         }
 
-    def defaults_of_quality(self, quality: str, name: str, sampler: str) -> dict[Any, Any]:
-        """Updates of the fields for another preset; "" is none, which keeps the sampler."""
-        if not quality:
-            return {self.sampler: sampler, self.steps: self.steps_for(name, sampler)}
-        sampler = QUALITIES[quality].sampler or sampler
-        return {self.sampler: sampler, self.steps: QUALITIES[quality].steps or self.steps_for(name, sampler)}
+    def defaults_of_quality(self, quality: str, name: str) -> dict[Any, Any]:
+        """Updates of the fields for another preset; "" is none."""
+        preset = quality_of(quality or None)
+        sampler = preset.sampler or DEFAULT_SAMPLER
+        return {self.sampler: sampler, self.steps: preset.steps or self.steps_for(name, sampler)}
 
     def defaults_of_edit(self, method: str, name: str) -> dict[Any, Any]:
         """Updates of the fields for another method of inversion; "" is none."""
-        sampler = "ddim" if method else "dpmsolver++"
+        sampler = "ddim" if method else DEFAULT_SAMPLER
         return {
             self.quality: "",
             self.sampler: sampler,

@@ -12,6 +12,7 @@ from typing import Any
 
 from audioldm2.editing.checks import SKIP, STRENGTH
 from audioldm2.extras import import_extra
+from audioldm2.guidance import UNCONDITIONAL
 from audioldm2.web.api import endpoint
 from audioldm2.web.files import SavedSound, save_sounds, uploaded
 from audioldm2.web.form import SAMPLER_LABELS, Form
@@ -24,7 +25,7 @@ CLEANING_S = 600  # from one look for old files to the next
 # Fields that are visible only for one kind of edit.
 OF_VARIATIONS = ("strength", "keep", "replace", "extend", "loop")
 OF_INVERSIONS = ("source_prompt", "skip")
-# Fields that a preset settles.
+# Fields that a preset sets.
 OF_PRESETS = ("sampler", "steps", "cache", "guidance_interval")
 DEVICE = "device"  # the queue of the events that use it
 # Options of events that are answered at once, and are not part of the API.
@@ -250,7 +251,6 @@ def _connect(gr: Any, studio: Studio, folder: Path, form: Form, results: _Result
 
     changed = [form.negative, form.duration, form.steps, form.guidance, form.speech, form.examples]
     changed += [form.weights, form.blend, form.word_weights]
-    changed += [form.sampler]
     choices = [form.checkpoint, form.sampler, form.quality]
     form.checkpoint.input(form.defaults, choices, changed, **QUICK)
     # The kind of an edit changes with an old sound that is shown again, too, which has settings of its own.
@@ -260,8 +260,7 @@ def _connect(gr: Any, studio: Studio, folder: Path, form: Form, results: _Result
     form.invert.input(form.defaults_of_edit, [form.invert, form.checkpoint], of_edit, **QUICK)
     of_quality = [form.sampler, form.steps]
     form.quality.change(form.kinds_of_quality, form.quality, [*of_quality, form.saving], **QUICK)
-    choices = [form.quality, form.checkpoint, form.sampler]
-    form.quality.input(form.defaults_of_quality, choices, of_quality, **QUICK)
+    form.quality.input(form.defaults_of_quality, [form.quality, form.checkpoint], of_quality, **QUICK)
     form.sampler.input(form.steps_for, [form.checkpoint, form.sampler], form.steps, **QUICK)
 
     def use_example(index: int, name: str) -> tuple[str, str]:
@@ -339,6 +338,10 @@ def _summary(sounds: Sounds) -> str:
         facts.append(f"cache {request.cache}")
     if request.guidance_interval:
         facts.append(f"guidance interval {request.guidance_interval}")
+    if request.guidance_rescale:
+        facts.append(f"guidance rescale {request.guidance_rescale:g}")
+    if request.unconditional != UNCONDITIONAL[0]:
+        facts.append(f"unconditional {request.unconditional}")
     if request.word_weights:
         facts.insert(1, f"word weights {request.word_weights}")
     if request.blend:

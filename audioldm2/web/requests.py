@@ -28,7 +28,7 @@ from audioldm2.prompt_weights import Weights, check_weights, weights_of
 from audioldm2.quality import QUALITIES
 from audioldm2.quality_settings import cache_of, check_quality_settings, interval_of, preset_of
 from audioldm2.quoting import quoted
-from audioldm2.schedulers import SAMPLERS
+from audioldm2.schedulers import DEFAULT_SAMPLER, SAMPLERS
 
 MAX_SEED = 2**53 - 1  # the largest integer that JavaScript can store
 MAX_CHARACTERS = 2000  # of a text; the encoders read far fewer
@@ -130,7 +130,7 @@ class Request:
         word_weights: of words of the prompt, likewise.
         quality: the name of a preset; "" for none. What it stands for is in `sampler` and `steps`, too.
         cache: of feature caching, as text such as "3" or "0,1,2,5"; "" is the preset's, or off.
-        guidance_interval: shares of the steps as text, such as "0-0.75"; "" is the preset's, or all.
+        guidance_interval: fractions of the steps as text, such as "0-0.75"; "" is the preset's, or all.
         guidance_rescale: from 0 to 1.
         unconditional: one of `UNCONDITIONAL`.
     """
@@ -237,7 +237,7 @@ def read_request(values: Mapping[str, Any], checkpoints: Mapping[str, Checkpoint
     if "sampler" in given:
         check_choice("the sampler", given["sampler"], list(SAMPLERS))
     preset = preset_of({"quality": quality or None, "scheduler": given.get("sampler")})
-    sampler = preset.sampler or ("ddim" if invert else "dpmsolver++")
+    sampler = preset.sampler or ("ddim" if invert else DEFAULT_SAMPLER)
     if invert and sampler != "ddim" and not quality:
         raise ValueError("an inversion takes the steps of DDIM; choose the sampler ddim")
     prompt = _text("the prompt", given.get("prompt", ""))

@@ -142,12 +142,12 @@ def test_cells_of_quality_and_speed() -> None:
         failures,
         (
             "table:4: quality must be one of draft, normal, best; got 'fast'",
-            "table:5: cache must be an interval such as 3, or the steps that run the whole UNet, from 0 on",
-            "table:6: guidance_interval must be two shares of the steps, from 0 to 1 and the smaller",
+            "table:5: cache must be an interval such as 3, or a list of the steps",
+            "table:6: guidance_interval must be START-END, two fractions",
             "table:7: guidance_rescale must be a number from 0 to 1, got 2.0",
             "table:8: unconditional must be one of text, zeros; got 'noise'",
-            "table:9: timesteps must be integers that fall, such as 999,700,300",
-            "table:10: cache has step 9, but the run has 2, counted from 0",
+            "table:9: timesteps must be decreasing integers of at least 0, such as 999,700,300",
+            "table:10: cache lists step 9, but the last of the run's 2 steps is 1",
         ),
         strict=True,
     ):
@@ -171,13 +171,13 @@ def test_cells_of_quality_and_speed() -> None:
 
 def test_settings_that_do_not_go_together_and_defaults_that_give_way() -> None:
     for fields, reason in (
-        ({"timesteps": [9, 5], "num_inference_steps": 2}, "timesteps say which steps are taken"),
-        ({"audio": "a.wav", "invert": "ddpm", "quality": "best"}, "quality does not go with invert"),
-        ({"audio": "a.wav", "invert": "ddpm", "timesteps": [9]}, "timesteps does not go with invert"),
+        ({"timesteps": [9, 5], "num_inference_steps": 2}, "cannot be used together"),
+        ({"audio": "a.wav", "invert": "ddpm", "quality": "best"}, "quality cannot be used with invert"),
+        ({"audio": "a.wav", "invert": "ddpm", "timesteps": [9]}, "timesteps cannot be used with invert"),
         ({"guidance_interval": (0, 0.5), "guidance_scale": 1}, "guidance_interval has no effect without"),
         ({"guidance_rescale": 0.5, "guidance_scale": 1}, "guidance_rescale has no effect without"),
         ({"unconditional": "zeros", "guidance_scale": 1}, "unconditional has no effect without"),
-        ({"unconditional": "zeros", "negative_prompt": "x"}, "replaces the negative prompt"),
+        ({"unconditional": "zeros", "negative_prompt": "x"}, "cannot be combined with a neg"),
     ):
         with pytest.raises(ValueError, match=reason):
             Job("Rain", **fields)

@@ -111,7 +111,7 @@ def test_sounds_with_other_settings_are_other_groups(tiny: AudioLDM2Pipeline) ->
     groups = in_groups(planned(tiny, *jobs), 8)
     assert [len(group.requests) for group in groups] == [2, 1, 1, 1]
     bad = plan([batch.Job("Rain", timesteps=(5000, 3))], tiny, FileOptions())
-    assert "timesteps must be integers that fall, from 999 at most" in bad.failures[0].reason
+    assert "timesteps must be decreasing integers from at most 999" in bad.failures[0].reason
 
 
 def test_the_pipelines_caching_is_the_default_and_can_be_off(tiny: AudioLDM2Pipeline) -> None:
