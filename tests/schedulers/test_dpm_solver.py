@@ -71,12 +71,20 @@ def test_dpm_lengths(steps, algorithm):
         )
 
 
-@pytest.mark.parametrize("spaced", ["", "use_karras_sigmas", "use_exponential_sigmas", "use_lu_lambdas"])
+# Where the noise levels are spaced, timestep_spacing has no effect.
+@pytest.mark.parametrize(
+    ("spaced", "spacing"),
+    [
+        ("", "leading"),
+        ("", "linspace"),
+        ("", "trailing"),
+        ("use_karras_sigmas", "linspace"),
+        ("use_exponential_sigmas", "linspace"),
+        ("use_lu_lambdas", "linspace"),
+    ],
+)
 @pytest.mark.parametrize("betas", ["linear", "scaled_linear", "squaredcos_cap_v2"])
-@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 def test_dpm_levels_of_every_length(spaced, betas, spacing):
-    if spaced and spacing != "linspace":
-        return  # the noise levels are spaced, so timestep_spacing has no effect
     settings = {
         "beta_schedule": betas,
         "timestep_spacing": spacing,
