@@ -9,8 +9,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from typing import Any
 
+import pytest
 from torch import nn
 
 from scripts.tiny.run import Run
@@ -27,6 +31,18 @@ def run_script(name: str, *arguments: str | Path, cwd: Path = ROOT) -> subproces
     return subprocess.run(
         command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=HANGS_AFTER
     )
+
+
+def load_script(name: str) -> Any:
+    """A Python script of scripts/ as a module."""
+    loader = SourceFileLoader(name, str(ROOT / "scripts" / name))
+    spec = spec_from_loader(name, loader)
+    assert spec is not None
+    module = module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, name, module)  # its dataclasses look themselves up there
+        loader.exec_module(module)
+    return module
 
 
 def call_main(

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import types
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.helpers import ROOT, run_python
+from tests.scripts.helpers import load_script
 
 SCRIPT = ROOT / "scripts" / "diffusers_suites"
 CHECKOUT = os.environ.get("DIFFUSERS_CHECKOUT")
@@ -21,14 +19,7 @@ CHECKOUT = os.environ.get("DIFFUSERS_CHECKOUT")
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    loader = SourceFileLoader("diffusers_suites", str(SCRIPT))
-    spec = spec_from_loader("diffusers_suites", loader)
-    assert spec is not None
-    module = module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "diffusers_suites", module)
-        loader.exec_module(module)
-    return module
+    return load_script("diffusers_suites")
 
 
 def test_names_and_attributes_of_the_module_are_replaced(script: Any) -> None:

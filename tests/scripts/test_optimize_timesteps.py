@@ -20,7 +20,7 @@ from scripts.tiny.evaluate.spacing import (
     search_family,
     search_timesteps,
 )
-from tests.scripts.helpers import run_script
+from tests.scripts.helpers import load_script, run_script
 
 
 def distance_from(wanted: Sequence[int]):
@@ -90,12 +90,28 @@ def test_the_script(tmp_path: Path) -> None:
     (found,) = json.loads((tmp_path / "found.json").read_text())
     assert found["training"]["list"] <= found["training"]["family"] < found["training"]["default"]
     assert ", ".join(map(str, found["list"])) in result.stdout
-    measured = run_script("optimize_timesteps", "--evaluate", ",".join(map(str, found["list"])), *few)
+    given = ",".join(map(str, found["list"]))
+    few = ("--held-out", "2", "--reference", "10", "--threads", "1")
+    measured = run_script("optimize_timesteps", "--evaluate", given, *few, "--json", tmp_path / "given.json")
     assert f"{found['held out']['list']:.2f} %" in measured.stdout
+    (again,) = json.loads((tmp_path / "given.json").read_text())
+    assert again["list"] == found["list"]
+    assert again["held out"]["list"] == pytest.approx(found["held out"]["list"])
 
 
-@pytest.mark.slow
-def test_wrong_arguments_are_one_line() -> None:
-    result = run_script("optimize_timesteps", "--steps", "1")
-    assert result.returncode == 2
-    assert "--steps must be at least 2" in result.stderr
+def test_wrong_arguments_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    script = load_script("optimize_timesteps")
+    messages = {
+        "--steps 1": "--steps must be at least 2",
+        "--evaluate 999,5 --steps 4": "--steps is of the search",
+        "--evaluate 999,5 --prompts 4": "--prompts is of the search",
+    }
+    for wrong in ("5,900", "2000,5", "5,5", "5,-1", "5,", "", "1.5"):
+        messages[f"--evaluate={wrong}"] = "--evaluate must be integers that decrease, from 999 at most to 0"
+    for words, message in messages.items():
+        with pytest.raises(SystemExit) as stop:
+            script.arguments(words.split())
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    assert script.arguments(["--evaluate", "999,0"]).evaluate == [[999, 0]]
+    assert (script.arguments([]).steps, script.arguments([]).prompts) == ([8], 12)
