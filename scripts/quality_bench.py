@@ -27,9 +27,9 @@ from audioldm2.checkpoints.formats import PARTS
 from audioldm2.conditioning import Conditioning
 from audioldm2.feature_cache import as_feature_caching
 from audioldm2.guidance import ALL_STEPS, Guidance, guidance_of
+from audioldm2.runtime.capability import multiplies_bfloat16
 from audioldm2.sampling import denoise, set_timesteps
-from audioldm2.schedulers import SAMPLERS
-from audioldm2.schedulers.timesteps import optimized_timesteps
+from scripts.quality_plot import COMBINATIONS, Point
 from scripts.tiny.evaluate.prompts import draw_prompts
 from scripts.tiny.evaluate.quality import (
     QualityScore,
@@ -47,41 +47,10 @@ BATCH = 16
 FEW_CLIPS = 8  # of each kind and trait, for the combinations: 232 prompts, of which every fourth counts
 
 PICTURE = "quality-over-seconds.png"  # in docs/
+DIFFUSERS = "diffusers"  # its row in the file of speed
+# Figures that were measured with other ones of these are not kept beside new ones.
+SAME = ("machine", "torch", "seconds", "prompts", "seeds")
 
-# Where guidance is left out in the plot: at the first and the last steps.
-MIDDLE = (0.2, 0.8)
-
-
-def combination(
-    sampler: str, steps: int, found: bool = False, interval: int = 1, middle: bool = False
-) -> Quality:
-    """A point of the plot.
-
-    Args:
-        sampler: its name.
-        steps: their number.
-        found: whether the timesteps are `optimized_timesteps`, not the sampler's own.
-        interval: of feature caching; 1 is none.
-        middle: whether guidance is left out of the first and the last steps.
-    """
-    return Quality(
-        sampler,
-        None if found else steps,
-        tuple(optimized_timesteps(steps)) if found else None,
-        FeatureCaching(interval) if interval > 1 else False,
-        MIDDLE if middle else ALL_STEPS,
-    )
-
-
-COMBINATIONS = (
-    *(combination("dpmsolver++", steps) for steps in (4, 5, 6, 8, 10, 15, 20)),
-    *(combination("unipc", steps) for steps in (4, 5, 6, 8, 10, 15, 20)),
-    *(combination("unipc", steps, found=True) for steps in (5, 6, 8, 10, 15, 20)),
-    *(combination("unipc", steps, interval=2) for steps in (6, 8, 10, 20)),
-    *(combination("unipc", steps, found=True, interval=2) for steps in (8, 12, 20)),
-    *(combination("unipc", steps, middle=True) for steps in (5, 8)),
-    *(combination("unipc", steps, found=True, middle=True) for steps in (8, 10)),
-)
 Timer = Callable[[Callable[[], Any]], float]
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -96,8 +65,8 @@ class Row:
         steps: their number, and how many of them run the whole UNet.
         gflop: of the UNet in one clip.
         seconds: of a clip.
-        ratio: how many times as fast as diffusers in float32.
-        memory: of a process that imports, loads and generates, at most, in GiB.
+        ratio: how many times as fast as diffusers in the same run.
+        memory: of a process that imports, loads and generates, at most, in GiB; on a GPU, the GPU's.
         score: on the tiny checkpoint.
     """
 
@@ -171,16 +140,19 @@ class Parts:
         return self.rest + sum(self.steps[guidance.has_step(i, count), i in whole] for i in range(count))
 
 
-def measure_parts(pipe: AudioLDM2Pipeline, clip: Callable[[Quality], Any], time_of: Timer) -> Parts:
+def measure_parts(
+    pipe: AudioLDM2Pipeline, clip: Callable[[Quality], Any], frames: int, time_of: Timer
+) -> Parts:
     """Time the parts of a clip.
 
     Args:
         pipe: this package's.
         clip: generates a clip with it.
+        frames: of the clip's mel spectrogram.
         time_of: the median seconds of a call.
     """
     steps = {}
-    shape = (1, pipe.unet.config.in_channels, pipe.unet.config.sample_size, 16)
+    shape = (1, pipe.unet.config.in_channels, frames // 4, 16)
     latents, t = (
         torch.randn(shape, device=pipe.device, dtype=pipe.dtype),
         torch.tensor(500, device=pipe.device),
@@ -197,85 +169,7 @@ def measure_parts(pipe: AudioLDM2Pipeline, clip: Callable[[Quality], Any], time_
     return Parts(steps, time_of(functools.partial(clip, one)) - steps[True, True])
 
 
-# --- reporting
-
-
-def markdown(rows: Sequence[Row], prompts: int) -> str:
-    """The table as it stands in docs/speed.md."""
-    lines = [
-        "| preset | dtype | steps | UNet, GFLOP | seconds | times as fast | peak memory, GiB | "
-        f"right of {prompts}, % | Fréchet distance | CLAP score | from 200 steps, % | log-mel, dB |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in rows:
-        cells = [row.name, row.dtype, row.steps, f"{row.gflop:.0f}", f"{row.seconds:.1f}", f"{row.ratio:.2f}"]
-        cells.append(f"{row.memory:.2f}")
-        if row.score is None:
-            cells += [""] * 5
-        else:
-            cells += [
-                f"{100 * row.score.right:.1f}",
-                with_spread(row.score.frechet, 4),
-                with_spread(row.score.clap, 3),
-                f"{row.score.distance:.1f}",
-                f"{row.score.log_mel:.2f}",
-            ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def draw(parts: Parts, combinations: Mapping[Quality, float], path: Path, machine: str) -> None:
-    """Plot the distance from 200 steps over the seconds of a clip, for all combinations.
-
-    The seconds are those of the parts, added up. The line joins the combinations that no other one beats in
-    both.
-    """
-    from matplotlib.figure import Figure
-
-    points = [(parts.clip(quality), distance, quality) for quality, distance in combinations.items()]
-    points.sort(key=lambda point: point[:2])
-    figure = Figure(figsize=(9, 5.4), dpi=100, layout="constrained")
-    axes = figure.subplots()
-    colors = dict(zip(SAMPLERS, ("tab:gray", "tab:blue", "tab:orange"), strict=True))
-    seen = set()
-    for seconds, distance, quality in points:
-        cached = isinstance(quality.feature_cache, FeatureCaching)
-        middle = quality.guidance_interval != ALL_STEPS
-        words = [quality.sampler or "", "found timesteps" if quality.timesteps else "even timesteps"]
-        words += ["cache 2"] * cached + ["guidance in the middle"] * middle
-        label = ", ".join(words)
-        axes.plot(
-            [seconds],
-            [distance],
-            "^" if cached else "s" if middle else "o",
-            color=colors[quality.sampler or ""],
-            fillstyle="full" if quality.timesteps else "none",
-            linestyle="",
-            label=None if label in seen else label,
-        )
-        seen.add(label)
-        axes.annotate(str(quality.steps), (seconds, distance), (4, 3), textcoords="offset points", fontsize=7)
-    best, front = float("inf"), []
-    for seconds, distance, _ in points:
-        if distance < best:
-            best = distance
-            front.append((seconds, distance))
-    axes.plot(*zip(*front, strict=True), color="black", linewidth=1, zorder=0, label="frontier")
-    for name, preset in QUALITIES.items():
-        at = combinations.get(preset)
-        if at is not None:
-            axes.plot([parts.clip(preset)], [at], "*", color="red", markersize=14, zorder=5)
-            axes.annotate(name, (parts.clip(preset), at), (8, 8), textcoords="offset points", color="red")
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel=f"seconds for a clip of the base checkpoint ({machine})",
-        ylabel="log-mel distance from 200 steps on tiny (dB)",
-    )
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=7)
-    with replacing(path.resolve()) as temporary:
-        figure.savefig(temporary, format="png")
+# --- settings and files
 
 
 def key(quality: Quality, dtype: str) -> str:
@@ -289,6 +183,18 @@ def presets(dtypes: Sequence[str]) -> list[Setting]:
     return [Setting(name, quality, dtype) for dtype in dtypes for name, quality in named.items()]
 
 
+def default_dtypes(device: str) -> list[str]:
+    """The dtypes that are worth measuring on a device: on a CPU, float32 first."""
+    if device.startswith("cuda"):
+        return ["float16", "bfloat16"]
+    return ["float32", "bfloat16"] if multiplies_bfloat16() else ["float32"]
+
+
+def diffusers_dtype(device: str) -> str:
+    """The dtype of diffusers, whatever that of the presets: on a GPU that of its published recipe."""
+    return "float16" if device.startswith("cuda") else "float32"
+
+
 def save(path: Path, content: Mapping[str, Any]) -> None:
     """Write figures as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -298,22 +204,44 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
 
 def load(path: Path) -> dict[str, Any]:
     """Read figures; {} if there are none."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return content
 
 
-def scores_command(path: Path, dtypes: Sequence[str], clips: int, seeds: int) -> None:
-    """Measure the scores of all presets and combinations, and store them."""
+def resumed(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
+    """A file's figures, to which new ones are added, or `fresh` if they were measured under other conditions.
+
+    What the file does not say counts as equal.
+    """
+    stored = load(path)
+    was, now = ({**content, **content.get("about", {})} for content in (stored, fresh))
+    if any(was.get(name, now.get(name)) != now.get(name) for name in SAME):
+        return fresh
+    return {**fresh, **stored, "about": fresh["about"]}
+
+
+# --- measuring all presets
+
+
+def scores_command(
+    path: Path, dtypes: Sequence[str], clips: int, seeds: int, device: str, about: Mapping[str, str]
+) -> None:
+    """Measure the scores of all presets, and of all combinations in float32, and store them.
+
+    Args:
+        path: of the JSON file.
+        dtypes: of the presets.
+        clips: of each kind and trait.
+        seeds: of each prompt's noise.
+        device: where they are generated.
+        about: the machine.
+    """
     drawn = draw_prompts(clips, 0)
-    content: dict[str, Any] = {
-        "prompts": len(drawn),
-        "seeds": seeds,
-        "presets": {},
-        "combinations": {},
-    }
+    fresh = {"about": dict(about), "prompts": len(drawn), "seeds": seeds, "presets": {}, "combinations": {}}
+    content = resumed(path, fresh)
 
     def load_tiny(dtype: torch.dtype) -> AudioLDM2Pipeline:
-        pipe = AudioLDM2Pipeline.from_pretrained("tiny", torch_dtype=dtype)
+        pipe = AudioLDM2Pipeline.from_pretrained("tiny", torch_dtype=dtype, device=device)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -335,76 +263,124 @@ def scores_command(path: Path, dtypes: Sequence[str], clips: int, seeds: int) ->
 def speed_command(
     path: Path,
     sizes: Mapping[str, Mapping[str, Any]],
-    pipes: Mapping[str, Any],
-    memory: Mapping[str | None, float],
+    theirs: Any,
+    ours: Mapping[str, Any],
+    memory: Mapping[str, float],
     time_of: Timer,
     length: float,
     repeat: int,
-    about: Mapping[str, Any],
+    about: Mapping[str, str],
 ) -> None:
     """Time whole clips of diffusers and of all presets in turns, and the parts of a clip, and store them.
 
     Args:
         path: of the JSON file.
         sizes: the configs of the checkpoint's parts.
-        pipes: `Pipelines` of `scripts/bench` by dtype; the first also has diffusers'.
+        theirs: `Pipelines` of `scripts/bench` with diffusers', in `diffusers_dtype`.
+        ours: those with this package's, by dtype. The parts of a clip are those of the first.
         memory: the peak memory in GiB of a process that generates one clip, by title of the setting, and of
-            diffusers, None.
+            DIFFUSERS.
         time_of: the seconds of one call.
         length: of a clip, in seconds.
-        repeat: how often each is timed; medians count.
+        repeat: how often each is timed; medians count. If more than once, a first call is not timed.
         about: the machine.
     """
-    first = next(iter(pipes.values()))
-    settings = presets([*pipes])
-    times: dict[str, list[float]] = {}
-    for _ in range(repeat):
-        calls: dict[str, Callable[[], Any]] = {
-            "diffusers": functools.partial(first.clip, first.theirs, REFERENCE.steps, length)
-        }
-        for s in settings:
-            ours = pipes[s.dtype]
-            calls[s.title] = functools.partial(ours.clip, ours.ours, None, length, quality=s.quality)
-        for title, call in calls.items():
-            times.setdefault(title, []).append(time_of(call))
-            print(f"{title}: {times[title][-1]:.2f} s", flush=True)
-    frames = round(length * 100 / 4) * 4
-    tokens = first.tokens()
-    seconds = {title: statistics.median(taken) for title, taken in times.items()}
-    content: dict[str, Any] = {"about": dict(about), "rows": {}, "parts": {}}
-    content["rows"]["diffusers"] = {
-        "seconds": seconds["diffusers"],
-        "gflop": operations(sizes, REFERENCE, frames, tokens) / 1e9,
-        "memory": memory[None],
+    settings = presets([*ours])
+    calls: dict[str, Callable[[], Any]] = {
+        DIFFUSERS: functools.partial(theirs.clip, theirs.theirs, REFERENCE.steps, length)
     }
     for s in settings:
-        content["rows"][key(s.quality, s.dtype)] = {
-            "seconds": seconds[s.title],
-            "gflop": operations(sizes, s.quality, frames, tokens) / 1e9,
-            "memory": memory[s.title],
-        }
+        pipes = ours[s.dtype]
+        calls[s.title] = functools.partial(pipes.clip, pipes.ours, None, length, quality=s.quality)
+    if repeat > 1:
+        for call in calls.values():
+            call()
+    times: dict[str, list[float]] = {title: [] for title in calls}
+    for _ in range(repeat):
+        for title, call in calls.items():
+            times[title].append(time_of(call))
+            print(f"{title}: {times[title][-1]:.2f} s", flush=True)
+    seconds = {title: statistics.median(taken) for title, taken in times.items()}
+    first, pipes = next(iter(ours.items()))
+    frames, tokens = round(length * 100 / 4) * 4, pipes.tokens()
+
+    # The same for all dtypes.
+    qualities = dict.fromkeys((REFERENCE, *(s.quality for s in settings)))
+    gflop = {quality: operations(sizes, quality, frames, tokens) / 1e9 for quality in qualities}
+
+    def row(title: str, quality: Quality) -> dict[str, Any]:
+        return {"seconds": seconds[title], "gflop": gflop[quality], "memory": memory[title]}
+
+    content = resumed(path, {"about": {**about, "seconds": length}, "rows": {}, "parts": {}})
+    rows = content["rows"]
+    rows[DIFFUSERS] = {**row(DIFFUSERS, REFERENCE), "dtype": diffusers_dtype(about["device"])}
+    for s in settings:
+        # Rows that are measured later are compared with diffusers in their own run.
+        rows[key(s.quality, s.dtype)] = {**row(s.title, s.quality), "diffusers": seconds[DIFFUSERS]}
+    save(path, content)
+    if content["parts"].get("dtype", first) != first:
+        return  # those of the dtype that was measured first stay
     parts = measure_parts(
-        first.ours,
-        lambda quality: first.clip(first.ours, None, length, quality=quality),
+        pipes.ours,
+        lambda quality: pipes.clip(pipes.ours, None, length, quality=quality),
+        frames,
         lambda call: statistics.median(time_of(call) for _ in range(3)),
     )
     content["parts"] = {
+        "dtype": first,
         "steps": [[*form, taken] for form, taken in parts.steps.items()],
         "rest": parts.rest,
     }
     save(path, content)
 
 
-def report(speed: Mapping[str, Any], scores: Mapping[str, Any], picture: Path) -> str:
-    """The table as Markdown, of what has been measured; the plot goes into a PNG file."""
+# --- reporting
+
+
+def markdown(rows: Sequence[Row], prompts: int, memory: str) -> str:
+    """The table as it stands in docs/speed.md; `memory` says which."""
+    lines = [
+        f"| preset | dtype | steps | UNet, GFLOP | seconds | times as fast | {memory}, GiB | "
+        f"right of {prompts}, % | Fréchet distance | CLAP score | from 200 steps, % | log-mel, dB |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        cells = [row.name, row.dtype, row.steps, f"{row.gflop:.0f}", f"{row.seconds:.1f}", f"{row.ratio:.2f}"]
+        cells.append(f"{row.memory:.2f}")
+        if row.score is None:
+            cells += [""] * 5
+        else:
+            cells += [
+                f"{100 * row.score.right:.1f}",
+                with_spread(row.score.frechet, 4),
+                with_spread(row.score.clap, 3),
+                f"{row.score.distance:.1f}",
+                f"{row.score.log_mel:.2f}",
+            ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def conditions(about: Mapping[str, Any]) -> str:
+    """What figures of speed were measured on, in one line, as far as it is known."""
+    words = [str(about["machine"])] if "machine" in about else []
+    words += [f"{name} {about[name]}" for name in ("torch", "diffusers") if name in about]
+    words += [f"{about['model']} checkpoint"] if "model" in about else []
+    words += [f"clips of {about['seconds']:g} s"] if "seconds" in about else []
+    return ", ".join(words)
+
+
+def report(speed: Mapping[str, Any], scores: Mapping[str, Any]) -> str:
+    """The table of what has been measured as Markdown, and what it was measured on."""
     if not speed:
         return "There are no figures of speed yet: scripts/bench --quality speed"
-    rows, theirs = [], speed["rows"]["diffusers"]
-    rows.append(Row("diffusers", "float32", str(REFERENCE.steps), **theirs, ratio=1.0, score=None))
+    about = speed.get("about", {})
+    theirs = {"dtype": "float32", **speed["rows"][DIFFUSERS]}
+    rows = [Row(DIFFUSERS, steps=str(REFERENCE.steps), **theirs, ratio=1.0, score=None)]
     for setting in presets(DTYPES):
-        found = speed["rows"].get(key(setting.quality, setting.dtype))
+        stored = speed["rows"].get(key(setting.quality, setting.dtype))
         score = scores.get("presets", {}).get(key(setting.quality, setting.dtype))
-        if found is None:
+        if stored is None:
             continue
         count, whole = setting.quality.steps or 0, len(whole_steps(setting.quality))
         rows.append(
@@ -412,24 +388,41 @@ def report(speed: Mapping[str, Any], scores: Mapping[str, Any], picture: Path) -
                 setting.name,
                 setting.dtype,
                 str(count) if whole == count else f"{count}, {whole} whole",
-                **found,
-                ratio=theirs["seconds"] / found["seconds"],
-                score=QualityScore(**score) if score else None,
+                stored["gflop"],
+                stored["seconds"],
+                stored.get("diffusers", theirs["seconds"]) / stored["seconds"],
+                stored["memory"],
+                QualityScore(**score) if score else None,
             )
         )
-    combinations = {
-        quality: distance
-        for quality in (*COMBINATIONS, *QUALITIES.values())
-        if (distance := scores.get("combinations", {}).get(key(quality, "float32"))) is not None
-    }
-    if combinations:
-        parts = Parts({(a, b): taken for a, b, taken in speed["parts"]["steps"]}, speed["parts"]["rest"])
-        draw(parts, combinations, picture, speed["about"]["machine"])
-    return markdown(rows, scores.get("prompts", 0))
+    memory = "peak GPU memory" if about.get("device", "").startswith("cuda") else "peak memory"
+    where = conditions(about)
+    return (f"{where}:\n\n" if where else "") + markdown(rows, scores.get("prompts", 0), memory)
+
+
+def points(speed: Mapping[str, Any], scores: Mapping[str, Any]) -> list[Point]:
+    """The combinations and presets whose distance is known, with the seconds of their parts, added up."""
+    stored, distances = speed.get("parts"), scores.get("combinations", {})
+    if not stored:
+        return []
+    parts = Parts({(a, b): taken for a, b, taken in stored["steps"]}, stored["rest"])
+    return [
+        Point(parts.clip(quality), distances[key(quality, "float32")], quality)
+        for quality in dict.fromkeys((*COMBINATIONS, *QUALITIES.values()))
+        if key(quality, "float32") in distances
+    ]
+
+
+def seconds_label(speed: Mapping[str, Any]) -> str:
+    """What the seconds of `points` were measured on, for the plot."""
+    about, dtype = speed.get("about", {}), speed["parts"].get("dtype", "float32")
+    machine = f" ({about['machine']})" if "machine" in about else ""
+    return f"seconds for a clip of the {about.get('model', 'base')} checkpoint in {dtype}{machine}"
 
 
 def write_documents(docs: Path, text: str, picture: Path) -> None:
     """Put the table and the plot into docs/speed.md."""
+    with replacing((docs / PICTURE).resolve()) as temporary:
+        shutil.copyfile(picture, temporary)
     shown = f"![distance from 200 steps over seconds]({PICTURE})"
     replace_block(docs / "speed.md", "presets", f"{text}\n\n{shown}")
-    shutil.copyfile(picture, docs / PICTURE)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.scripts.helpers import run_script
+from audioldm2 import QUALITIES
+from scripts.quality_bench import key, save
+from tests.scripts.helpers import load_script, run_script
 
 
 @pytest.mark.slow
@@ -37,3 +41,53 @@ def test_what_it_cannot_do_is_told(tmp_path: Path):
     assert done.returncode == 2
     assert "choose from" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def bench() -> Any:
+    return load_script("bench")
+
+
+def test_options_without_effect_are_refused(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = ("--stage unet", "--steps 20", "--batches 2", "--ddim", "--compile", "--markdown")
+    refused = {
+        "--write": "--write has no effect without --quality",
+        "--clips 16": "--clips has no effect without --quality",
+        "--seeds 3": "--seeds has no effect without --quality",
+        "--quality speed --clips 16": "--clips has no effect with --quality speed",
+        "--quality scores --repeat 1": "--repeat has no effect with --quality scores",
+        "--quality scores --seconds 10.24": "--seconds has no effect with --quality scores",
+        "--quality --write --model small": "--write needs --model base",
+        "--repeat 0": "--repeat must be positive, not 0",
+        "--seconds -1": "--seconds must be positive, not -1.0",
+    }
+    for option in plain:
+        for quality in ("all", "speed", "scores"):
+            name = option.split()[0]
+            refused[f"--quality {quality} {option}"] = f"{name} has no effect with --quality {quality}"
+    for words, message in refused.items():
+        monkeypatch.setattr(sys, "argv", ["bench", *words.split()])
+        with pytest.raises(SystemExit) as stop:
+            bench.arguments()
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.setattr(sys, "argv", ["bench", "--quality", "--clips", "2"])
+    options = bench.arguments()
+    assert (options.seconds, options.clips, options.seeds) == (10.24, 2, 3)
+
+
+def test_the_documents_are_not_written_without_all_figures(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run does not measure must be there, or it is refused before it measures."""
+    words = ["--write", "--dtype", "float32", "--out", str(tmp_path)]
+    for quality, other in (("speed", "scores"), ("scores", "speed")):
+        monkeypatch.setattr(sys, "argv", ["bench", "--quality", quality, *words])
+        with pytest.raises(SystemExit, match=f"--write needs the {other} of without, float32; draft"):
+            bench.measure_presets(bench.arguments(), {}, "cpu", {})
+    save(tmp_path / "quality-scores.json", {"presets": {key(QUALITIES["draft"], "float32"): {}}})
+    monkeypatch.setattr(sys, "argv", ["bench", "--quality", "speed", *words])
+    with pytest.raises(SystemExit, match="scores of without, float32; normal, float32"):
+        bench.measure_presets(bench.arguments(), {}, "cpu", {})
