@@ -4,7 +4,7 @@
         noise = unet(latents, t, vectors, states, mask)
 
 Inside the block the float32 convolutions of the given stages run through Winograd's minimal filtering
-(`runtime.winograd`) or as one matrix product, wherever that was measured to be faster than PyTorch's own
+(`runtime.winograd`) or as matrix products, wherever that was measured to be faster than PyTorch's own
 algorithm, and feature maps stay in the channels-last memory format. Anything else (another dtype or device,
 gradients, autocast, tracing, compilation, tensor subclasses, modules of other stages, other threads) runs as
 it does outside, and so does everything inside a `TorchFunctionMode` of the caller's, which would not see the
@@ -36,6 +36,7 @@ from audioldm2.runtime import winograd
 # and output alike).
 MIN_CHANNELS_2D = 64
 MIN_CHANNELS_1D = 128
+MIN_CHANNELS_TRANSPOSED = 32  # of the output of a transposed convolution
 # The same in pixels (batch · height · width), for each `torch.backends.cpu.get_cpu_capability()`. A kernel is
 # 24/9 times as large as its weight and is read at each call. Where PyTorch's own convolutions are fast, that
 # pays off only for large feature maps. Other CPUs were not measured and use PyTorch's own convolutions.
@@ -192,13 +193,28 @@ class FastConvolutions(TorchFunctionMode):
         return winograd.conv_1d(x, self._kernel(weight, winograd.kernel_1d), bias, taps, dilation[0])
 
     def _conv_transpose_1d(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *options: Any, **more: Any
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
     ) -> Tensor | None:
-        """`torch.conv_transpose1d`, (B, C, L) -> (B, O, L'), channels last; None if it is left to PyTorch."""
-        if not self._intercepts(x, weight, bias, dim=3) or weight.shape[1] < MIN_CHANNELS_1D:
+        """`torch.conv_transpose1d`, (B, C, L) -> (B, O, L'); None if it is left to PyTorch.
+
+        Channels last if the convolutions that follow run here, too.
+        """
+        if not self._intercepts(x, weight, bias, dim=3) or weight.shape[1] < MIN_CHANNELS_TRANSPOSED:
             return None
-        y = torch.conv_transpose1d(x, weight, bias, *options, **more)
-        return rearrange(rearrange(y, "b c l -> b l c").contiguous(), "b l c -> b c l")
+        if bias is None or not _match(x, weight.transpose(0, 1), bias):
+            return None
+        if (output_padding, groups, dilation) != ((0,), 1, (1,)):
+            return None
+        y = conv_transpose_1d_by_products(x, weight, bias, stride[0], padding[0])
+        return y if weight.shape[1] >= MIN_CHANNELS_1D else y.contiguous()
 
     def _intercepts(self, x: Tensor, weight: Tensor, bias: Tensor | None, dim: int) -> bool:
         """Whether a call is a plain one with a weight of the stages. All others are left to PyTorch."""
@@ -244,6 +260,38 @@ def conv_2d_by_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     rows = rearrange(windows, "b h w c y x -> b h w (y x) c")
     rows = rearrange(rows, "b h w k c -> b h w (c k)")
     return rearrange(F.linear(rows, weight.flatten(1), bias), "b h w o -> b o h w")
+
+
+def conv_transpose_1d_by_products(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int
+) -> Tensor:
+    """A transposed convolution as matrix products, which write each output once instead of adding it up.
+
+    `stride` s outputs lie between two inputs. They are one row of s · O numbers, to which the input at their
+    place and those before it contribute, each by a product with s of the taps.
+
+    Args:
+        x: (B, C, L); fastest where it lies in memory as (B, L, C).
+        weight: (C, O, taps).
+        bias: (O,).
+        stride: s.
+        padding: the number of outputs that are left out at each end.
+
+    Returns:
+        (B, O, (L - 1) s + taps - 2 padding), which lies in memory as (B, L', O).
+    """
+    batch, _, length = x.shape
+    taps = weight.shape[2]
+    parts = [rearrange(part, "c o s -> c (s o)") for part in weight.split(stride, dim=2)]
+    before = len(parts) - 1
+    rows = F.pad(rearrange(x, "b c l -> b l c"), (0, 0, before, before))
+    y = bias.repeat(batch, length + before, stride)
+    for q, part in enumerate(parts):
+        given = rows[:, before - q : 2 * before - q + length]
+        # The last product may have fewer taps than `stride`.
+        y[:, :, : part.shape[1]].baddbmm_(given, part.expand(batch, -1, -1))
+    y = rearrange(y, "b l (s o) -> b (l s) o", s=stride)
+    return rearrange(y[:, padding : (length - 1) * stride + taps - padding], "b l o -> b o l")
 
 
 def _is_plain(tensor: Any) -> bool:

@@ -35,6 +35,10 @@ def conv_1d(taps: int = 7, dilation: int = 1) -> nn.Module:
     return randomize(nn.Conv1d(128, 136, taps, dilation=dilation, padding=dilation * (taps // 2)))
 
 
+def conv_transpose_1d(taps: int = 5, stride: int = 2, padding: int = 1) -> nn.Module:
+    return randomize(nn.ConvTranspose1d(128, 136, taps, stride=stride, padding=padding))
+
+
 @pytest.fixture(params=["AVX2", "AVX512"], autouse=True)
 def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The paths of both kinds of CPU, whichever this one is."""
@@ -60,6 +64,7 @@ def answered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     watch(winograd, "conv_2d")
     watch(winograd, "conv_1d")
     watch(cpu, "conv_2d_by_product")
+    watch(cpu, "conv_transpose_1d_by_products")
     return calls
 
 
@@ -112,21 +117,42 @@ def test_one_dimensional_convolutions(
     assert answered == ["conv_1d"]
 
 
+# Taps that the stride divides, and that it does not; as few as the stride; and none that are left out.
 @torch.no_grad()
-def test_a_transposed_convolution_comes_channels_last() -> None:
-    stage = nn.ModuleList([randomize(nn.ConvTranspose1d(64, 128, 8, stride=4, padding=2)), conv_1d()])
-    x = noise(2, 64, 30)
+@pytest.mark.parametrize(
+    ("taps", "stride", "padding"), [(16, 5, 5), (16, 4, 6), (4, 2, 1), (3, 3, 0), (5, 1, 2)]
+)
+@pytest.mark.parametrize("shape", [(1, 128, 30), (3, 128, 7), (2, 128, 1)])
+def test_transposed_convolutions(
+    taps: int, stride: int, padding: int, shape: tuple[int, ...], answered: list[str]
+) -> None:
+    stage = nn.ModuleList([conv_transpose_1d(taps, stride, padding), conv_1d()])
+    x = noise(*shape)
+    expected = stage[0](x)
+    for given in (x, x.transpose(1, 2).contiguous().transpose(1, 2)):
+        with fast_convolutions(stage):
+            y = stage[0](given)
+        assert_close(y, expected, TOLERANCE)
+        assert y.stride(1) == 1, "channels last"
+    assert answered == ["conv_transpose_1d_by_products"] * 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{"output_padding": 1}, {"groups": 2}, {"dilation": 2}, {"bias": False}])
+def test_other_transposed_convolutions_are_pytorchs_own(changes: dict[str, Any], answered: list[str]) -> None:
+    stage = nn.ModuleList([randomize(nn.ConvTranspose1d(256, 256, 4, stride=2, **changes)), conv_1d()])
+    x = noise(2, 256, 9)
     with fast_convolutions(stage):
         y = stage[0](x)
     assert torch.equal(y, stage[0](x))
-    assert y.transpose(1, 2).is_contiguous()
+    assert not answered
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("make", [conv_2d, conv_1d])
+@pytest.mark.parametrize("make", [conv_2d, conv_1d, conv_transpose_1d])
 def test_every_bias_counts(make: Callable[[], nn.Module]) -> None:
     layer = make()
-    x = noise(1, 64, 64, 64) if isinstance(layer, nn.Conv2d) else noise(1, 128, 50)
+    x = noise(1, 64, 64, 64) if make is conv_2d else noise(1, 128, 50)
     before = within(layer, x)
     layer.bias[5] += 1
     assert (within(layer, x) - before)[:, 5].min() > 0.9
