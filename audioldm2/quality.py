@@ -102,7 +102,7 @@ class Quality:
 
 QUALITIES = {
     "draft": Quality(
-        "unipc", timesteps=(999, 799, 599, 399, 199), feature_cache=False, guidance_interval=(0.2, 0.8)
+        "unipc", timesteps=(999, 749, 499, 249), feature_cache=False, guidance_interval=ALL_STEPS
     ),
     "normal": Quality(
         "unipc", timesteps=optimized_timesteps(10), feature_cache=False, guidance_interval=ALL_STEPS

@@ -351,7 +351,7 @@ def markdown(rows: Sequence[Row], prompts: int, memory: str) -> str:
             cells += [""] * 5
         else:
             cells += [
-                f"{100 * row.score.right:.1f}",
+                with_spread(row.score.right, 1, 100),
                 with_spread(row.score.frechet, 4),
                 with_spread(row.score.clap, 3),
                 f"{row.score.distance:.1f}",

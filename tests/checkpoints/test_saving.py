@@ -63,7 +63,9 @@ def test_a_saved_vits_encoder_loads_here_and_in_the_reference(tmp_path):
         assert torch.equal(saved[name], tensor), name
 
 
-@pytest.mark.parametrize("fixture", ["random_checkpoint", "random_large_checkpoint"])
+@pytest.mark.parametrize(
+    "fixture", ["random_checkpoint", pytest.param("random_large_checkpoint", marks=pytest.mark.slow)]
+)
 def test_a_saved_pipeline_is_the_same_pipeline(request, tmp_path, fixture):
     folder = request.getfixturevalue(fixture)
     pipe = AudioLDM2Pipeline.from_pretrained(folder)

@@ -88,6 +88,20 @@ def groups_of(pipe: AudioLDM2Pipeline, jobs: list[dict[str, Any]]) -> list[Group
     return in_groups(planned, 2)
 
 
+def test_a_worker_makes_the_sounds_of_this_process(cluster: None, tiny: AudioLDM2Pipeline, tmp_path: Path):
+    how = {"batch_size": 2, "sample_format": "float32"}  # floats show every bit
+    jobs = [*JOBS[:3], JOBS[-1]]
+    processes = tmp_path / "processes"
+    processes.mkdir()
+    engine = RayEngine(partial(load_tiny, processes), workers=1, threads=1)
+    report = batch.run(jobs, tiny, tmp_path / "ray", engine=engine, **how)
+    batch.run(jobs, tiny, tmp_path / "local", **how)
+    assert report.generated == len(jobs)
+    assert files_of(tmp_path / "ray") == files_of(tmp_path / "local")
+    assert str(os.getpid()) not in {path.name for path in processes.iterdir()}
+
+
+@pytest.mark.slow
 def test_a_killed_worker_changes_nothing_about_the_sounds(
     cluster: None, tiny: AudioLDM2Pipeline, tmp_path: Path
 ):

@@ -49,7 +49,7 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 # --- where bfloat16 is the default
 
 
-@pytest.mark.parametrize("instructions", [("avx512_bf16",), ("amx_bf16",), ("bf16",)])
+@pytest.mark.parametrize("instructions", [("avx512_bf16",), ("amx_bf16",)])
 def test_a_cpu_that_multiplies_bfloat16_generates_in_it(cpu: Any, instructions: tuple[str, ...]) -> None:
     cpu(*instructions)
     assert generation_dtype("cpu") == torch.bfloat16

@@ -20,7 +20,7 @@ from scripts.tiny.evaluate.quality import QualityScore
 from tests.helpers import ROOT
 from tests.scripts.helpers import run_script
 
-SCORE = QualityScore(0.97, (0.1, 0.2), (0.7, 0.8), 4.0, 0.7)
+SCORE = QualityScore((0.96, 0.98), (0.1, 0.2), (0.7, 0.8), 4.0, 0.7)
 
 
 @pytest.mark.slow
@@ -93,7 +93,7 @@ def test_the_table() -> None:
     assert len(lines) == 2 + 5
     assert lines[2].startswith("| diffusers | float32 | 20 | 1000 | 25.0 | 1.00 |")
     assert lines[4].startswith(f"| draft | float32 | {QUALITIES['draft'].steps}")
-    assert "| 1000 | 10.0 | 2.50 | 5.00 | 97.0 | 0.1500 ± 0.0707 |" in lines[4]
+    assert "| 1000 | 10.0 | 2.50 | 5.00 | 97.0 ± 1.4 | 0.1500 ± 0.0707 |" in lines[4]
     assert lines[6].endswith("|  |  |  |  |  |")  # no scores of this one
     assert "There are no figures" in report({}, scores)
 

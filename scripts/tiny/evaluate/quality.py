@@ -1,6 +1,6 @@
 """The quality of presets: what each loses against the reference, on the tiny checkpoint.
 
-Each setting generates the same prompts from the same noise:
+Each setting generates the same prompts from the same noise, for each of several seeds:
 
   right      the share of prompts that `criteria.matches` finds obeyed
   frechet    Fréchet distance of CLAP's embeddings from one synthesized sound of each prompt
@@ -8,9 +8,9 @@ Each setting generates the same prompts from the same noise:
   distance   of the latents from those of 200 steps, in percent of their root mean square
   log_mel    distance of the spectrograms from those of 200 steps, in dB
 
-All prompts count in the first. The others are measured on every fourth prompt: Fréchet distance and CLAP
-score with several seeds, whose spread says which differences mean something, and the last two with the first
-seed, since they compare each sound with the one that it should be.
+All prompts count in the first. The others are measured on every fourth prompt. The spread over the seeds says
+which differences mean something; the last two are measured with the first seed alone, since they compare each
+sound with the one that it should be.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from scripts.tiny.evaluate.evaluation import judge, share_right
 from scripts.tiny.evaluate.generation import generate_once, latent_distance
 from scripts.tiny.evaluate.prompts import Prompt
 
-LIMIT = Quality("dpmsolver++", 200)  # what more steps lead to; DDIM's are still 3.4 % away from it
-EVERY = 4  # prompt is embedded, and compared with it
+LIMIT = Quality("dpmsolver++", 200)  # stands for the converged result; 200 DDIM steps are 3.4 % away from it
+EVERY = 4  # every fourth prompt is embedded, and compared with LIMIT
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Setting:
 class QualityScore:
     """What a setting's sounds are worth; tuples have one value for each seed."""
 
-    right: float
+    right: tuple[float, ...]
     frechet: tuple[float, ...]
     clap: tuple[float, ...]
     distance: float
@@ -91,17 +91,17 @@ def measure_quality(
     texts = embed_texts(pipe, [prompt.text for prompt in some])
     for setting in settings:
         contender = load(getattr(torch, setting.dtype))
-        first = generate(contender, prompts, setting.quality, title=setting.title)
-        sounds = [first.sounds[::EVERY]]
-        for seed in range(1, seeds):
-            title = f"{setting.title}, seed {seed}"
-            sounds.append(generate(contender, some, setting.quality, title=title, seed=seed).sounds)
+        runs = [
+            generate(contender, prompts, setting.quality, title=f"{setting.title}, seed {seed}", seed=seed)
+            for seed in range(seeds)
+        ]
+        first, sounds = runs[0], [run.sounds[::EVERY] for run in runs]
         # The judges are the same for all dtypes.
         embeddings = [embed_sounds(pipe, one, SAMPLING_RATE) for one in sounds]
         yield (
             setting,
             QualityScore(
-                right=share_right(judge(prompts, first.sounds, "Judging")),
+                right=tuple(share_right(judge(prompts, run.sounds, "Judging")) for run in runs),
                 frechet=tuple(frechet_distance(real, rows) for rows in embeddings),
                 clap=tuple(float(torch.cosine_similarity(rows, texts).mean()) for rows in embeddings),
                 distance=latent_distance(first.latents[::EVERY], limit.latents),
