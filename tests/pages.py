@@ -1,4 +1,4 @@
-"""Checks of a documentation page: its cells print what it says, its commands run, its links lead somewhere."""
+"""Checks of a documentation page: its cells print what it says, its commands run, its links are valid."""
 
 from __future__ import annotations
 
