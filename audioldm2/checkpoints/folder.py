@@ -65,6 +65,7 @@ from audioldm2.models.stage import Stage
 from audioldm2.quoting import one_line, quoted
 from audioldm2.runtime.device import available_device
 from audioldm2.runtime.foreign import unwrapped
+from audioldm2.runtime.garbage import without_garbage_collection
 from audioldm2.runtime.precision import check_dtype
 from audioldm2.schedulers.base import MAX_TRAIN_TIMESTEPS, Scheduler
 
@@ -288,6 +289,7 @@ class Checkpoint(NamedTuple):
     revision: str
 
 
+@without_garbage_collection()
 def load_checkpoint(
     source: Source,
     dtype: Dtypes = None,

@@ -17,6 +17,7 @@ from audioldm2.batch.names import distinct
 from audioldm2.cli.messages import say
 from audioldm2.cli.options import Parser, quality_arguments, sampler_of
 from audioldm2.quality_settings import fitting_defaults, preset_of
+from audioldm2.runtime.garbage import without_garbage_collection
 from audioldm2.schedulers import SAMPLERS, as_sampler, sampler_class
 
 if TYPE_CHECKING:
@@ -137,6 +138,7 @@ def _default_dtype(device: str, here: bool) -> str:
     return str(generation_dtype(device)).removeprefix("torch.")
 
 
+@without_garbage_collection()
 def load_pipeline(
     parser: Parser, options: argparse.Namespace, load: Loader | None = None, of_rows: bool = False
 ) -> AudioLDM2Pipeline:
