@@ -41,7 +41,7 @@ class Quality:
 
     Example:
         >>> from dataclasses import replace
-        >>> pipe("A bell", quality=replace(QUALITIES["draft"], num_inference_steps=12)).audios
+        >>> pipe("A bell", quality=replace(QUALITIES["best"], guidance_interval=(0, 0.75))).audios
     """
 
     sampler: str | None = None

@@ -1,7 +1,7 @@
 """The dtype in which a processor generates best.
 
-A CPU with AVX512_BF16 or AMX_BF16 multiplies bfloat16 numbers in hardware and adds the products
-in float32. On two Zen 4 cores, matrix products in bfloat16 were measured at 404 GFLOP/s, and in float32 at
+A CPU with AVX512_BF16 or AMX_BF16 multiplies bfloat16 numbers in hardware and adds the products in
+float32. On two Zen 4 cores, matrix products in bfloat16 were measured at 404 GFLOP/s, and in float32 at
 157 to 207 (torch 2.13). Other x86 CPUs convert each number first, and are slower in bfloat16 than in
 float32; Arm's were not measured.
 """

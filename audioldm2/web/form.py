@@ -232,7 +232,7 @@ class Form:
                 )
                 self.guidance_interval = gr.Textbox(
                     label="Guidance interval",
-                    info="Shares of the steps that have guidance, as in 0-0.75; empty for all",
+                    info="Fractions of the steps that have guidance, as in 0-0.75; empty for all",
                     max_length=MAX_CHARACTERS,
                     elem_id="guidance-interval",
                 )
