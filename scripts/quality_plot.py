@@ -134,6 +134,7 @@ def draw(points: Sequence[Point], path: Path, seconds_label: str) -> bool:
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
+    axes.margins(x=0.08)  # for the names of the presets
     axes.legend(fontsize=7)
     with replacing(path.resolve()) as temporary:
         figure.savefig(temporary, format="png")
