@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,24 @@ from tests.reference import SMALL, SMALL_LARGE, SMALL_SPEECH, Both, make_checkpo
 
 # The suite's stages are so small that a second thread costs more than it gives.
 torch.set_num_threads(1)
+
+# The files that take longest, half a minute and more. A file runs in one process, so these run first: begun
+# last, one of them would keep the whole run waiting for a single process.
+LONG = (
+    "test_adding_a_sampler.py",
+    "test_pipeline.py",
+    "test_ray.py",
+    "test_readme.py",
+    "test_walkthrough.py",
+    "test_weights_that_change.py",
+    "test_web_browser.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run long files first, and of the others those with many tests."""
+    sizes = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name not in LONG, -sizes[item.path], item.path))
 
 
 @pytest.fixture(autouse=True)
