@@ -289,7 +289,6 @@ class Checkpoint(NamedTuple):
     revision: str
 
 
-@without_garbage_collection()
 def load_checkpoint(
     source: Source,
     dtype: Dtypes = None,
@@ -319,7 +318,7 @@ def load_checkpoint(
     settings = read_settings(folder)
     log_mel_settings(folder, settings)  # an error in them is raised now, not when a sound is encoded
     # Importing transformers takes a second, during which weights are read.
-    with ThreadPoolExecutor(max_workers=1) as pool:
+    with without_garbage_collection(), ThreadPoolExecutor(max_workers=1) as pool:
         tokenizers = {
             name: pool.submit(load_tokenizer, folder / name, classes[name])
             for name in TOKENIZERS

@@ -10,7 +10,7 @@ import pytest
 from audioldm2 import AudioLDM2Pipeline
 from audioldm2.checkpoints import folder
 from audioldm2.checkpoints.errors import CheckpointError
-from audioldm2.checkpoints.folder import load_stage
+from audioldm2.checkpoints.folder import checkpoint_folder, load_stage
 from audioldm2.checkpoints.formats import PARTS
 from audioldm2.runtime.garbage import without_garbage_collection
 
@@ -53,7 +53,12 @@ def test_loading_does_not_collect(random_checkpoint, tmp_path, monkeypatch):
         enabled.append(gc.isenabled())
         return load_stage(*arguments)
 
+    def found(*arguments, **more):
+        assert gc.isenabled()  # a download takes minutes
+        return checkpoint_folder(*arguments, **more)
+
     monkeypatch.setattr(folder, "load_stage", recorded)
+    monkeypatch.setattr(folder, "checkpoint_folder", found)
     pipe = AudioLDM2Pipeline.from_pretrained(random_checkpoint)
     assert len(enabled) == len(PARTS)
     assert not any(enabled)
