@@ -17,10 +17,9 @@ from tests.reference import SMALL, SMALL_LARGE, SMALL_SPEECH, Both, make_checkpo
 # The suite's stages are so small that a second thread costs more than it gives.
 torch.set_num_threads(1)
 
-# The files that take longest, half a minute and more. A file runs in one process, so these run first: begun
-# last, one of them would keep the whole run waiting for a single process.
+# The files that take longest, about half a minute and more, without having most tests. A file runs in one
+# process, so these run first: begun last, one of them would keep the whole run waiting for a single process.
 LONG = (
-    "test_adding_a_sampler.py",
     "test_pipeline.py",
     "test_ray.py",
     "test_readme.py",
